@@ -1,0 +1,35 @@
+# Two commands matter to a new user: `make tune` and `make test`. Both start from nothing.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+
+.PHONY: tune test test-slow check gpu clean
+
+tune: $(STAMP)
+	$(VENV)/bin/paretune tune pocket --objective tpot --max-ppl-increase 1% --budget 4m -o runs/pocket --force
+	$(VENV)/bin/paretune generate runs/pocket --prompt "The old man looked at the sea and" --max-new-tokens 60
+
+test: $(STAMP)
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m "slow and not gpu"
+
+gpu: $(STAMP)
+	$(PY) -m pytest -m gpu
+
+check: $(STAMP)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest tests/test_architecture.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs build

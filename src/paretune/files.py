@@ -1,0 +1,97 @@
+"""Files that are whole or absent: written under a temporary name beside the target, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import ParetuneError
+
+_CAUSES = {
+    errno.ENOSPC: ("the disk is full", "Free some space or choose another folder with -o"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space or choose another folder with -o"),
+    errno.EROFS: ("the file system is read-only", "Choose a writable folder with -o"),
+    errno.EACCES: ("permission denied", "Choose a writable folder with -o"),
+    errno.EPERM: ("permission denied", "Choose a writable folder with -o"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "Choose another folder with -o"),
+    errno.EEXIST: ("a file of that name is in the way", "Remove it or choose another folder with -o"),
+    errno.EISDIR: ("it is a folder", "Choose another name"),
+}
+
+
+def write_error(path: str | os.PathLike[str], error: OSError) -> ParetuneError:
+    """The one-line form of a failed write."""
+    cause, cure = _CAUSES.get(error.errno or 0, (error.strerror or str(error), "Choose another folder with -o"))
+    return ParetuneError(f"cannot write {path}: {cause}", cure)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replaces `path` by `data`, or leaves it as it was.
+
+    Raises:
+        ParetuneError: the folder is missing, read-only or full.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise write_error(target, error) from None
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Strict JSON (no NaN: `None` says 'not measured')."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def ensure_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes the folder and proves that it can be written, before any long work starts."""
+    folder = Path(path)
+    probe = folder / f".paretune-{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise write_error(folder, error) from None
+    return folder
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the body succeeds, and vanishes when it does not.
+
+    Raises:
+        ParetuneError: `path` exists and is not empty (without `overwrite`), or cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+        raise ParetuneError(f"{target} exists already", "Choose another folder with -o, or pass --force")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise write_error(target, error) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,76 @@
+"""Names to things, imported only when they are asked for.
+
+An entry is a target string `module:attribute`; nothing is imported until `get`. An unknown name is a usage error that
+lists the known ones and the nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any, Generic, TypeVar
+
+from paretune.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of lazily imported entries.
+
+    Args:
+        kind: what an entry is, in the singular, for error messages.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._targets: dict[str, str] = {}
+
+    def register(self, name: str, target: str) -> None:
+        assert name not in self._targets, f"{self.kind} {name!r} is registered twice"
+        assert ":" in target, f"{target!r} is not module:attribute"
+        self._targets[name] = target
+
+    def names(self) -> list[str]:
+        return list(self._targets)
+
+    def check(self, name: str) -> str:
+        """Returns `name` if it is known.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if name not in self._targets:
+            near = difflib.get_close_matches(name, self._targets, n=1)
+            hint = f"Did you mean {near[0]!r}? " if near else ""
+            raise UsageError(f"unknown {self.kind} {name!r}", f"{hint}Known: {', '.join(self._targets)}")
+        return name
+
+    def get(self, name: str) -> T:
+        module, _, attribute = self._targets[self.check(name)].partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+TRANSFORMS: Registry[Any] = Registry("transform")
+RUNNERS: Registry[Any] = Registry("runner")
+ATTENTION: Registry[Any] = Registry("attention function")
+FORMATS: Registry[Any] = Registry("weight format")
+FAMILIES: Registry[Any] = Registry("model family")
+
+# An optimisation is one new file and one line here.
+TRANSFORMS.register("attention", "paretune.transforms.attention:Attention")
+TRANSFORMS.register("precision", "paretune.transforms.precision:Precision")
+TRANSFORMS.register("int8", "paretune.transforms.int8:Int8")
+
+RUNNERS.register("eager", "paretune.engine.runners.eager:EagerRunner")
+RUNNERS.register("compile", "paretune.engine.runners.compiled:CompileRunner")
+
+ATTENTION.register("eager", "paretune.ops.attention.reference:attention")
+ATTENTION.register("sdpa", "paretune.ops.attention.sdpa:attention")
+
+FORMATS.register("dense", "paretune.ops.weights.dense:Dense")
+FORMATS.register("int8_rows", "paretune.ops.weights.int8_rows:Int8Rows")
+
+FAMILIES.register("gpt2", "paretune.model.gpt2:GPT2")
+FAMILIES.register("llama", "paretune.model.llama:Llama")
+FAMILIES.register("mistral", "paretune.model.llama:Llama")
