@@ -1,0 +1,247 @@
+"""Rolling-window perplexity through a runner, with its protocol as an id, bits per byte and an interval.
+
+The protocol is the one that Hugging Face documents for fixed-length models
+(https://huggingface.co/docs/transformers/perplexity): windows of `context` tokens advance by `stride`, and a token
+is scored in the first window that reaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from paretune import stats
+from paretune.errors import ParetuneError, UsageError
+
+BLOCK_TOKENS = 128  # one resampling unit: neighbouring tokens are far from independent
+MIN_BLOCKS = 40  # fewer: "too little text" (measuring.md, Quality 2)
+TOO_LITTLE_TEXT = "too little text"
+_SLICE_ELEMENTS = 2**22  # fp32 logits widened at a time: 16 MiB
+
+Progress = Callable[[int, int], None]
+"""Called as progress(windows done, windows in all)."""
+
+
+class Runner(Protocol):
+    """The part of the runner protocol (docs/design.md) that quality needs."""
+
+    def new_cache(self, batch_size: int, capacity: int, /) -> Any: ...
+
+    def forward(
+        self, tokens: torch.Tensor, cache: Any, /, logits: Literal["last", "all"] = ...
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [begin, end) are shown; tokens [first_scored, end) are scored."""
+
+    begin: int
+    end: int
+    first_scored: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of one text under one protocol.
+
+    Attributes:
+        protocol: `<text>/ctx<context>/stride<stride>/token`.
+        nll_per_token: mean negative log-likelihood of the scored tokens, nats.
+        bits_per_byte: nats of all scored tokens / ln 2 / bytes of the whole text; compares across tokenizers.
+        n_tokens_unscored: tokens of the text that no window scores (they have no context); their bytes count.
+        n_blocks: whole blocks of 128 scored tokens behind the interval (a ragged last one is left out of it).
+        low, high: 95 % block-bootstrap interval of the perplexity; None under 40 blocks.
+        note: what keeps a number from being there, or "".
+    """
+
+    protocol: str
+    perplexity: float
+    nll_per_token: float
+    bits_per_byte: float
+    n_tokens_scored: int
+    n_tokens_unscored: int
+    n_windows: int
+    n_blocks: int
+    low: float | None
+    high: float | None
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a number that is not finite is None (strict JSON has no NaN) and `note` says so."""
+        return {
+            "protocol": self.protocol,
+            "perplexity": finite_or_none(self.perplexity),
+            "nll_per_token": finite_or_none(self.nll_per_token),
+            "bits_per_byte": finite_or_none(self.bits_per_byte),
+            "n_tokens_scored": self.n_tokens_scored,
+            "n_tokens_unscored": self.n_tokens_unscored,
+            "n_windows": self.n_windows,
+            "n_blocks": self.n_blocks,
+            "interval": None if self.low is None else [finite_or_none(self.low), finite_or_none(self.high)],
+            "note": self.note,
+        }
+
+
+def rolling_windows(n_tokens: int, context: int, stride: int) -> list[Window]:
+    """The windows that score a text, in text order; each token is scored at most once.
+
+    The first window scores all its tokens but the first. A later one scores the tokens that no earlier one showed
+    (`stride` of them, fewer at the end), with the `context - stride` before them as context. With
+    stride == context there is no such context, so the first token of every window stays unscored, as in the
+    Hugging Face loop. A window that would score nothing (a single left-over token) is left out.
+    """
+    windows = []
+    shown = 0
+    for begin in range(0, n_tokens, stride):
+        end = min(begin + context, n_tokens)
+        first_scored = max(shown, begin + 1)
+        if first_scored < end:
+            windows.append(Window(begin, end, first_scored))
+        shown = end
+        if end == n_tokens:
+            break
+    return windows
+
+
+def perplexity(
+    runner: Runner,
+    token_ids: torch.Tensor | Sequence[int],
+    *,
+    context: int,
+    stride: int,
+    n_bytes: int,
+    text_name: str = "text",
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Scores `token_ids` in rolling windows, each one prefill of the runner.
+
+    Differs from the Hugging Face loop in one thing: that loop weights each window's mean loss by one token too few
+    where the window has context; here each scored token weighs the same.
+
+    Memory: the logits of `batch_size` windows, [batch_size, context, V] in the runner's dtype, plus 16 MiB.
+
+    Args:
+        token_ids: the whole text, [n_tokens].
+        context: tokens a window shows; at most what the model's positions allow.
+        stride: tokens a window advances; stride == context is the non-overlapping protocol.
+        n_bytes: length of the same text in UTF-8, for bits per byte.
+        text_name: what the text is, for the protocol id, e.g. `wikitext2-raw/test`.
+
+    Raises:
+        UsageError: a context, stride or batch size that makes no sense.
+        ParetuneError: the text has fewer than `context` tokens.
+    """
+    if context < 2:
+        raise UsageError(f"--context {context} leaves no token to score", "Use 2 or more")
+    if not 1 <= stride <= context:
+        raise UsageError(f"--stride {stride} is not in 1..{context}", "A stride over --context skips tokens")
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size} is not positive", "Use 1 or more")
+    if n_bytes < 1:
+        raise UsageError(f"a text of {n_bytes} bytes has no bits per byte", "Give the length of the text in bytes")
+    tokens = torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1).cpu()
+    n_tokens = tokens.numel()
+    if n_tokens < context:
+        raise ParetuneError(
+            f"the text {text_name} has {n_tokens} tokens, fewer than one window of {context}",
+            f"Use a longer text, or --context {n_tokens} or smaller" if n_tokens >= 2 else "Use a longer text",
+        )
+
+    windows = rolling_windows(n_tokens, context, stride)
+    nll = np.concatenate(_score_windows(runner, tokens, windows, batch_size, progress))
+    mean = float(nll.mean())
+    low, high, n_blocks, note = _interval(nll)
+    return Perplexity(
+        protocol=f"{text_name}/ctx{context}/stride{stride}/token",
+        perplexity=safe_exp(mean),
+        nll_per_token=mean,
+        bits_per_byte=float(nll.sum()) / math.log(2) / n_bytes,
+        n_tokens_scored=nll.size,
+        n_tokens_unscored=n_tokens - nll.size,
+        n_windows=len(windows),
+        n_blocks=n_blocks,
+        low=low,
+        high=high,
+        note=note,
+    )
+
+
+@torch.no_grad()
+def _score_windows(
+    runner: Runner, tokens: torch.Tensor, windows: list[Window], batch_size: int, progress: Progress | None
+) -> list[np.ndarray]:
+    """Negative log-likelihoods (float64) of each window's scored tokens, in text order."""
+    out: list[np.ndarray] = []
+    cache: Any = None
+    cache_rows = 0
+    for batch in _batches(windows, batch_size):
+        shown = torch.stack([tokens[w.begin : w.end] for w in batch])  # [B, K]
+        if cache_rows != len(batch):
+            cache, cache_rows = runner.new_cache(len(batch), shown.shape[1]), len(batch)
+        else:  # one cache for all: a runner with static shapes or graphs stays with its buffers
+            empty_cache(cache)
+        device = cache.lengths.device
+        shown = shown.to(device)
+        logits = runner.forward(shown, cache, logits="all")  # [B, K, V]
+        for row, w in enumerate(batch):
+            rows = logits[row, w.first_scored - 1 - w.begin : w.end - 1 - w.begin]
+            out.append(token_nll(rows, shown[row, w.first_scored - w.begin :]).double().cpu().numpy())
+        if progress is not None:
+            progress(len(out), len(windows))
+    return out
+
+
+def _batches(windows: list[Window], batch_size: int) -> list[list[Window]]:
+    """Groups of up to `batch_size` windows of one length (only the last window can be shorter)."""
+    full = windows[0].end - windows[0].begin
+    ragged = windows[-1:] if windows[-1].end - windows[-1].begin < full else []
+    whole = windows[: len(windows) - len(ragged)]
+    batches = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
+    return batches + ([ragged] if ragged else [])
+
+
+def _interval(nll: np.ndarray) -> tuple[float | None, float | None, int, str]:
+    """(low, high, n_blocks, note) of the perplexity from token losses in text order."""
+    n_blocks = nll.size // BLOCK_TOKENS
+    if not np.isfinite(nll).all():
+        return None, None, n_blocks, f"the model gives NaN or infinity at {(~np.isfinite(nll)).sum()} tokens"
+    if n_blocks < MIN_BLOCKS:
+        return None, None, n_blocks, TOO_LITTLE_TEXT
+    blocks = nll[: n_blocks * BLOCK_TOKENS].reshape(n_blocks, BLOCK_TOKENS).mean(axis=1)
+    interval = stats.bootstrap(blocks, np.mean)
+    return safe_exp(interval.low), safe_exp(interval.high), n_blocks, ""
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p(target) in nats, float32 [R], of logits [R, V] and targets [R].
+
+    Rows are widened to fp32 a slice at a time: a second copy of all logits would be the peak of the whole run.
+    """
+    n_rows, vocab_size = logits.shape
+    step = max(1, _SLICE_ELEMENTS // vocab_size)
+    out = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
+    for i in range(0, n_rows, step):
+        log_probs = torch.log_softmax(logits[i : i + step].float(), dim=-1)
+        out[i : i + step] = -log_probs.gather(-1, targets[i : i + step, None]).squeeze(-1)
+    return out
+
+
+def empty_cache(cache: Any) -> None:
+    """Forgets all rows of a cache and keeps its buffers."""
+    cache.truncate_(torch.zeros_like(cache.lengths))
+
+
+def safe_exp(x: float) -> float:
+    """exp(x) that is infinite where `math.exp` raises."""
+    return math.exp(x) if x < 700 or math.isnan(x) else math.inf
+
+
+def finite_or_none(x: float | None) -> float | None:
+    return x if x is not None and math.isfinite(x) else None

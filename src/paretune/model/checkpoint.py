@@ -1,0 +1,364 @@
+"""Models in and out of Hugging Face folders: `config.json` and safetensors, strict in both directions.
+
+Every tensor that the model needs must be there with the right shape, and nothing else may be: a checkpoint that
+half fits is an error that names the tensor. Pickle files are refused (they run code when loaded).
+
+A converted model saves to the same layout. Layers that are no longer dense write `NAME.FORMAT.PART` tensors, and
+`quantization_config` in `config.json` lists them, so that the folder loads again as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from paretune.errors import CheckpointError, ParetuneError, UsageError
+from paretune.files import write_json
+from paretune.model.config import GPT2_SIZES, ModelConfig
+from paretune.model.layers import Embedding, Linear
+from paretune.ops.weights.dense import Dense
+from paretune.registry import FAMILIES, FORMATS
+
+EMBEDDED = ("pocket", "pocket-draft")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPE_ALIASES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "half": "fp16", "float": "fp32"}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+METHOD = "paretune"  # `quant_method` of our own folders
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name such as `bf16` or `bfloat16`."""
+    short = DTYPE_ALIASES.get(name, name)
+    if short not in DTYPES:
+        raise UsageError(f"unknown dtype {name!r}", f"Known: {', '.join([*DTYPES, *DTYPE_ALIASES])}")
+    return DTYPES[short]
+
+
+def resolve(name: str) -> Path:
+    """The folder of a model: `pocket`, a local path, or a hub id (downloaded once into the hub's cache).
+
+    Raises:
+        UsageError: no such folder, and the hub does not have it or cannot be reached.
+    """
+    if name in EMBEDDED:
+        return Path(__file__).parent.parent / "assets" / name
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UsageError(f"{name} is a file, not a model folder", "Pass the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise UsageError(f"there is no folder {name!r}", "Pass a model folder, a hub id, a plan or `pocket`")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises a family of its own, requests' and ours to be one line
+        reason = type(error).__name__
+        raise UsageError(
+            f"{name!r} is no local folder, and the hub gives no model of that name ({reason})",
+            "Check the spelling and the network, or pass a folder; offline, `pocket` is always there",
+        ) from None
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Reads and narrows `config.json`.
+
+    Raises:
+        CheckpointError: it is missing, is not JSON, or describes a model that is not supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json", "Pass a Hugging Face model folder")
+    try:
+        hf = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error})", "Download the model again") from None
+    if not isinstance(hf, dict):
+        raise CheckpointError(f"{path} is not a JSON object", "Download the model again")
+    return ModelConfig.from_hf(hf, str(path))
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """The model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return FAMILIES.get(config.family)(config)
+
+
+def new(config: ModelConfig, seed: int = 0) -> nn.Module:
+    """A model with random weights, fp32."""
+    model = build(config).to_empty(device="cpu")
+    _retie_(model)
+    model.initialize_(torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def gpt2_config(size: str = "gpt2", n_positions: int = 1024) -> ModelConfig:
+    """The config of a published GPT-2 size."""
+    if size not in GPT2_SIZES:
+        raise UsageError(f"unknown GPT-2 size {size!r}", f"Known: {', '.join(GPT2_SIZES)}")
+    n_layer, n_head, n_embd = GPT2_SIZES[size]
+    return ModelConfig.from_hf(
+        {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": 50257,
+            "n_positions": n_positions,
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "n_embd": n_embd,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "bos_token_id": 50256,
+            "eos_token_id": 50256,
+        }
+    )
+
+
+def load(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+    """Loads a model for inference, each tensor as it is stored or cast to `dtype`.
+
+    Raises:
+        CheckpointError: names the first missing, extra or mis-shaped tensor, or the damaged file.
+    """
+    config = read_config(folder)
+    model = build(config)
+    formats = _formats(config)
+    tensors = dict(_read_tensors(folder))
+    rename = _renamer(model, tensors)
+    _swap_formats_(model, formats, tensors, rename)
+    expected = dict(_dense_slots(model))
+    _drop_redundant_(model, tensors, rename, expected)
+    for name, (owner, attribute) in expected.items():
+        stored = rename(name)
+        if stored not in tensors:
+            raise CheckpointError(f"{folder}: tensor {stored} is missing", "Download or save the model again")
+        value = tensors.pop(stored)
+        if name.endswith(getattr(model, "hf_transposed", ())) and value.dim() == 2:
+            value = value.t()
+        shape = getattr(owner, attribute).shape
+        if value.shape != shape:
+            raise CheckpointError(
+                f"{folder}: tensor {stored} has shape {list(value.shape)}, config.json asks for {list(shape)}",
+                "The weights belong to another config.json",
+            )
+        if not value.is_floating_point():
+            raise CheckpointError(
+                f"{folder}: tensor {stored} is {value.dtype}, not a floating-point type",
+                "Quantised checkpoints of other tools are not read; take the original weights",
+            )
+        value = value.to(dtype or value.dtype).contiguous()
+        setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
+    if tensors:
+        extra = sorted(tensors)
+        raise CheckpointError(
+            f"{folder}: tensor {extra[0]} does not belong to this model (and {len(extra) - 1} more)",
+            "The weights belong to another config.json",
+        )
+    _retie_(model)
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    assert not left, f"never filled: {left}"
+    return model.eval()
+
+
+def save(model: nn.Module, folder: Path, tokenizer_from: Path | None = None) -> None:
+    """Writes `config.json`, `model.safetensors` and the tokenizer's files into `folder` (which exists).
+
+    Dense layers are written in the stock layout (`transformers` reads them), others as their stored tensors.
+    """
+    config: ModelConfig = model.config
+    prefix = model.hf_prefix
+    tensors: dict[str, Tensor] = {}
+    formats: dict[str, str] = {}
+    for name, (owner, attribute) in _dense_slots(model):
+        value = getattr(owner, attribute).detach()
+        transposed = name.endswith(model.hf_transposed) and value.dim() == 2
+        tensors[_hf_name(name, prefix)] = (value.t() if transposed else value).contiguous()
+    for name, module in _weight_holders(model):
+        weight = module.weight
+        if isinstance(weight, Dense):
+            continue
+        formats[f"{name}.weight"] = weight.format
+        for part, value in weight.to_tensors().items():
+            tensors[f"{_hf_name(name, prefix)}.weight.{weight.format}.{part}"] = value.detach().contiguous()
+    hf: dict[str, Any] = config.to_hf()
+    hf.pop("torch_dtype", None)
+    hf["dtype"] = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
+    hf.pop("quantization_config", None)
+    if formats:
+        hf["quantization_config"] = {"quant_method": METHOD, "formats": formats}
+    if tokenizer_from is not None:
+        for file in TOKENIZER_FILES:
+            if (tokenizer_from / file).is_file():
+                shutil.copyfile(tokenizer_from / file, folder / file)
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise ParetuneError(
+            f"cannot write {folder / 'model.safetensors'}: {error}",
+            "Free some space or choose another folder with -o",
+        ) from None
+    write_json(folder / "config.json", hf)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, single or sharded.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+            raise CheckpointError(f"{index} is damaged", "Download the model again") from None
+        for name in names:
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder}: shard {name} is missing", "Download the model again")
+        return [folder / name for name in names]
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)]
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickle weights ({sorted(pickles)[0]}), which can run code when loaded",
+            "Convert them to safetensors first, for example with transformers' save_pretrained",
+        )
+    raise CheckpointError(f"{folder} has no model.safetensors", "Pass a folder with safetensors weights")
+
+
+def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 - not a dict
+                    yield name, f.get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} is truncated or damaged ({error})", "Download the model again") from None
+
+
+def _hf_name(name: str, prefix: str) -> str:
+    return name if name.startswith("lm_head.") else prefix + name
+
+
+def _renamer(model: nn.Module, tensors: dict[str, Tensor]):
+    """Our name -> the stored name; checkpoints of the bare model lack the prefix."""
+    prefix = model.hf_prefix
+    prefixed = any(name.startswith(prefix) for name in tensors)
+    return lambda name: _hf_name(name, prefix if prefixed else "")
+
+
+def _weight_holders(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:
+    """Layers with a `Weight`, each shared `Weight` once, under its first name (the embedding's)."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | Embedding) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield name, module
+
+
+def _dense_slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    """Stock name -> the module and attribute that hold the tensor, for everything that is stored dense."""
+    for name, module in _weight_holders(model):
+        if isinstance(module.weight, Dense):
+            yield f"{name}.weight", (module.weight, "values")
+    inside = {id(m) for w in model.modules() if isinstance(w, Linear | Embedding) for m in w.weight.modules()}
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if parameter is not None:
+                yield f"{name}.{attribute}", (module, attribute)
+
+
+def _formats(config: ModelConfig) -> dict[str, str]:
+    quantization = config.hf.get("quantization_config")
+    if not quantization:
+        return {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method != METHOD:
+        raise CheckpointError(
+            f"the model is already quantised by {method!r}, which is not read here",
+            "Start from the original weights",
+        )
+    return dict(quantization["formats"])
+
+
+def _swap_formats_(model: nn.Module, formats: dict[str, str], tensors: dict[str, Tensor], rename) -> None:
+    """Puts weights that are stored in another format into the tree, taking their tensors out of `tensors`."""
+    for full_name, format_name in formats.items():
+        module_name = full_name.removesuffix(".weight")
+        try:
+            holder = model.get_submodule(module_name)
+        except AttributeError:
+            raise CheckpointError(
+                f"quantization_config names {module_name}, which this model does not have",
+                "The config.json belongs to another model",
+            ) from None
+        stem = f"{rename(module_name)}.weight.{format_name}."
+        parts = {name.removeprefix(stem): tensors.pop(name) for name in list(tensors) if name.startswith(stem)}
+        if not parts:
+            raise CheckpointError(f"tensor {stem}* is missing", "Save the model again")
+        old = holder.weight
+        weight = FORMATS.get(format_name).from_tensors(parts)
+        if (weight.out_features, weight.in_features) != (old.out_features, old.in_features):
+            raise CheckpointError(
+                f"{stem}* is {weight.out_features}x{weight.in_features}, config.json asks for "
+                f"{old.out_features}x{old.in_features}",
+                "The weights belong to another config.json",
+            )
+        for module in model.modules():  # tied layers stay tied
+            if isinstance(module, Linear | Embedding) and module.weight is old:
+                module.weight = weight
+
+
+def _drop_redundant_(model: nn.Module, tensors: dict[str, Tensor], rename, expected: dict) -> None:
+    """Removes what old exporters add: mask buffers, and one of two names for a tied matrix.
+
+    Raises:
+        CheckpointError: the config ties head and embedding but the file holds two different matrices.
+    """
+    for name in [n for n in tensors if n.endswith(model.hf_ignored)]:
+        del tensors[name]
+    if not model.config.tied_head:
+        return
+    embedding, head = rename(f"{model.embedding_name}.weight"), "lm_head.weight"
+    if head not in tensors:
+        return
+    if embedding not in tensors and f"{model.embedding_name}.weight" in expected:
+        tensors[embedding] = tensors.pop(head)  # safetensors keeps one of two shared names
+        return
+    if embedding in tensors and not torch.equal(tensors[head], tensors[embedding]):
+        raise CheckpointError(
+            f"config.json ties the head to the embedding, but {head} and {embedding} differ",
+            'Set "tie_word_embeddings": false in config.json',
+        )
+    del tensors[head]
+
+
+def _retie_(model: nn.Module) -> None:
+    if model.config.tied_head:
+        embedding = getattr(model, model.embedding_name)
+        getattr(model, model.head_name).weight = embedding.weight

@@ -1,0 +1,126 @@
+"""GPT-2, whole: plain PyTorch, no optimisation flags; what makes it faster is swapped in from outside.
+
+References: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; OpenAI's gpt-2 `src/model.py`;
+Hugging Face `modeling_gpt2.py`, whose module names are kept so that checkpoints map one to one.
+
+Legend: B batch, T time (tokens), C width (n_embd), H heads, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from paretune.model.config import ModelConfig
+from paretune.model.layers import (
+    ACTIVATION_FUNCTIONS,
+    DEFAULT_ATTENTION,
+    LayerNorm,
+    empty_embedding,
+    empty_linear,
+)
+from paretune.ops.attention.spec import AttentionFunction, AttentionSpec, LayerCache
+from paretune.registry import ATTENTION
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.c_attn = empty_linear(config.n_embd, 3 * config.n_embd, bias=True)
+        self.c_proj = empty_linear(config.n_embd, config.n_embd, bias=True)
+        scale = 1 / math.sqrt(config.head_dim) if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+        self.spec = AttentionSpec(scale=scale)
+        self.attention: AttentionFunction = ATTENTION.get(DEFAULT_ATTENTION)  # the seam
+
+    def forward(self, x: Tensor, layer_cache: LayerCache | None) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).unbind(2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        y = self.attention(q, k, v, layer_cache, self.spec)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = empty_linear(config.n_embd, config.n_inner, bias=True)
+        self.c_proj = empty_linear(config.n_inner, config.n_embd, bias=True)
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = LayerNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layer_cache: LayerCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), layer_cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """The language model.
+
+    Args:
+        config: shapes; parameters are left unset (`checkpoint.load` or `initialize_` fills them).
+    """
+
+    hf_prefix = "transformer."
+    # Hugging Face stores these as Conv1D, [in, out].
+    hf_transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    # Buffers of old checkpoints that carry no information (the causal mask).
+    hf_ignored = (".attn.bias", ".attn.masked_bias")
+    embedding_name, head_name = "wte", "lm_head"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = empty_embedding(config.vocab_size, config.n_embd)
+        self.wpe = empty_embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd, config.norm_eps)
+        self.lm_head = empty_linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            cache: a `KVCache` (floor 4) begun for T tokens, or None: then `tokens` is all there is.
+            logits: of every position, `[B, T, V]`, or of each row's last valid one, `[B, 1, V]`.
+        """
+        B, T = tokens.size()
+        positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layers[i])
+        if logits == "last":
+            x = x[:, -1:] if cache is None else cache.take_last(x)
+        return self.lm_head(self.ln_f(x))
+
+    def initialize_(self, generator: torch.Generator) -> None:
+        """GPT-2's own initialisation: normal, residual projections scaled by 1/sqrt(2 n_layer)."""
+        std = self.config.initializer_range
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.data.zero_()
+            elif "ln_" in name:
+                p.data.fill_(1.0)
+            else:
+                shrink = math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 1.0
+                p.data.normal_(0.0, std / shrink, generator=generator)

@@ -1,0 +1,149 @@
+"""Llama and Mistral, whole: plain PyTorch, the same two seams as GPT-2.
+
+References: Touvron et al. 2023, arXiv:2302.13971; Jiang et al. 2023 (Mistral 7B), arXiv:2310.06825; Hugging Face
+`modeling_llama.py`, whose module names and rotary convention (halves, not pairs) are kept.
+
+Legend: B batch, T time (tokens), C width (n_embd), H query heads, Hkv key/value heads, D head dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from paretune.model.config import ModelConfig
+from paretune.model.layers import (
+    ACTIVATION_FUNCTIONS,
+    DEFAULT_ATTENTION,
+    RMSNorm,
+    empty_embedding,
+    empty_linear,
+)
+from paretune.ops.attention.spec import AttentionFunction, AttentionSpec, LayerCache
+from paretune.registry import ATTENTION
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Angular frequency of each pair of dimensions, `[D / 2]`, fp32 (Su et al. 2021, arXiv:2104.09864).
+
+    `llama3` scaling: long wavelengths are divided by the factor, short ones kept, between them a linear blend.
+    """
+    D = config.head_dim
+    frequency = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_n_positions * frequency / (2 * math.pi)  # over the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequency / scaling.factor + kept * frequency
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates dimension i with i + D/2: `x[B, H, T, D]`, `cos, sin [B or 1, 1, T, D]`."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H, Hkv, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
+        self.n_head, self.n_kv_head, self.head_dim = H, Hkv, D
+        self.q_proj = empty_linear(C, H * D, config.attn_bias)
+        self.k_proj = empty_linear(C, Hkv * D, config.attn_bias)
+        self.v_proj = empty_linear(C, Hkv * D, config.attn_bias)
+        self.o_proj = empty_linear(H * D, C, config.attn_bias)
+        self.spec = AttentionSpec(scale=1 / math.sqrt(D), window=config.sliding_window)
+        self.attention: AttentionFunction = ATTENTION.get(DEFAULT_ATTENTION)  # the seam
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: LayerCache | None) -> Tensor:
+        B, T, _ = x.size()
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
+        y = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layer_cache, self.spec)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)), SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = empty_linear(config.n_embd, config.n_inner, config.mlp_bias)
+        self.up_proj = empty_linear(config.n_embd, config.n_inner, config.mlp_bias)
+        self.down_proj = empty_linear(config.n_inner, config.n_embd, config.mlp_bias)
+        self.activation = ACTIVATION_FUNCTIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: LayerCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer_cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """The language model; arguments as `GPT2`."""
+
+    hf_prefix = "model."
+    hf_transposed: tuple[str, ...] = ()
+    hf_ignored = (".rotary_emb.inv_freq",)
+    embedding_name, head_name = "embed_tokens", "lm_head"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = empty_embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = empty_linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.lm_head.weight = self.embed_tokens.weight
+        self._rope = rope_frequencies(config)  # [D / 2], fp32
+
+    def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
+        """Logits of the next token; arguments and result as `GPT2.forward`."""
+        B, T = tokens.size()
+        positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions
+        x = self.embed_tokens(tokens)  # (B, T, C)
+        # Angles in fp32 whatever the model's dtype: bf16 cannot tell position 257 from 258.
+        angles = positions[:, None, :, None].float() * self._rope  # (B, 1, T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for i, block in enumerate(self.layers):
+            x = block(x, cos, sin, None if cache is None else cache.layers[i])
+        if logits == "last":
+            x = x[:, -1:] if cache is None else cache.take_last(x)
+        return self.lm_head(self.norm(x))
+
+    def _apply(self, fn, recurse=True):
+        # Not a buffer, because `model.to(bfloat16)` must not round it; it still follows the model's device.
+        super()._apply(fn, recurse)
+        self._rope = self._rope.to(self.norm.weight.device)
+        return self
+
+    def initialize_(self, generator: torch.Generator) -> None:
+        """Normal with the config's standard deviation; norms one, biases zero."""
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                p.data.zero_()
+            elif "norm" in name:
+                p.data.fill_(1.0)
+            else:
+                p.data.normal_(0.0, self.config.initializer_range, generator=generator)

@@ -1,0 +1,145 @@
+"""Text to token ids and back, through the `tokenizers` library."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from paretune.errors import CheckpointError, UsageError
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Args:
+        folder: holds `tokenizer.json`, or `vocab.json` and `merges.txt` (GPT-2's byte-level BPE).
+
+    Raises:
+        CheckpointError: no tokenizer there, or a damaged one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import tokenizers
+
+        self.settings = _read_json(folder / "tokenizer_config.json")
+        self._chat_file = folder / "chat_template.jinja"
+        whole, vocab, merges = (folder / n for n in ("tokenizer.json", "vocab.json", "merges.txt"))
+        try:
+            if whole.is_file():
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(whole))
+            elif vocab.is_file() and merges.is_file():
+                self._tokenizer = _byte_level_bpe(vocab, merges)
+            else:
+                raise CheckpointError(
+                    f"{folder} has no tokenizer.json (nor vocab.json and merges.txt)",
+                    "Copy the tokenizer files of the model into the folder",
+                )
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(
+                f"the tokenizer in {folder} is damaged ({error})", "Download the model again"
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; with `special_tokens` as the model's own post-processor adds them (Llama's BOS)."""
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt that the model's chat template makes of `[{"role", "content"}, ...]`.
+
+        Raises:
+            UsageError: the model has no chat template, or the template refuses these messages.
+        """
+        template = self.settings.get("chat_template")
+        if self._chat_file.is_file():
+            template = self._chat_file.read_text("utf-8")
+        if isinstance(template, list):  # several named ones
+            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        if not template:
+            raise UsageError("this model has no chat template", "Leave out --chat: it is a plain language model")
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        env.globals["raise_exception"] = refuse
+        specials = {k: _token_text(v) for k, v in self.settings.items() if k.endswith("_token") and v}
+        try:
+            return env.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the chat template refuses this prompt: {error}", "Leave out --chat") from None
+
+
+class TextStream:
+    """Token ids in, text out, never half a character.
+
+    Byte-level tokens can end inside a UTF-8 character; what is not whole yet is held back. Decoding restarts at the
+    last settled token, so a long stream costs the same per token as a short one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = 0  # first id of the window that is decoded
+        self._settled = 0  # ids whose text has been given out
+
+    def push(self, token: int) -> str:
+        """Returns the text that became certain with this token."""
+        self._ids.append(token)
+        before = self._tokenizer.decode(self._ids[self._start : self._settled])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        if text.endswith("\ufffd"):
+            return ""
+        self._start, self._settled = self._settled, len(self._ids)
+        return text[len(before) :]
+
+    def flush(self) -> str:
+        """What was held back, as it is."""
+        before = self._tokenizer.decode(self._ids[self._start : self._settled])
+        text = self._tokenizer.decode(self._ids[self._start :])
+        self._start = self._settled = len(self._ids)
+        return text[len(before) :]
+
+
+def _byte_level_bpe(vocab: Path, merges: Path):
+    """GPT-2's tokenizer from its two original files (Radford et al. 2019)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    if tokenizer.token_to_id(end) is not None:
+        tokenizer.add_special_tokens([AddedToken(end, special=True, normalized=False)])
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error})", "Download the model again") from None
+    return value if isinstance(value, dict) else {}
+
+
+def _token_text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)

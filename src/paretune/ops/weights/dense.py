@@ -1,0 +1,45 @@
+"""The plain format: one tensor in fp32, fp16 or bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from paretune.ops.weights.base import Weight
+
+
+class Dense(Weight):
+    """A dense matrix.
+
+    Args:
+        values: `[out_features, in_features]`.
+    """
+
+    format = "dense"
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = values.shape
+        # `requires_grad` stays what it was: inference models carry no gradients, the trainer switches them on.
+        is_parameter = isinstance(values, nn.Parameter)
+        self.values = values if is_parameter else nn.Parameter(values, requires_grad=False)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.values)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.values)
+
+    def dequantize(self) -> Tensor:
+        return self.values
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Dense:
+        return cls(tensors["values"])
