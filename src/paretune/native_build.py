@@ -1,8 +1,8 @@
-"""Native code: C++20 with a plain C interface, compiled on first use, kept in the user's cache, loaded with ctypes.
+"""Native code: C++20 with a plain C interface, compiled on first use, cached, loaded with ctypes.
 
 A compiled file is named by a hash of everything that it depends on (source, headers, flags, compiler version,
-processor), so a stale one is never loaded and nothing has to be cleared by hand. Without a compiler, `load` raises
-`NativeUnavailable` and the caller takes its PyTorch form.
+processor), so a stale one is never loaded and nothing has to be cleared by hand. Without a compiler, `load`
+raises `NativeUnavailable` and the caller takes its PyTorch form.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def say(text: str) -> None:
 
 
 def cache_folder() -> Path:
-    """The user's cache: $PARETUNE_CACHE, $XDG_CACHE_HOME/paretune or ~/.cache/paretune. It may not exist yet."""
+    """$PARETUNE_CACHE, $XDG_CACHE_HOME/paretune or ~/.cache/paretune. It may not exist yet."""
     if chosen := os.environ.get("PARETUNE_CACHE"):
         return Path(chosen)
     if base := os.environ.get("XDG_CACHE_HOME"):
@@ -71,7 +71,7 @@ def unavailable_reason() -> str | None:
         return "PARETUNE_NO_COMPILER=1 is set"
     if compiler() is None:
         chosen = os.environ.get("CXX", "").strip()
-        return f"the compiler that $CXX names is not there: {chosen}" if chosen else "there is no C++ compiler"
+        return f"$CXX names {chosen}, which is not there" if chosen else "there is no C++ compiler"
     return None
 
 
@@ -90,8 +90,8 @@ def flags() -> tuple[str, ...]:
 
 @functools.cache
 def cpu_info() -> tuple[str, frozenset[str]]:
-    """The processor as `(model, flags)`: its name with family, model and stepping, and the system's names of its
-    features (`avx2`, `asimd`, ...). The name alone is not enough: virtual machines call many of them "AMD EPYC".
+    """The processor as `(model, flags)`: its name with family, model and stepping, and the system's names of
+    its features (`avx2`, `asimd`, ...). The name alone is not enough: many virtual machines say "AMD EPYC".
     """
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
@@ -105,7 +105,9 @@ def cpu_info() -> tuple[str, frozenset[str]]:
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             query = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            name = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            name = subprocess.run(
+                query, capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
         if platform.machine() == "arm64":
             features |= {"asimd"}
     numbers = [
@@ -119,7 +121,7 @@ def cpu_info() -> tuple[str, frozenset[str]]:
 def load(name: str) -> ctypes.CDLL:
     """The library of `ops/native/<name>.cpp`, compiled first if the cache does not have it.
 
-    The caller sets `argtypes` and `restype`. Loading twice gives the same object. Calls release Python's lock.
+    The caller sets `argtypes` and `restype`. Loading twice gives the same object. Calls release the GIL.
 
     Raises:
         NativeUnavailable: no compiler, a failing one, or a file that cannot be loaded (a `noexec` folder).
@@ -222,14 +224,16 @@ def _folder() -> Path:
 
 
 def _compile(source: Path, target: Path, command: str) -> None:
-    """Builds under a temporary name and renames, so that processes that compile at once never see half a file."""
+    """Builds under a temporary name, then renames: processes that compile at once never see half a file."""
     say(f"compiling {source.name} with {command} (once)")
     handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
         full = [*_words(command), *flags(), "-I", str(source.parent), str(source), "-o", temporary]
         try:
-            done = subprocess.run(full, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SEC, errors="replace")
+            done = subprocess.run(
+                full, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SEC, errors="replace"
+            )
         except (OSError, subprocess.SubprocessError) as error:
             raise NativeUnavailable(f"{command} could not compile {source.name}: {error}", _CURE) from None
         if done.returncode != 0:

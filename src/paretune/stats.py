@@ -1,7 +1,8 @@
 """Intervals, tests and verdicts. Speed (`measure/`) and quality (`evaluate/`) draw the same ones.
 
-Timings are in seconds and ratios are baseline / variant, so more than 1 is faster. Nothing here reads a clock, and every
-random draw has a seed: the same samples give the same answer. A wrong argument is an error of the program (`assert`).
+Timings are in seconds and ratios are baseline / variant, so more than 1 is faster. Nothing here reads a
+clock, and every random draw has a seed: the same samples give the same answer. A wrong argument is an error
+of the program (`assert`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _DRAW_CELLS = 2_000_000  # bootstrap draws held at once: 16 MB of float64
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate of `n` values with its bounds, in the unit of the value. No information is (low, high) = (0, inf)."""
+    """An estimate from `n` values and its bounds, in one unit. No information is (low, high) = (0, inf)."""
 
     value: float
     low: float
@@ -54,8 +55,10 @@ def bootstrap(
 
     Args:
         values: [n] or [n, ...]; the first axis is resampled, so a row may hold a sum and its count.
-        statistic: `statistic(draws, axis=1)` maps [n_draws, n, ...] to [n_draws], such as `np.median` or `np.mean`.
-        level: the coverage asked for. What is reached with few values is less: see `speed_ratio`, `upper_mean`.
+        statistic: `statistic(draws, axis=1)` maps [n_draws, n, ...] to [n_draws], such as `np.median` or
+            `np.mean`.
+        level: the coverage asked for. What is reached with few values is less: see `speed_ratio`,
+            `upper_mean`.
     """
     data = np.asarray(values, dtype=np.float64)
     assert data.ndim >= 1 and len(data) >= 1, "bootstrap of nothing"
@@ -74,7 +77,7 @@ def _bootstrap_draws(data: FloatArray, statistic: Callable[..., Any], n_draws: i
     return np.concatenate(parts)
 
 
-# --- speed -----------------------------------------------------------------------------------------------------------
+# --- speed ----------------------------------------------------------------------------------------
 
 
 def speed_ratio(
@@ -86,11 +89,11 @@ def speed_ratio(
 ) -> Interval:
     """How many times faster the variant is: exp(median over blocks of log(baseline / variant)).
 
-    Both arrays are [n], seconds per unit of work, entry i from the same block. The interval is the wider of the
-    bootstrap over blocks and the interval between two order statistics (the inverted sign test, exact binomial):
-    the bootstrap of a median covers too little with few blocks. For the null of no difference the second is exact
-    whatever the noise, because the scheduler draws the order inside each block at random. (0, inf) where n does
-    not carry `level`, always so below `MIN_BLOCKS`.
+    Both arrays are [n], seconds per unit of work, entry i from the same block. The interval is the wider of
+    the bootstrap over blocks and the interval between two order statistics (the inverted sign test, exact
+    binomial): the bootstrap of a median covers too little with few blocks. For the null of no difference
+    the second is exact whatever the noise, because the scheduler draws the order inside each block at
+    random. (0, inf) where n does not carry `level`, always so below `MIN_BLOCKS`.
     """
     logs = _log_ratios(baseline_sec, variant_sec)
     n = len(logs)
@@ -130,7 +133,7 @@ def _order_rank(n: int, level: float) -> int | None:
 
 
 def verdict(ratio: Interval, delta: float = DELTA, resolution: float = 0.0) -> Verdict:
-    """The word for a ratio: rule 10 of docs/measuring.
+    """The word for a ratio (rule 10 of the measuring rules).
 
     Args:
         ratio: of `speed_ratio`.
@@ -163,7 +166,7 @@ def look_level(look_index: int, n_looks: int, level: float = LEVEL) -> float:
 def looks(min_blocks: int, max_blocks: int, level: float = LEVEL) -> list[int]:
     """The numbers of blocks after which to look: about 1.5 times more each time, the last is `max_blocks`.
 
-    Looks too early for an interval at their own `look_level` to exist are left out: they would cost level for nothing.
+    Looks too early for an interval at their `look_level` to exist are left out: they cost level for nothing.
     """
     assert 1 <= min_blocks <= max_blocks
     first = min_blocks
@@ -184,10 +187,11 @@ def looks(min_blocks: int, max_blocks: int, level: float = LEVEL) -> list[int]:
 def faster_p_value(baseline_sec: ArrayLike, variant_sec: ArrayLike, delta: float) -> float:
     """One-sided p-value of "the variant is at most 1 + delta times as fast", an exact sign test over blocks.
 
-    The sign test rather than Wilcoxon's: that one assumes log ratios symmetric about their median, which the order
-    drawn at random gives only where both sides are equal, while a spike of one side bends it. The sign test also
-    agrees with the interval of `speed_ratio`. A tie counts against the variant. Data that was looked at k times
-    needs k times the p-value, or a fresh measurement (rule 10 asks for that one anyway).
+    The sign test rather than Wilcoxon's: that one assumes log ratios symmetric about their median, which
+    the order drawn at random gives only where both sides are equal, while a spike of one side bends it. The
+    sign test also agrees with the interval of `speed_ratio`. A tie counts against the variant. Data that
+    was looked at k times needs k times the p-value, or a fresh measurement (rule 10 asks for that one
+    anyway).
     """
     logs = _log_ratios(baseline_sec, variant_sec)
     n = len(logs)
@@ -206,7 +210,7 @@ def holm(p_values: Sequence[float], alpha: float = 0.05) -> list[bool]:
     return rejected
 
 
-# --- warm-up ---------------------------------------------------------------------------------------------------------
+# --- warm-up --------------------------------------------------------------------------------------
 
 
 def has_trend(
@@ -217,10 +221,11 @@ def has_trend(
 ) -> bool:
     """Whether the last `k` timings still drift. Fewer than `k` timings: True, nothing shows that they do not.
 
-    Two conditions. The order is unlikely without drift: exact Mann-Kendall test, `alpha` in each direction rather
-    than split over both, for a false alarm costs one more slice while a miss costs the result. And the drift
-    matters: the Theil-Sen slope over the window is at least `min_change` of the median; 1 % is half the least gain
-    that counts, and on a machine without noise any slope, however small, is "significant".
+    Two conditions. The order is unlikely without drift: exact Mann-Kendall test, `alpha` in each direction
+    rather than split over both, for a false alarm costs one more slice while a miss costs the result. And
+    the drift matters: the Theil-Sen slope, over the whole window, makes at least `min_change` of the median.
+    1 % is half the least gain that counts; on a machine without noise any slope, however small, is
+    "significant". One slow timing followed by a flat rest is no trend: what follows is warm.
     """
     assert k >= 4, "no order of 3 values is unlikely enough"
     if len(timings_sec) < k:
@@ -237,7 +242,7 @@ def has_trend(
 
 @lru_cache(maxsize=256)
 def _mann_kendall_tail(k: int, score: int) -> float:
-    """P(S >= score) for k values in random order; S = concordant - discordant pairs. Ties only make it larger."""
+    """P(S >= score) for k values in random order, S = concordant - discordant pairs (no ties)."""
     counts = [1]  # counts[i]: permutations with i inversions
     for size in range(2, k + 1):
         grown = [0] * (len(counts) + size - 1)
@@ -249,14 +254,14 @@ def _mann_kendall_tail(k: int, score: int) -> float:
     return sum(counts[: most_inversions + 1]) / math.factorial(k)
 
 
-# --- percentiles and means -------------------------------------------------------------------------------------------
+# --- percentiles and means ------------------------------------------------------------------------
 
 
 def percentile_min_n(q: float) -> int:
     """The least n that carries the q-th percentile: 36 for p90, 72 for p95, 368 for p99.
 
-    That is where the largest of n values lies above the true percentile with probability 1 - 0.025, so that its 95 %
-    interval of order statistics has an upper end (for q < 50 a lower one): q**n <= 0.025.
+    That is where the largest of n values lies above the true percentile with probability 1 - 0.025, so that
+    its 95 % interval of order statistics has an upper end (for q < 50 a lower one): q**n <= 0.025.
     """
     assert 1 <= q <= 99.999, f"q is in percent, not {q}"
     share = max(q, 100 - q) / 100
@@ -264,7 +269,7 @@ def percentile_min_n(q: float) -> int:
 
 
 def percentile(samples: ArrayLike, q: float) -> float | None:
-    """The q-th percentile (q in percent, linear interpolation), or None where n does not carry it: "n too small"."""
+    """The q-th percentile (q in percent, linear interpolation), None where n does not carry it."""
     values = np.asarray(samples, dtype=np.float64)
     if values.size < percentile_min_n(q):
         return None
@@ -279,36 +284,40 @@ def upper_mean(
     n_draws: int = N_DRAWS,
     seed: int = 0,
 ) -> float:
-    """One-sided upper bound of the mean, for the quality gate: the larger of a bootstrap bound and Student's t bound.
+    """One-sided upper bound of the mean, for the quality gate: the larger of a bootstrap and a t bound.
 
     Args:
         values: [n] differences, in the order of the text.
-        block: how many neighbours form one unit of resampling (128 scored tokens); 1 where each value is a window or
-            a document. A remainder is spread over the blocks.
+        block: how many neighbours form one unit of resampling (128 scored tokens); 1 where each value is a
+            window or a document. A remainder is spread over the blocks.
 
-    The percentile bootstrap is too narrow by about sqrt((m - 1) / m) at m blocks and t knows nothing of skew: each
-    covers for the other. Needs two blocks.
+    The bootstrap is the studentised one (Efron & Tibshirani 1993, 12.5), which follows skew where the
+    percentile bootstrap is too narrow; t holds where the blocks are too few to resample. Needs two blocks.
+    Coverage of the 95 % bound over 40 blocks: at least 94 % up to the skew of an exponential, 92 % for a
+    lognormal of sigma 1.
     """
     data = np.asarray(values, dtype=np.float64)
     assert data.ndim == 1 and block >= 1 and np.isfinite(data).all(), "a list of finite numbers"
-    n_blocks = len(data) // block
-    assert n_blocks >= 2, f"a bound of the mean needs 2 blocks, there are {n_blocks}"
-    parts = np.array_split(data, n_blocks)
-    sums = np.array([[part.sum(), len(part)] for part in parts])
-    draws = _bootstrap_draws(sums, _ratio_of_sums, n_draws, seed)
-    means = sums[:, 0] / sums[:, 1]
-    half_width = student_t(level, n_blocks - 1) * float(means.std(ddof=1)) / math.sqrt(n_blocks)
-    return max(float(np.quantile(draws, level)), float(data.mean()) + half_width)
+    m = len(data) // block
+    assert m >= 2, f"a bound of the mean needs 2 blocks, there are {m}"
+    means = np.array([part.mean() for part in np.array_split(data, m)])
+    center = float(means.mean())
+    error = float(means.std(ddof=1)) / math.sqrt(m)
+    quantile = _student_t(level, m - 1)
 
+    def student(draws: FloatArray, axis: int) -> FloatArray:
+        errors = draws.std(axis=axis, ddof=1) / math.sqrt(m)
+        distances = center - draws.mean(axis=axis)
+        # A draw of one block m times has no spread and says nothing.
+        return np.divide(distances, errors, out=np.zeros_like(errors), where=errors > 1e-9 * error)
 
-def _ratio_of_sums(draws: FloatArray, axis: int) -> FloatArray:
-    totals = draws.sum(axis=axis)
-    return np.asarray(totals[..., 0] / totals[..., 1])
+    drawn = float(np.quantile(_bootstrap_draws(means, student, n_draws, seed), level))
+    return float(data.mean()) + max(quantile, drawn) * error
 
 
 @lru_cache(maxsize=256)
-def student_t(level: float, df: int) -> float:
-    """The quantile of Student's t, `level` >= 0.5. Closed form for integer df (Abramowitz & Stegun 26.7.3-4)."""
+def _student_t(level: float, df: int) -> float:
+    """The quantile of Student's t, `level` >= 0.5. Closed form for integer df (Abramowitz & Stegun 26.7)."""
     assert 0.5 <= level < 1 and df >= 1
     if df > 400:  # Cornish-Fisher, A&S 26.7.5: off by less than 1e-6 here
         z = NormalDist().inv_cdf(level)
@@ -335,7 +344,7 @@ def _t_inside(theta: float, df: int) -> float:
     return (2 / math.pi) * (theta + sin * total) if start else sin * total
 
 
-# --- the states of a host --------------------------------------------------------------------------------------------
+# --- the states of a host -------------------------------------------------------------------------
 
 
 def bandwidth_states(
@@ -346,10 +355,11 @@ def bandwidth_states(
 ) -> list[int] | None:
     """Labels each value 0 (low) or 1 (high) where the values really have two modes, else None.
 
-    The split is the one with the least absolute deviation (of the log) from the two medians, among those that leave
-    `min_share` on each side; an outlier cannot claim a state of its own. It is believed where the medians are
-    `min_ratio` apart and the middle third of the gap between them is nearly empty: at most 5 % of the values, and
-    significantly (1 %) fewer than the sixth that a flat distribution has there. So 26 values are the least.
+    The split is the one with the least absolute deviation (of the log) from the two medians, among those
+    that leave `min_share` on each side; an outlier cannot claim a state of its own. It is believed where
+    the medians are `min_ratio` apart and the middle third of the gap between them is nearly empty: at most
+    5 % of the values, and significantly (1 %) fewer than the sixth that a flat distribution has there. So
+    26 values are the least.
     """
     values = np.asarray(bytes_per_sec, dtype=np.float64)
     n = len(values)
@@ -363,23 +373,26 @@ def bandwidth_states(
     cuts = np.arange(least, n - least + 1)
     if len(cuts) == 0:
         return None
-    cost = _deviation(ordered, sums, np.zeros_like(cuts), cuts) + _deviation(
-        ordered, sums, cuts, np.full_like(cuts, n)
-    )
-    cut = int(cuts[np.argmin(cost)])
+    below = _deviation(sums, np.zeros_like(cuts), cuts)
+    above = _deviation(sums, cuts, np.full_like(cuts, n))
+    cut = int(cuts[np.argmin(below + above)])
     low, high = float(np.median(ordered[:cut])), float(np.median(ordered[cut:]))
     if high - low < math.log(min_ratio):
         return None
     third = (high - low) / 3
     n_between = int(((ordered > low + third) & (ordered < high - third)).sum())
-    p_flat = sum(math.comb(n, i) * 5 ** (n - i) for i in range(n_between + 1)) / 6**n
-    if n_between > 0.05 * n or p_flat > 0.01:
+    if n_between > 0.05 * n:
         return None
-    middle = (low + high) / 2
-    return [int(x > middle) for x in logs]
+    p_flat = sum(math.comb(n, i) * 5 ** (n - i) for i in range(n_between + 1)) / 6**n
+    if p_flat > 0.01:
+        return None
+    is_high = logs > (low + high) / 2
+    if min(is_high.mean(), 1 - is_high.mean()) < min_share:  # the cut had to take some from the other side
+        return None
+    return is_high.astype(int).tolist()
 
 
-def _deviation(ordered: FloatArray, sums: FloatArray, start: NDArray[Any], stop: NDArray[Any]) -> FloatArray:
-    """Sum of |x - median| over ordered[start:stop], for many slices at once."""
-    lower_stop, upper_start = start + (stop - start) // 2, stop - (stop - start) // 2
-    return np.asarray((sums[stop] - sums[upper_start]) - (sums[lower_stop] - sums[start]))
+def _deviation(sums: FloatArray, start: NDArray[Any], stop: NDArray[Any]) -> FloatArray:
+    """Sum of |x - median| over ordered[start:stop], many slices at once; sums[i] = sum of ordered[:i]."""
+    half = (stop - start) // 2
+    return np.asarray((sums[stop] - sums[stop - half]) - (sums[start + half] - sums[start]))

@@ -1,6 +1,6 @@
-"""Quality of a variant against the baseline, through the plan's own runner, prefill and decode apart (measuring.md).
+"""Quality of a variant against the baseline, through the plan's own runner, prefill and decode apart.
 
-`score` runs in each configuration's process; `compare` lays two saved `Scores` side by side, paired token by token.
+`score` runs in each configuration's process; `compare` lays two saved `Scores` side by side (measuring.md).
 """
 
 from __future__ import annotations
@@ -19,22 +19,12 @@ import torch
 
 from paretune import files, stats
 from paretune.errors import ParetuneError, UsageError
-from paretune.evaluate.perplexity import (
-    BLOCK_TOKENS,
-    MIN_BLOCKS,
-    Progress,
-    Runner,
-    empty_cache,
-    finite_or_none,
-    safe_exp,
-    token_nll,
-)
+from paretune.evaluate import perplexity as ppl
+from paretune.evaluate.perplexity import BLOCK_TOKENS, MIN_BLOCKS, TOO_LITTLE_TEXT, Progress, Runner
 
 PHASES = ("prefill", "decode")
 TIE_MARGIN = 1e-4  # top-1/top-2 logit margin under which a divergence is a tie (measuring.md, Quality 6)
-P99_SAMPLES = 368  # a 99th percentile needs as many (measuring.md, Speed 7)
-_BOUND_LEVEL = 0.95
-_KEPT_BYTES = 256 * 2**20  # log-probabilities kept for the KL, in fp16
+_KEPT_BYTES = 128 * 2**20  # a phase's log-probabilities kept for the KL
 _LOWEST_LOG_PROB = -60000.0  # stands for -inf: within fp16, and exp() of it is 0
 _FORMAT = 1
 
@@ -47,7 +37,7 @@ class PhaseScores:
         nll: -log p(token), nats, float32 [N, S].
         top1: the most likely id at each scored position, int32 [N, S].
         kept: the positions whose distributions are kept, flat indices into [N * S], sorted, int64 [P].
-        log_probs: their log-probabilities, [P, V], fp32 where that fits in 256 MiB, else fp16.
+        log_probs: their log-probabilities, [P, V], fp32 where that fits in 128 MiB, else fp16.
     """
 
     nll: np.ndarray
@@ -58,7 +48,7 @@ class PhaseScores:
 
 @dataclass(frozen=True)
 class Scores:
-    """One configuration's scores on a set of windows; two of them with the same `text_hash` are comparable."""
+    """One configuration's scores on a set of windows; two with the same `text_hash` are comparable."""
 
     protocol: str
     text_hash: str
@@ -67,11 +57,7 @@ class Scores:
 
     def save(self, path: str | Path) -> None:
         """Writes one `.npz` file, whole or not at all."""
-        arrays: dict[str, Any] = {
-            "format": np.array(_FORMAT),
-            "protocol": np.array(self.protocol),
-            "text_hash": np.array(self.text_hash),
-        }
+        arrays: dict[str, Any] = {"format": _FORMAT, "protocol": self.protocol, "text_hash": self.text_hash}
         for phase in PHASES:
             part: PhaseScores = getattr(self, phase)
             arrays |= {f"{phase}_{name}": getattr(part, name) for name in PhaseScores.__annotations__}
@@ -90,16 +76,14 @@ class Scores:
         try:
             with np.load(path, allow_pickle=False) as f:
                 if int(f["format"]) != _FORMAT:
-                    raise ParetuneError(f"{path} has scores of format {int(f['format'])}, not {_FORMAT}", cure)
-                parts = [
-                    PhaseScores(**{name: f[f"{phase}_{name}"] for name in PhaseScores.__annotations__})
-                    for phase in PHASES
-                ]
+                    raise ValueError("written by another version")
+                names = PhaseScores.__annotations__
+                parts = [PhaseScores(**{name: f[f"{phase}_{name}"] for name in names}) for phase in PHASES]
                 return cls(str(f["protocol"]), str(f["text_hash"]), *parts)
         except OSError as error:
             raise ParetuneError(f"cannot read the scores {path}: {error.strerror or error}", cure) from None
         except (KeyError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile):
-            raise ParetuneError(f"{path} is not a whole file of scores", cure) from None
+            raise ParetuneError(f"{path} is not a whole file of scores of this version", cure) from None
 
 
 def windows_of(token_ids: torch.Tensor | Sequence[int], window_len: int) -> torch.Tensor:
@@ -114,35 +98,38 @@ def windows_of(token_ids: torch.Tensor | Sequence[int], window_len: int) -> torc
     tokens = torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1)
     n = tokens.numel() // window_len
     if n < 1:
-        raise ParetuneError(
-            f"text too short: {tokens.numel()} tokens, one window needs {window_len}",
-            "Use a longer text or shorter windows",
-        )
+        cause = f"text too short: {tokens.numel()} tokens, one window needs {window_len}"
+        raise ParetuneError(cause, "Use a longer text or shorter windows")
     return tokens[: n * window_len].reshape(n, window_len)
 
 
 class _Recorder:
-    """Collects one phase while it runs. What the device computes stays there until the end; kept rows do not."""
+    """Collects one phase while it runs. Losses stay on the device until the end, kept rows do not."""
 
-    def __init__(self, n: int, s: int, vocab_size: int, kept: np.ndarray, dtype: torch.dtype, device: Any) -> None:
+    def __init__(self, n: int, s: int, vocab_size: int, keep: int, seed: int, device: Any) -> None:
         self.nll = torch.empty((n, s), dtype=torch.float32, device=device)
         self.top1 = torch.empty((n, s), dtype=torch.int32, device=device)
-        self.kept = kept
-        self.log_probs = torch.empty((kept.size, vocab_size), dtype=dtype)
-        self.slot = torch.full((n * s,), -1, dtype=torch.int64)
-        self.slot[torch.from_numpy(kept)] = torch.arange(kept.size)
-        self.slot = self.slot.reshape(n, s)
+        n_kept = max(0, min(keep, n * s, _KEPT_BYTES // (2 * vocab_size)))
+        dtype = torch.float32 if n_kept * vocab_size * 4 <= _KEPT_BYTES else torch.float16
+        # A function of shapes and seed only, so that every configuration keeps the same positions.
+        self.kept = np.sort(np.random.default_rng(seed).choice(n * s, size=n_kept, replace=False))
+        self.log_probs = torch.empty((n_kept, vocab_size), dtype=dtype)
+        slot = torch.full((n * s,), -1, dtype=torch.int64)
+        slot[torch.from_numpy(self.kept)] = torch.arange(n_kept)
+        self.slot = slot.reshape(n, s)
 
     def put(self, rows: slice, columns: slice, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Scores logits [B, K, V] against targets [B, K] into cells [rows, columns]."""
         flat = logits.reshape(-1, logits.shape[-1])
-        self.nll[rows, columns] = token_nll(flat, targets.reshape(-1)).reshape(targets.shape)
+        self.nll[rows, columns] = ppl.token_nll(flat, targets.reshape(-1)).reshape(targets.shape)
         self.top1[rows, columns] = flat.argmax(dim=-1).reshape(targets.shape).to(torch.int32)
         slots = self.slot[rows, columns].reshape(-1)
         wanted = (slots >= 0).nonzero().squeeze(-1)
         for part in wanted.split(64):  # 64 rows of 50,257 in fp32: 13 MB
-            log_probs = torch.log_softmax(flat[part.to(flat.device)].float(), dim=-1).clamp(min=_LOWEST_LOG_PROB)
-            self.log_probs[slots[part]] = log_probs.to("cpu", self.log_probs.dtype)
+            log_probs = torch.log_softmax(flat[part.to(flat.device)].float(), dim=-1)
+            self.log_probs[slots[part]] = log_probs.clamp(min=_LOWEST_LOG_PROB).to(
+                "cpu", self.log_probs.dtype
+            )
 
     def scores(self) -> PhaseScores:
         return PhaseScores(self.nll.cpu().numpy(), self.top1.cpu().numpy(), self.kept, self.log_probs.numpy())
@@ -159,24 +146,24 @@ def score(
     text_name: str = "text",
     progress: Progress | None = None,
 ) -> Scores:
-    """Scores windows the way generation runs: the first half prefilled at once, the second half fed token by token.
+    """Scores windows the way generation runs: half of each prefilled at once, the rest fed token by token.
 
-    With H = T // 2, the prefill of tokens [0, H) scores targets 1..H (H tokens a window); the decode steps, fed the
-    text's own tokens H..T-2, score targets H+1..T-1 (T - 1 - H a window). Only token 0 has no score. T = 257 gives
-    two halves of exactly 128; T = 256 gives 128 and 127.
+    With H = T // 2, the prefill of tokens [0, H) scores targets 1..H (H a window) and the decode steps, fed
+    the text's own tokens H..T-2, score targets H+1..T-1 (T-1-H a window). Only token 0 has no score. T = 257
+    gives two halves of exactly 128, T = 256 gives 128 and 127.
 
-    Memory: the logits [batch_size, H, V] in the runner's dtype, up to 256 MiB of kept log-probabilities, 32 MiB.
+    Memory: logits [batch_size, H, V] in the runner's dtype, up to 256 MiB of kept log-probabilities, 50 MiB.
 
     Args:
         windows: token ids, int64 [N, T], T >= 4 (`windows_of`).
-        keep_positions: positions whose whole distribution is kept for the KL, half of them in each phase, drawn
-            with `seed` (the same ones for every configuration); fewer where fp16 would exceed 256 MiB.
+        keep_positions: positions whose whole distribution is kept for the KL, half of them in each phase,
+            drawn with `seed` (the same for every configuration); fewer where fp16 would exceed 256 MiB.
         batch_size: windows at a time; give the plan's own, since numerics can depend on it. The last batch is
-            filled up with copies so that every step has the same shape.
+            filled up with copies, so that every step has the same shape.
         text_name: what the text is, for the protocol id.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 4:
-        raise UsageError(f"windows of shape {list(windows.shape)} cannot be scored", "Give [N, T], N >= 1, T >= 4")
+        raise UsageError(f"cannot score windows of shape {list(windows.shape)}", "Give [N >= 1, T >= 4]")
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive", "Use 1 or more")
     windows = windows.to("cpu", torch.int64)
@@ -193,10 +180,13 @@ def score(
         rows = slice(start, min(start + batch_size, n))
         n_real = rows.stop - rows.start
         if start:
-            empty_cache(cache)
+            ppl.empty_cache(cache)
         logits = runner.forward(tokens[:, :half], cache, logits="all")
         if not recorders:  # the vocabulary as the runner gives it is known from here on
-            recorders = _recorders(n, n_scored, logits.shape[-1], keep_positions, seed, logits.device)
+            recorders = {
+                phase: _Recorder(n, s, logits.shape[-1], keep_positions // 2, seed, device)
+                for phase, s in n_scored.items()
+            }
         recorders["prefill"].put(rows, slice(0, half), logits[:n_real], tokens[:n_real, 1 : half + 1])
         for j in range(n_scored["decode"]):
             logits = runner.forward(tokens[:, half + j : half + j + 1], cache, logits="last")
@@ -205,30 +195,18 @@ def score(
         if progress is not None:
             progress(rows.stop, n)
     return Scores(
-        protocol=f"{text_name}/win{length}/prefill{half}+decode{length - 1 - half}/token",
+        protocol=f"{text_name}/win{length}/prefill{half}+decode{n_scored['decode']}/token",
         text_hash=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         **{phase: recorder.scores() for phase, recorder in recorders.items()},
     )
 
 
-def _recorders(
-    n: int, n_scored: dict[str, int], vocab_size: int, keep_positions: int, seed: int, device: Any
-) -> dict[str, _Recorder]:
-    """One recorder a phase, with the seeded positions to keep: a function of shapes and seed only."""
-    n_kept = max(0, min(keep_positions, _KEPT_BYTES // (2 * vocab_size)))
-    dtype = torch.float32 if n_kept * vocab_size * 4 <= _KEPT_BYTES else torch.float16
-    rng = np.random.default_rng(seed)
-    out = {}
-    for phase in PHASES:
-        total = n * n_scored[phase]
-        kept = np.sort(rng.choice(total, size=min(total, n_kept // 2), replace=False)).astype(np.int64)
-        out[phase] = _Recorder(n, n_scored[phase], vocab_size, kept, dtype, device)
-    return out
-
-
 @dataclass(frozen=True)
 class PhaseFidelity:
-    """One phase of a comparison. Increases are fractions (0.01 is 1 %); KL in nats, KL(baseline || variant)."""
+    """One phase of a comparison. Increases are fractions (0.01 is 1 %), KL(baseline || variant) in nats.
+
+    A variant whose losses are not all finite has a perplexity of NaN and an upper bound of infinity.
+    """
 
     n_tokens: int
     n_blocks: int
@@ -249,11 +227,11 @@ class Fidelity:
 
     Attributes:
         perplexity, baseline_perplexity: over the scored tokens of both phases.
-        phase: the worse phase, the one with the higher upper bound; it alone is gated, so passing it passes both.
+        phase: the worse phase, the one with the higher upper bound. It is gated: passing it passes both.
         ppl_increase, ppl_increase_upper: of that phase; the upper one is the one-sided 95 % bound.
         kl_mean, kl_p99, top1_agreement: over both phases; None where nothing (or too little) was kept.
-        within_bound: `ppl_increase_upper <= max_ppl_increase` on enough text with finite losses. Without a bound,
-            True unless the variant gives NaN.
+        within_bound: `ppl_increase_upper <= max_ppl_increase`, on enough text and with finite losses. Without
+            a bound: True unless a loss is not finite.
         too_little_text: under 40 blocks in a phase; no bound can be passed then.
         identical: all losses are bit-equal.
         reason: one line that says why `within_bound` is what it is.
@@ -267,10 +245,7 @@ class Fidelity:
     max_ppl_increase: float | None
     kl_mean: float | None
     kl_p99: float | None
-    n_kl: int
     top1_agreement: float
-    n_top1_agree: int
-    n_tokens: int
     n_windows: int
     phase: str
     within_bound: bool
@@ -281,14 +256,12 @@ class Fidelity:
     decode: PhaseFidelity
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; numbers that are not finite are None."""
+        """Plain data, one dict for each phase in it; numbers that are not finite are None."""
 
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {k: plain(v) for k, v in value.items()}
-            return finite_or_none(value) if isinstance(value, float) else value
+        def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {k: ppl.finite_or_none(v) if isinstance(v, float) else v for k, v in pairs}
 
-        return plain(asdict(self))
+        return asdict(self, dict_factory=plain)
 
 
 def compare(baseline: Scores, variant: Scores, max_ppl_increase: float | None = None) -> Fidelity:
@@ -298,152 +271,94 @@ def compare(baseline: Scores, variant: Scores, max_ppl_increase: float | None = 
         max_ppl_increase: the bound as a fraction (0.01 is 1 %), or None for no bound.
 
     Raises:
-        ParetuneError: the two were scored on different text, windows or vocabularies, or the baseline gives NaN.
+        ParetuneError: scored on different text, windows or vocabularies, or the baseline gives NaN.
     """
     _check_comparable(baseline, variant)
-    parts: dict[str, PhaseFidelity] = {}
-    kls: list[np.ndarray] = []
-    for phase in PHASES:
-        parts[phase], kl = _compare_phase(getattr(baseline, phase), getattr(variant, phase))
-        kls.append(kl)
-    # Both phases must hold. Testing the higher of two 95 % bounds keeps the error of passing a bad variant at 5 %.
-    worse = max(PHASES, key=lambda phase: parts[phase].ppl_increase_upper)
-    too_little = any(p.n_blocks < MIN_BLOCKS for p in parts.values())
-    within, reason = _gate(worse, parts, too_little, max_ppl_increase)
-    n_tokens = sum(p.n_tokens for p in parts.values())
-    agree = sum(p.n_top1_agree for p in parts.values())
-    kl = np.concatenate(kls)
-    finite = all(p.n_not_finite == 0 for p in parts.values())
-    pairs = [(getattr(baseline, phase).nll, getattr(variant, phase).nll) for phase in PHASES]
+    pairs = {phase: (getattr(baseline, phase), getattr(variant, phase)) for phase in PHASES}
+    kls = {phase: ppl.kl_divergence(b.log_probs, v.log_probs) for phase, (b, v) in pairs.items()}
+    parts = {phase: _compare_phase(b, v, kls[phase]) for phase, (b, v) in pairs.items()}
+    # Both phases must hold: a bad variant passes both 95 % bounds with 5 % probability at most.
+    worse = max(PHASES, key=lambda phase: (parts[phase].n_not_finite, parts[phase].ppl_increase_upper))
+    n_blocks = min(p.n_blocks for p in parts.values())
+    within, reason = _gate(worse, parts[worse], n_blocks, max_ppl_increase)
+    kl = np.concatenate(list(kls.values()))
     return Fidelity(
         protocol=variant.protocol,
-        perplexity=_perplexity([v for _, v in pairs]) if finite else math.nan,
-        baseline_perplexity=_perplexity([b for b, _ in pairs]),
+        perplexity=_perplexity(*(v.nll for _, v in pairs.values())),
+        baseline_perplexity=_perplexity(*(b.nll for b, _ in pairs.values())),
         ppl_increase=parts[worse].ppl_increase,
         ppl_increase_upper=parts[worse].ppl_increase_upper,
         max_ppl_increase=max_ppl_increase,
         kl_mean=float(kl.mean()) if kl.size else None,
-        kl_p99=float(np.quantile(kl, 0.99)) if kl.size >= P99_SAMPLES else None,
-        n_kl=kl.size,
-        top1_agreement=agree / n_tokens,
-        n_top1_agree=agree,
-        n_tokens=n_tokens,
+        kl_p99=stats.percentile(kl, 99),
+        top1_agreement=sum(p.n_top1_agree for p in parts.values()) / sum(p.n_tokens for p in parts.values()),
         n_windows=baseline.prefill.nll.shape[0],
         phase=worse,
         within_bound=within,
-        too_little_text=too_little,
-        identical=all(np.array_equal(b, v) for b, v in pairs),
+        too_little_text=n_blocks < MIN_BLOCKS,
+        identical=all(np.array_equal(b.nll, v.nll) for b, v in pairs.values()),
         reason=reason,
-        prefill=parts["prefill"],
-        decode=parts["decode"],
+        **parts,
     )
 
 
 def _check_comparable(baseline: Scores, variant: Scores) -> None:
     cure = "Score both on the same windows with the same settings"
-    if baseline.text_hash != variant.text_hash or baseline.protocol != variant.protocol:
-        raise ParetuneError(
-            f"baseline ({baseline.protocol}) and variant ({variant.protocol}) were scored on different text", cure
-        )
+    if (baseline.text_hash, baseline.protocol) != (variant.text_hash, variant.protocol):
+        raise ParetuneError(f"different text was scored: {baseline.protocol} and {variant.protocol}", cure)
     for phase in PHASES:
         b, v = getattr(baseline, phase), getattr(variant, phase)
         if b.log_probs.shape != v.log_probs.shape or not np.array_equal(b.kept, v.kept):
-            raise ParetuneError(
-                f"baseline and variant kept other distributions: {b.log_probs.shape} and {v.log_probs.shape}", cure
-            )
+            shapes = f"{list(b.log_probs.shape)} and {list(v.log_probs.shape)}"
+            raise ParetuneError(f"baseline and variant kept different distributions: {shapes}", cure)
         if not np.isfinite(b.nll).all():
-            raise ParetuneError(
-                f"the baseline gives NaN or infinity in {phase}", "Use another dtype for the baseline, e.g. float32"
-            )
+            raise ParetuneError(f"the baseline gives NaN or infinity in {phase}", "Use float32 for it")
 
 
-def _compare_phase(b: PhaseScores, v: PhaseScores) -> tuple[PhaseFidelity, np.ndarray]:
-    """The comparison of one phase, and its KL at each kept position, float64 [P]."""
-    difference = v.nll.astype(np.float64) - b.nll.astype(np.float64)
+def _compare_phase(b: PhaseScores, v: PhaseScores, kl: np.ndarray) -> PhaseFidelity:
     n_not_finite = int((~np.isfinite(v.nll)).sum())
-    if n_not_finite:
-        n_blocks, increase, upper, perplexity = _n_blocks(*difference.shape), math.nan, math.inf, math.nan
-    else:
-        blocks = block_means(difference)
-        n_blocks, perplexity = blocks.size, _perplexity([v.nll])
+    increase, upper = math.nan, math.inf
+    if not n_not_finite:
+        difference = v.nll.astype(np.float64) - b.nll.astype(np.float64)
         mean = float(difference.mean())
-        # One block has no spread to bound anything with; max() only guards against the last bit.
-        bound = max(mean, stats.upper_mean(blocks, _BOUND_LEVEL)) if n_blocks > 1 else math.inf
-        increase, upper = safe_exp(mean) - 1, safe_exp(bound) - 1
+        increase = ppl.safe_exp(mean) - 1
+        blocks = ppl.block_means(difference)
+        if blocks.size > 1:  # one block has no spread to bound anything with
+            margin = stats.upper_mean(blocks, level=0.95) - float(blocks.mean())
+            upper = ppl.safe_exp(mean + margin) - 1
     agree = int((b.top1 == v.top1).sum())
-    kl = kl_divergence(b.log_probs, v.log_probs)
-    result = PhaseFidelity(
-        n_tokens=difference.size,
-        n_blocks=n_blocks,
-        baseline_perplexity=_perplexity([b.nll]),
-        perplexity=perplexity,
+    return PhaseFidelity(
+        n_tokens=b.nll.size,
+        n_blocks=ppl.count_blocks(*b.nll.shape),
+        baseline_perplexity=_perplexity(b.nll),
+        perplexity=_perplexity(v.nll),
         ppl_increase=increase,
         ppl_increase_upper=upper,
         n_top1_agree=agree,
-        top1_agreement=agree / difference.size,
+        top1_agreement=agree / b.nll.size,
         n_kl=kl.size,
         kl_mean=float(kl.mean()) if kl.size else None,
         n_not_finite=n_not_finite,
     )
-    return result, kl
 
 
-def _gate(
-    worse: str, parts: dict[str, PhaseFidelity], too_little: bool, limit: float | None
-) -> tuple[bool, str]:
+def _gate(worse: str, p: PhaseFidelity, n_blocks: int, limit: float | None) -> tuple[bool, str]:
     """(within_bound, reason)."""
-    p = parts[worse]
     if p.n_not_finite:
-        return False, f"the variant gives NaN or infinity at {p.n_not_finite} of {p.n_tokens} tokens in {worse}"
+        where = f"{p.n_not_finite} of {p.n_tokens} tokens in {worse}"
+        return False, f"the variant gives NaN or infinity at {where}"
     if limit is None:
         return True, "no bound was set"
-    if too_little:
-        n = min(part.n_blocks for part in parts.values())
-        return False, f"too little text: {n} blocks of {BLOCK_TOKENS} tokens, a bound needs {MIN_BLOCKS}"
+    if n_blocks < MIN_BLOCKS:
+        what = f"{n_blocks} blocks of {BLOCK_TOKENS} tokens, a bound needs {MIN_BLOCKS}"
+        return False, f"{TOO_LITTLE_TEXT}: {what}"
     within = p.ppl_increase_upper <= limit
-    return within, (
-        f"{worse}: perplexity {p.ppl_increase:+.2%}, at most {p.ppl_increase_upper:+.2%} with 95 % confidence, "
-        f"{'within' if within else 'over'} the bound of {limit:+.2%}"
-    )
+    change = f"{p.ppl_increase:+.2%}, with 95 % confidence at most {p.ppl_increase_upper:+.2%}"
+    return within, f"{worse}: perplexity {change}, {'within' if within else 'over'} the bound of {limit:+.2%}"
 
 
-def _n_blocks(n: int, s: int) -> int:
-    """How many blocks `block_means` makes of [n, s]. 127 tokens (half of a window of 256) count as one."""
-    per_window = (s + 1) // BLOCK_TOKENS
-    return n * per_window if per_window else max(1, n // math.ceil(BLOCK_TOKENS / s))
-
-
-def block_means(x: np.ndarray) -> np.ndarray:
-    """Means over blocks of about 128 neighbouring tokens, float64 [n_blocks], of x [N windows, S tokens].
-
-    A long half-window is cut into blocks, short ones are joined; no token is left out. Sizes differ by a few
-    tokens at most, so each block is weighted by its size, and the mean of the blocks is the mean of the tokens.
-    """
-    n, s = x.shape
-    n_blocks = _n_blocks(n, s)
-    if (s + 1) // BLOCK_TOKENS:
-        sums = np.stack([part.sum(axis=1) for part in np.array_split(x, n_blocks // n, axis=1)], axis=1)
-    else:
-        sums = np.array([part.sum() for part in np.array_split(x, n_blocks, axis=0)])
-    return sums.reshape(-1) * (n_blocks / x.size)
-
-
-def kl_divergence(baseline: np.ndarray, variant: np.ndarray) -> np.ndarray:
-    """KL(baseline || variant) in nats, float64 [P], of log-probabilities [P, V].
-
-    Both are normalised again: what fp16 rounding leaves is then of second order (about 1e-6 nats), not of first.
-    """
-    out = np.empty(baseline.shape[0])
-    for i in range(0, baseline.shape[0], 64):
-        p = torch.log_softmax(torch.from_numpy(baseline[i : i + 64]).float(), dim=-1)
-        q = torch.log_softmax(torch.from_numpy(variant[i : i + 64]).float(), dim=-1)
-        out[i : i + 64] = (p.exp() * (p - q)).sum(-1).clamp(min=0.0).double().numpy()
-    return out
-
-
-def _perplexity(losses: list[np.ndarray]) -> float:
-    total = sum(float(x.sum(dtype=np.float64)) for x in losses)
-    return safe_exp(total / sum(x.size for x in losses))
+def _perplexity(*losses: np.ndarray) -> float:
+    return ppl.safe_exp(sum(float(x.sum(dtype=np.float64)) for x in losses) / sum(x.size for x in losses))
 
 
 @dataclass(frozen=True)
@@ -461,14 +376,13 @@ class Exactness:
     n_equal: int
 
     def to_json(self) -> dict[str, Any]:
-        margin = finite_or_none(self.margin)
-        return {**asdict(self), "margin": margin}
+        return asdict(self) | {"margin": ppl.finite_or_none(self.margin)}
 
 
 def exactness(
     reference_tokens: Sequence[int], variant_tokens: Sequence[int], margins: Sequence[float]
 ) -> Exactness:
-    """Bit-equal tokens, a divergence at a tie, or different. After a divergence the contexts differ: no more is said.
+    """Bit-equal tokens, a divergence at a tie, or different. Nothing is said of what follows it.
 
     Args:
         margins: the reference's top-1/top-2 logit margin at each of its tokens, [len(reference_tokens)].

@@ -1,8 +1,8 @@
 """Rolling-window perplexity through a runner, with its protocol as an id, bits per byte and an interval.
 
 The protocol is the one that Hugging Face documents for fixed-length models
-(https://huggingface.co/docs/transformers/perplexity): windows of `context` tokens advance by `stride`, and a token
-is scored in the first window that reaches it.
+(https://huggingface.co/docs/transformers/perplexity): windows of `context` tokens advance by `stride`, and a
+token is scored in the first window that reaches it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from paretune import stats
 from paretune.errors import ParetuneError, UsageError
 
 BLOCK_TOKENS = 128  # one resampling unit: neighbouring tokens are far from independent
+_JOINED_TOKENS = 120  # so that 4 windows of 31 or 2 of 63 tokens are a block, as 4 of 32 are
 MIN_BLOCKS = 40  # fewer: "too little text" (measuring.md, Quality 2)
 TOO_LITTLE_TEXT = "too little text"
-_SLICE_ELEMENTS = 2**22  # fp32 logits widened at a time: 16 MiB
+_SLICE_ELEMENTS = 2**22  # logits widened to fp32 at a time: 16 MiB, and two such temporaries
 
 Progress = Callable[[int, int], None]
 """Called as progress(windows done, windows in all)."""
@@ -55,7 +56,7 @@ class Perplexity:
         nll_per_token: mean negative log-likelihood of the scored tokens, nats.
         bits_per_byte: nats of all scored tokens / ln 2 / bytes of the whole text; compares across tokenizers.
         n_tokens_unscored: tokens of the text that no window scores (they have no context); their bytes count.
-        n_blocks: whole blocks of 128 scored tokens behind the interval (a ragged last one is left out of it).
+        n_blocks: blocks of 128 scored tokens (a remainder is spread over them) behind the interval.
         low, high: 95 % block-bootstrap interval of the perplexity; None under 40 blocks.
         note: what keeps a number from being there, or "".
     """
@@ -91,8 +92,8 @@ class Perplexity:
 def rolling_windows(n_tokens: int, context: int, stride: int) -> list[Window]:
     """The windows that score a text, in text order; each token is scored at most once.
 
-    The first window scores all its tokens but the first. A later one scores the tokens that no earlier one showed
-    (`stride` of them, fewer at the end), with the `context - stride` before them as context. With
+    The first window scores all its tokens but the first. A later one scores the tokens that no earlier one
+    showed (`stride` of them, fewer at the end), with the `context - stride` before them as context. With
     stride == context there is no such context, so the first token of every window stays unscored, as in the
     Hugging Face loop. A window that would score nothing (a single left-over token) is left out.
     """
@@ -104,8 +105,6 @@ def rolling_windows(n_tokens: int, context: int, stride: int) -> list[Window]:
         if first_scored < end:
             windows.append(Window(begin, end, first_scored))
         shown = end
-        if end == n_tokens:
-            break
     return windows
 
 
@@ -122,10 +121,10 @@ def perplexity(
 ) -> Perplexity:
     """Scores `token_ids` in rolling windows, each one prefill of the runner.
 
-    Differs from the Hugging Face loop in one thing: that loop weights each window's mean loss by one token too few
-    where the window has context; here each scored token weighs the same.
+    Differs from the Hugging Face loop in one thing: that loop weights a window's mean loss by one token too
+    few where the window has context; here each scored token weighs the same.
 
-    Memory: the logits of `batch_size` windows, [batch_size, context, V] in the runner's dtype, plus 16 MiB.
+    Memory: logits [batch_size, context, V] in the runner's dtype, plus about 50 MiB.
 
     Args:
         token_ids: the whole text, [n_tokens].
@@ -145,13 +144,17 @@ def perplexity(
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive", "Use 1 or more")
     if n_bytes < 1:
-        raise UsageError(f"a text of {n_bytes} bytes has no bits per byte", "Give the length of the text in bytes")
+        raise UsageError(
+            f"a text of {n_bytes} bytes has no bits per byte", "Give the length of the text in bytes"
+        )
     tokens = torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1).cpu()
     n_tokens = tokens.numel()
     if n_tokens < context:
         raise ParetuneError(
             f"the text {text_name} has {n_tokens} tokens, fewer than one window of {context}",
-            f"Use a longer text, or --context {n_tokens} or smaller" if n_tokens >= 2 else "Use a longer text",
+            f"Use a longer text, or --context {n_tokens} or smaller"
+            if n_tokens >= 2
+            else "Use a longer text",
         )
 
     windows = rolling_windows(n_tokens, context, stride)
@@ -209,20 +212,19 @@ def _batches(windows: list[Window], batch_size: int) -> list[list[Window]]:
 
 def _interval(nll: np.ndarray) -> tuple[float | None, float | None, int, str]:
     """(low, high, n_blocks, note) of the perplexity from token losses in text order."""
-    n_blocks = nll.size // BLOCK_TOKENS
+    n_blocks = count_blocks(1, nll.size)
     if not np.isfinite(nll).all():
         return None, None, n_blocks, f"the model gives NaN or infinity at {(~np.isfinite(nll)).sum()} tokens"
     if n_blocks < MIN_BLOCKS:
         return None, None, n_blocks, TOO_LITTLE_TEXT
-    blocks = nll[: n_blocks * BLOCK_TOKENS].reshape(n_blocks, BLOCK_TOKENS).mean(axis=1)
-    interval = stats.bootstrap(blocks, np.mean)
+    interval = stats.bootstrap(block_means(nll[None]), np.mean)
     return safe_exp(interval.low), safe_exp(interval.high), n_blocks, ""
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """-log p(target) in nats, float32 [R], of logits [R, V] and targets [R].
 
-    Rows are widened to fp32 a slice at a time: a second copy of all logits would be the peak of the whole run.
+    Rows are widened to fp32 a slice at a time: a second copy of all logits would be the peak of the run.
     """
     n_rows, vocab_size = logits.shape
     step = max(1, _SLICE_ELEMENTS // vocab_size)
@@ -233,9 +235,44 @@ def token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def kl_divergence(baseline: np.ndarray, variant: np.ndarray) -> np.ndarray:
+    """KL(baseline || variant) in nats, float64 [P], of log-probabilities [P, V].
+
+    Both are normalised again: what fp16 rounding leaves is then of second order (about 1e-6), not of first.
+    """
+    out = np.empty(baseline.shape[0])
+    for i in range(0, baseline.shape[0], 64):
+        p = torch.log_softmax(torch.from_numpy(baseline[i : i + 64]).float(), dim=-1)
+        q = torch.log_softmax(torch.from_numpy(variant[i : i + 64]).float(), dim=-1)
+        out[i : i + 64] = (p.exp() * (p - q)).sum(-1).clamp(min=0.0).double().numpy()
+    return out
+
+
+def count_blocks(n: int, s: int) -> int:
+    """How many blocks `block_means` makes of n windows of s tokens.
+
+    Half of a window of 256 has 127 decode tokens and counts as one; short windows are joined, to 120 or more.
+    """
+    per_window = (s + 1) // BLOCK_TOKENS
+    return n * per_window if per_window else max(1, n // math.ceil(_JOINED_TOKENS / s))
+
+
+def block_means(x: np.ndarray) -> np.ndarray:
+    """Means over blocks of about 128 neighbouring tokens, float64 [n_blocks], of x [N windows, S tokens].
+
+    A long half-window is cut into blocks of nearly one size, short ones are joined; no token is left out.
+    """
+    n, s = x.shape
+    n_blocks = count_blocks(n, s)
+    if (s + 1) // BLOCK_TOKENS:
+        parts = np.array_split(x, n_blocks // n, axis=1)
+        return np.stack([part.mean(axis=1, dtype=np.float64) for part in parts], axis=1).reshape(-1)
+    return np.array([part.mean(dtype=np.float64) for part in np.array_split(x, n_blocks, axis=0)])
+
+
 def empty_cache(cache: Any) -> None:
     """Forgets all rows of a cache and keeps its buffers."""
-    cache.truncate_(torch.zeros_like(cache.lengths))
+    cache.truncate_([0] * cache.lengths.shape[0])
 
 
 def safe_exp(x: float) -> float:

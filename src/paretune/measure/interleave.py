@@ -1,7 +1,8 @@
 """Interleaved blocks: every subject once a block, in random order, so that drift and noisy neighbours cancel.
 
-The scheduler owns no process and times nothing itself: a `Subject` runs one slice and says how long a unit of work
-took. It decides who runs when, keeps all but one asleep, and hands out each sample the moment it is taken.
+The scheduler owns no process and times nothing itself: a `Subject` runs one slice and says how long a unit
+of work took. It decides who runs when, keeps all but one asleep, and hands out each sample the moment it is
+taken.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ MAX_WARM_UP_SEC = 30.0
 
 
 class SubjectError(ParetuneError):
-    """A subject that cannot go on: it crashed, ran out of memory or timed out. A row with its cause, not the end."""
+    """A subject that cannot go on: it crashed, ran out of memory or timed out."""
 
 
 class Subject(Protocol):
@@ -109,8 +110,8 @@ class BlockRun:
 def block_order(names: Sequence[str], rng_seed: int, block: int) -> list[str]:
     """The order of one block: sorted by a hash of (seed, block, name).
 
-    A hash rather than a generator, so that the order depends on nothing that came before: a resumed run goes on
-    identically, and where one subject is dropped the others keep theirs.
+    A hash rather than a generator, so that the order depends on nothing that came before: a resumed run
+    goes on identically, and where one subject is dropped the others keep theirs.
     """
 
     def key(name: str) -> bytes:
@@ -127,8 +128,8 @@ def warm_up(
 ) -> list[float]:
     """Samples one subject until its last `k` timings show no trend, for `max_sec` at most, and pauses it.
 
-    Returns every timing, in seconds per unit of work. Where `stats.has_trend(timings, k)` still holds the time ran
-    out: say so beside the result. The other subjects must be paused.
+    Returns every timing, in seconds per unit of work. Where `stats.has_trend(timings, k)` still holds the
+    time was over first: say so beside the result. The other subjects must be paused.
 
     Raises:
         SubjectError: from the subject.
@@ -163,55 +164,52 @@ def run_blocks(
         subjects: warmed up, of different names. All are paused first and left paused.
         rng_seed: with the block and the names it fixes the order.
         probe: measures the bandwidth in bytes/s (about 15 ms). It runs before and after each slice with every
-            subject asleep; where the two differ by more than `max_probe_change` the slice is repeated, at most
-            `max_repeats` times, and the last one counts.
+            subject asleep; where the two differ by more than `max_probe_change` the slice is repeated, at
+            most `max_repeats` times, and the last one counts.
         deadline_sec: the moment of `clock.now()` from which no slice is started.
-        on_sample: called with each new sample when it is taken, before anything else happens: put it on disk there.
+        on_sample: called with each new sample when it is taken, before anything else happens: put it on
+            disk there.
         done: samples of an earlier, killed run; what is there is not measured again.
 
-    A subject that raises `SubjectError` is dropped from here on and listed in `failures`. Anything else that is
-    raised (Ctrl-C, a full disk in `on_sample`) goes up, with every subject paused.
+    A subject that raises `SubjectError` is dropped from here on and listed in `failures`. Anything else
+    that is raised (Ctrl-C, a full disk in `on_sample`) goes up, with every subject paused.
     """
     by_name = {subject.name: subject for subject in subjects}
     assert len(by_name) == len(subjects), "two subjects of one name"
     run = BlockRun(samples=list(done))
     taken = {(sample.block, sample.subject) for sample in done}
 
-    def drop_on_error(name: str, action: Callable[[], Any]) -> Any:
-        try:
-            return action()
-        except SubjectError as error:
-            run.failures.setdefault(name, error)
-            return None
+    def measure(subject: Subject, block: int, position: int) -> Sample:
+        n_repeated = 0
+        while True:
+            before = probe() if probe else None
+            with _awake(subject):
+                value_sec = _timed(subject)
+            after = probe() if probe else None
+            if n_repeated == max_repeats or not _differ(before, after, max_probe_change):
+                return Sample(subject.name, block, position, value_sec, before, after, n_repeated)
+            n_repeated += 1
 
-    for name, subject in by_name.items():
-        drop_on_error(name, subject.pause)
+    for subject in subjects:
+        try:
+            subject.pause()
+        except SubjectError as error:
+            run.failures[subject.name] = error
     for block in range(start_block, start_block + n_blocks):
         for position, name in enumerate(block_order(list(by_name), rng_seed, block)):
             if name in run.failures or (block, name) in taken:
                 continue
             if deadline_sec is not None and clock.now() >= deadline_sec:
-                return BlockRun(run.samples, run.failures, is_cut=True)
-            for n_repeated in range(max_repeats + 1):
-                before = probe() if probe else None
-                value_sec = drop_on_error(name, lambda name=name: _one_slice(by_name[name]))
-                if value_sec is None:
-                    break
-                after = probe() if probe else None
-                if not _differ(before, after, max_probe_change):
-                    break
-            if value_sec is None:
+                return replace(run, is_cut=True)
+            try:
+                sample = measure(by_name[name], block, position)
+            except SubjectError as error:
+                run.failures[name] = error
                 continue
-            sample = Sample(name, block, position, value_sec, before, after, n_repeated)
             if on_sample:
                 on_sample(sample)
             run.samples.append(sample)
     return run
-
-
-def _one_slice(subject: Subject) -> float:
-    with _awake(subject):
-        return _timed(subject)
 
 
 @contextlib.contextmanager
@@ -219,8 +217,16 @@ def _awake(subject: Subject) -> Iterator[None]:
     try:
         subject.resume()  # inside the try: half resumed is also put back to sleep
         yield
-    finally:
+    except SubjectError:
+        with contextlib.suppress(
+            SubjectError
+        ):  # a dead process cannot be paused either; the first cause counts
+            subject.pause()
+        raise
+    except BaseException:
         subject.pause()
+        raise
+    subject.pause()
 
 
 def _timed(subject: Subject) -> float:
@@ -291,8 +297,8 @@ class Blocks:
     ) -> dict[int, stats.Interval] | None:
         """The ratio in each bandwidth state of the host (0 low, 1 high), None where it has no states.
 
-        The states are found over the probes of all subjects. A block counts for a state where all four probes of the
-        pair lie in it; one in which the state changed counts for none.
+        The states are found over the probes of all subjects. A block counts for a state where all four
+        probes of the pair lie in it; one in which the state changed counts for none.
         """
         probed = [
             (key, sample.bandwidth_before, sample.bandwidth_after)

@@ -1,7 +1,8 @@
 """Rows, units and text tables: the one place that decides how a number is written.
 
-A row is a flat dict of raw values; a `Column` says how one of them is shown. CSV keeps the raw values (units are
-in the names of the columns), Markdown and text show them with units. `bench` and the studies bring their own rows.
+A row is a flat dict of raw values; a `Column` says how one of them is shown. CSV keeps the raw values (units
+are in the names of the columns), Markdown and text show them with units. `bench` and the studies bring
+rows of their own.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from paretune.report.units import (
 __all__ = [
     "DEFINITIONS",
     "NOT_MEASURED",
+    "SHORT_COLUMNS",
     "TRIAL_COLUMNS",
     "Column",
     "Row",
@@ -60,25 +62,42 @@ Row = dict[str, Any]
 
 # Peers disagree about these words (some count the first token in TPOT), so every table prints what it means.
 DEFINITIONS: dict[str, str] = {
-    "Baseline": "the model as it was given, run in the ordinary way. Every other row is compared with it.",
-    "Speed-up": "how many times as fast as the baseline: the median over blocks in which both were timed side by "
-    "side. 1.00x is the same speed, more is faster. The range in brackets is the 95 % confidence interval.",
-    "TTFT": "time to first token: from the start of the request until the first output token is there. Median; "
-    "lower is better.",
-    "TPOT": "time per output token after the first: (whole request - TTFT) / (output tokens - 1). Median; lower "
-    "is better.",
+    "Baseline": ("the model as it was given, run in the ordinary way. Every other row is compared with it."),
+    "Speed-up": (
+        "how many times as fast as the baseline: the median over blocks in which both were timed side by "
+        "side. 1.00x is the same speed, more is faster. The range in brackets is the 95 % confidence "
+        "interval."
+    ),
+    "TTFT": (
+        "time to first token: from the start of the request until the first output token is there. Median; "
+        "lower is better."
+    ),
+    "TPOT": (
+        "time per output token after the first: (whole request - TTFT) / (output tokens - 1). Median; lower "
+        "is better."
+    ),
     "ITL": "inter-token latency: each single gap between two output tokens.",
     "Throughput": "output tokens per second, over all requests of the batch.",
-    "Weights": "bytes of the model as stored in memory, shared tensors counted once. 1 MB = 1,000,000 bytes.",
+    "Weights": (
+        "bytes of the model as stored in memory, shared tensors counted once. 1 MB = 1,000,000 bytes."
+    ),
     "Peak memory": "largest resident memory of the whole process, libraries included.",
     "Perplexity": "how surprised the model is by real text. Lower is better.",
-    "Quality loss": "increase of perplexity (how surprised the model is by real text) over the baseline on the "
-    "same text. 'At most' is the upper end of a one-sided 95 % interval: that end has to stay within the limit.",
-    "Guarantee": "'lossless': shown to give the same output. 'bounded': the output may differ, its quality was "
-    "measured. 'changed weights': pruned or trained further, its quality was measured.",
+    "Quality loss": (
+        "increase of perplexity (how surprised the model is by real text) over the baseline on the same "
+        "text. 'At most' is the upper end of a one-sided 95 % interval: that end has to stay within the "
+        "limit."
+    ),
+    "Guarantee": (
+        "'lossless': shown to give the same output. 'bounded': the output may differ, its quality was "
+        "measured to be within the limit. 'changed weights': pruned or trained further, its quality was "
+        "measured."
+    ),
     "Pays back after": "output tokens until the extra time to load and compile is won back.",
-    "Bandwidth use": "bytes that one output token has to read (weights and cache) / TPOT, as a share of the read "
-    "bandwidth measured on this machine. Also called MBU.",
+    "Bandwidth use": (
+        "bytes that one output token has to read (weights and cache) / TPOT, as a share of the read "
+        "bandwidth measured on this machine. Also called MBU."
+    ),
 }
 
 _STATUS_WORDS = {
@@ -253,29 +272,47 @@ def trial_rows(result: Mapping[str, Any]) -> list[Row]:
     return sorted(rows, key=key)
 
 
+def _speed_cell(row: Row) -> str:
+    if row.get("role") == "baseline" and row.get("speedup") is not None:
+        return f"{format_ratio(row['speedup'])} (reference)"
+    return format_ratio(row.get("speedup"), row.get("speedup_low"), row.get("speedup_high"))
+
+
 def _quality_cell(row: Row) -> str:
+    if row.get("role") == "baseline":
+        return "none (reference)"
     if row.get("ppl_increase") is None:
-        return "none (reference)" if row.get("role") == "baseline" else NOT_MEASURED
-    middle, upper = format_percent(row["ppl_increase"], signed=True), row.get("ppl_increase_upper")
-    return middle if upper is None else f"{middle}, at most {format_percent(upper, signed=True)}"
+        return "none (lossless)" if row.get("guarantee") == "lossless" else NOT_MEASURED
+    middle, upper = (format_percent(row.get(k), signed=True) for k in ("ppl_increase", "ppl_increase_upper"))
+    return (
+        middle if row.get("ppl_increase_upper") is None or upper == middle else f"{middle}, at most {upper}"
+    )
+
+
+def _guarantee_cell(row: Row) -> str:
+    if row.get("guarantee") == "bounded" and row.get("within_bound") is False:
+        return "none"  # "bounded" would promise what the measurement refuted
+    return row.get("guarantee") or "-"
 
 
 TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("name", "Candidate", numeric=False, term="Baseline"),
     Column("judgement", "Result", numeric=False),
-    Column(
-        "speedup",
-        "Speed-up",
-        lambda r: format_ratio(r.get("speedup"), r.get("speedup_low"), r.get("speedup_high")),
-        term="Speed-up",
-    ),
+    Column("speedup", "Speed-up", _speed_cell, term="Speed-up"),
     Column("tpot_sec", "TPOT", term="TPOT"),
     Column("ttft_sec", "TTFT", term="TTFT"),
     Column("weights_bytes", "Weights", term="Weights"),
     Column("rss_peak_bytes", "Peak memory", term="Peak memory"),
     Column("ppl_increase", "Quality loss", _quality_cell, term="Quality loss"),
-    Column("guarantee", "Guarantee", lambda r: r.get("guarantee") or "-", numeric=False, term="Guarantee"),
+    Column("guarantee", "Guarantee", _guarantee_cell, numeric=False, term="Guarantee"),
     Column("cause", "Cause", lambda r: r.get("cause") or "-", numeric=False),
+)
+
+# What fits on a terminal; the file beside it and the report hold the rest.
+SHORT_COLUMNS: tuple[Column, ...] = (
+    *(c for c in TRIAL_COLUMNS if c.key in ("name", "judgement", "speedup", "tpot_sec")),
+    Column("ppl_increase_upper", "Loss at most", term="Quality loss"),
+    TRIAL_COLUMNS[-1],
 )
 
 

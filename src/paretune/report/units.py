@@ -52,7 +52,9 @@ def format_sec(value: Any) -> str:
     if abs(x) >= 119.5:
         minutes, seconds = divmod(round(x), 60)
         hours, minutes = divmod(minutes, 60)
-        return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+        if hours:
+            return f"{hours} h {minutes} min"
+        return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
     if x == 0:
         return "0 s"
     return _scaled(x, [(1e-9, "ns"), (1e-6, "\u00b5s"), (1e-3, "ms"), (1.0, "s")])

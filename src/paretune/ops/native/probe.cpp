@@ -40,7 +40,6 @@ using Clock = std::chrono::steady_clock;
 struct Probe {
     char* data;
     std::size_t n_bytes;
-    int n_threads;
     std::atomic<std::uint64_t> sink{0};  // keeps the sums alive
 };
 
@@ -49,8 +48,8 @@ struct Slice {
     std::size_t n_bytes;
 };
 
-Slice slice_of(const Probe& probe, int thread) {
-    const std::size_t n = probe.n_bytes / probe.n_threads / kStride * kStride;
+Slice slice_of(const Probe& probe, int n_threads, int thread) {
+    const std::size_t n = probe.n_bytes / n_threads / kStride * kStride;
     return {probe.data + n * thread, n};
 }
 
@@ -116,10 +115,10 @@ void* paretune_probe_new(std::size_t n_bytes, int n_threads) {
 #if defined(__linux__)
     madvise(data, n_whole, MADV_HUGEPAGE);  // a wish: without it the page walks of 4 KiB pages cost bandwidth
 #endif
-    Probe* probe = new (std::nothrow) Probe{static_cast<char*>(data), n_bytes, n_threads};
+    Probe* probe = new (std::nothrow) Probe{static_cast<char*>(data), n_bytes};
     Clock::time_point start;
     if (probe == nullptr || !run_team(n_threads, &start, [&](int i) {
-            const Slice slice = slice_of(*probe, i);
+            const Slice slice = slice_of(*probe, n_threads, i);
             std::memset(const_cast<char*>(slice.begin), i + 1, slice.n_bytes);
         })) {
         delete probe;
@@ -136,12 +135,13 @@ void paretune_probe_free(void* handle) {
 }
 
 // Reads the buffer again and again for about `seconds`; bytes per second of all threads together. 0: no threads.
-double paretune_probe_read(void* handle, double seconds) {
+// n_threads is at most what the buffer was made for (the bytes that each has are then at least one stride).
+double paretune_probe_read(void* handle, int n_threads, double seconds) {
     Probe& probe = *static_cast<Probe*>(handle);
-    std::vector<std::uint64_t> n_read(probe.n_threads, 0);
+    std::vector<std::uint64_t> n_read(n_threads, 0);
     Clock::time_point start;
-    const bool ok = run_team(probe.n_threads, &start, [&](int i) {
-        const Slice slice = slice_of(probe, i);
+    const bool ok = run_team(n_threads, &start, [&](int i) {
+        const Slice slice = slice_of(probe, n_threads, i);
         std::uint64_t total = 0, count = 0;
         std::size_t offset = 0, since_look = 0;
         for (;;) {

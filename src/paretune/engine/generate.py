@@ -1,0 +1,215 @@
+"""Generation on top of a runner: prefill, decode, sampling, stop strings, streaming, batches of unequal prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from paretune import clock
+from paretune.engine.runners.base import Runner
+from paretune.engine.sampling import Sampler, SamplingOptions, argmax
+from paretune.errors import UsageError
+from paretune.model.tokenizer import TextStream, Tokenizer
+
+
+@dataclass
+class Generation:
+    """One finished sequence."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)  # new ones, an end token included
+    text: str = ""  # of the new tokens, cut before a stop string
+    finish_reason: str = "length"  # length, eos, stop
+
+
+@dataclass
+class Timing:
+    """Seconds of one `generate` call: definitions as in `docs`, tokenisation outside."""
+
+    ttft_sec: float = 0.0  # start of the call to the first token
+    total_sec: float = 0.0
+    model_sec: float = 0.0  # inside runner.forward
+    n_steps: int = 0  # decode steps
+
+
+@dataclass
+class GenerateResult:
+    generations: list[Generation]
+    timing: Timing
+
+    @property
+    def tpot_sec(self) -> float | None:
+        """Seconds per output token after the first; None for fewer than two."""
+        n = self.timing.n_steps
+        return (self.timing.total_sec - self.timing.ttft_sec) / n if n else None
+
+
+@torch.inference_mode()
+def naive_generate(model: nn.Module, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list[float]]:
+    """The oracle: greedy, no cache, the whole sequence again for every token.
+
+    Returns:
+        the new tokens, and for each the margin between the two largest logits.
+    """
+    ids, margins = list(prompt), []
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([ids]), None, "last")[0, 0]
+        top = logits.float().topk(2).values
+        margins.append(float(top[0] - top[1]))
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :], margins
+
+
+def check_request(prompts: Sequence[Sequence[int]], max_new_tokens: int, n_positions: int, vocab_size: int) -> None:
+    """Refuses what cannot be generated.
+
+    Raises:
+        UsageError: no prompt, an empty one, one that does not fit, or a token that the model does not know.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens is {max_new_tokens}", "It has to be 1 or more")
+    if not prompts:
+        raise UsageError("there is no prompt", "Pass --prompt TEXT")
+    for prompt in prompts:
+        if not prompt:
+            raise UsageError("the prompt is empty", "Pass at least one word with --prompt")
+        if len(prompt) > n_positions:
+            raise UsageError(
+                f"the prompt has {len(prompt)} tokens, the model's context is {n_positions}", "Shorten the prompt"
+            )
+        if len(prompt) + max_new_tokens > n_positions:
+            raise UsageError(
+                f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the context of {n_positions}",
+                f"Ask for at most {n_positions - len(prompt)} new tokens or shorten the prompt",
+            )
+        if max(prompt) >= vocab_size:
+            raise UsageError(
+                f"the tokenizer gives token {max(prompt)}, the model knows {vocab_size}",
+                "The tokenizer belongs to another model",
+            )
+
+
+def generate(
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingOptions | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    stop: Sequence[str] = (),
+    ignore_eos: bool = False,
+    on_text: Callable[[int, str], None] | None = None,
+) -> GenerateResult:
+    """Continues each prompt.
+
+    Every row gets the tokens it would get alone: positions are its own, and its generator is seeded with
+    `seed + row`.
+
+    Args:
+        prompts: token ids; lengths may differ.
+        tokenizer: needed for text, stop strings and streaming.
+        stop: strings that end a sequence; they are not part of the text.
+        ignore_eos: fixed output length, for measurements.
+        on_text: called with (row, piece) as text becomes certain.
+    """
+    config = runner.config
+    check_request(prompts, max_new_tokens, config.n_positions, config.vocab_size)
+    if (stop or on_text) and tokenizer is None:
+        raise UsageError("stop strings and streaming need a tokenizer", "Pass the model's tokenizer")
+    sampling = sampling or SamplingOptions()
+    rows = [_Row(i, p, sampling, tokenizer, stop, on_text) for i, p in enumerate(prompts)]
+    eos = () if ignore_eos else config.eos_token_ids
+    plain_greedy = sampling.greedy and sampling.repetition_penalty == 1
+    timing = Timing()
+    started = clock.now()
+
+    lengths = [len(p) for p in prompts]
+    cache = runner.new_cache(len(prompts), max(lengths) + max_new_tokens)
+    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = torch.tensor(prompt)
+    if min(lengths) < max(lengths):
+        cache.stage_(lengths)
+    step = tokens.to(runner.device)
+    for i in range(max_new_tokens):
+        before = clock.now()
+        logits = runner.forward(step, cache, "last")[:, 0]  # (B, V)
+        chosen = _choose(logits, rows, plain_greedy)
+        timing.model_sec += clock.now() - before
+        for row, token in zip(rows, chosen, strict=True):
+            row.accept(token, eos)
+        if i == 0:
+            timing.ttft_sec = clock.now() - started
+        else:
+            timing.n_steps += 1
+        if all(row.done for row in rows):
+            break
+        step = torch.tensor(chosen, device=runner.device)[:, None]
+    for row in rows:
+        row.finish()
+    timing.total_sec = clock.now() - started
+    return GenerateResult([row.generation for row in rows], timing)
+
+
+def _choose(logits: Tensor, rows: list[_Row], plain_greedy: bool) -> list[int]:
+    if plain_greedy:
+        return argmax(logits)
+    logits = logits.cpu()
+    return [0 if row.done else row.sampler.choose(logits[i]) for i, row in enumerate(rows)]
+
+
+class _Row:
+    """One sequence of the batch: its sampler, its text so far, whether it is done."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: Sequence[int],
+        sampling: SamplingOptions,
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str],
+        on_text: Callable[[int, str], None] | None,
+    ) -> None:
+        seed = None if sampling.seed is None else sampling.seed + index
+        self.index, self.stop, self.on_text = index, [s for s in stop if s], on_text
+        self.sampler = Sampler(replace(sampling, seed=seed), prompt)
+        self.stream = TextStream(tokenizer) if tokenizer else None
+        self.generation = Generation(list(prompt))
+        self.done = False
+        self._shown = 0  # characters already given to on_text
+
+    def accept(self, token: int, eos: Sequence[int]) -> None:
+        if self.done:
+            return
+        self.generation.tokens.append(token)
+        if token in eos:
+            self.done, self.generation.finish_reason = True, "eos"
+            return
+        if self.stream is None:
+            return
+        self.generation.text += self.stream.push(token)
+        cut = _first_stop(self.generation.text, self.stop)
+        if cut is not None:
+            self.generation.text = self.generation.text[:cut]
+            self.done, self.generation.finish_reason = True, "stop"
+        self._show(hold_back=0 if self.done else max((len(s) for s in self.stop), default=1) - 1)
+
+    def finish(self) -> None:
+        if self.stream is not None and self.generation.finish_reason != "stop":
+            self.generation.text += self.stream.flush()
+        self._show(hold_back=0)
+
+    def _show(self, hold_back: int) -> None:
+        """Streams what can no longer become part of a stop string."""
+        upto = max(len(self.generation.text) - hold_back, self._shown)
+        if self.on_text is not None and upto > self._shown:
+            self.on_text(self.index, self.generation.text[self._shown : upto])
+        self._shown = upto
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    found = [at for at in (text.find(s) for s in stop) if at >= 0]
+    return min(found) if found else None

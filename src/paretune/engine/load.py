@@ -1,0 +1,119 @@
+"""From a folder and a recipe to something that runs, and the proof that it is what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from paretune import clock, hardware
+from paretune.engine.generate import naive_generate
+from paretune.engine.probe import Observation, observe
+from paretune.engine.runners.base import Runner
+from paretune.errors import NotExactError, UsageError
+from paretune.model import checkpoint
+from paretune.recipe import Recipe
+from paretune.transforms.base import Context
+
+TIE_MARGIN = 1e-4  # logits closer than this are a tie: either token is right (fp32)
+
+
+@dataclass
+class Loaded:
+    """A model under a recipe."""
+
+    folder: Path
+    recipe: Recipe
+    runner: Runner
+    load_sec: float
+
+
+def load_recipe(folder: Path, recipe: Recipe, device: str = "cpu", ctx: Context | None = None) -> Loaded:
+    """Loads the checkpoint, applies the transforms, makes the runner.
+
+    Models are loaded in fp32 on a CPU and as stored on a GPU.
+
+    Raises:
+        UsageError: the recipe cannot run here; the reason is in the message.
+    """
+    reason = recipe.requires(device)
+    if reason:
+        raise UsageError(f"{recipe.name} cannot run here: {reason}", "Choose another recipe")
+    started = clock.now()
+    if recipe.engine.threads:
+        hardware.set_threads(recipe.engine.threads)
+    model = checkpoint.load(folder, torch.float32 if device == "cpu" else None).to(device)
+    model = recipe.apply(model, ctx or Context(device=device))
+    return Loaded(folder, recipe, recipe.runner(model), clock.now() - started)
+
+
+def prove(loaded: Loaded) -> tuple[list[str], Observation]:
+    """Proof of effect of every transform and of the runner.
+
+    Raises:
+        NoEffectError: a transform or the runner did nothing.
+    """
+    probe = observe(loaded.runner)
+    said = [s for t in loaded.recipe.transforms for s in t.verify(loaded.runner.model, probe)]
+    if probe.compiled:
+        from paretune.errors import NoEffectError
+
+        if probe.graph_breaks:
+            raise NoEffectError(f"the compiled graph has {probe.graph_breaks} breaks", "Use the eager runner")
+        said.append("prefill and decode each run as one compiled graph, 0 graph breaks")
+    return said, probe
+
+
+@torch.inference_mode()
+def check_exact(loaded: Loaded, prompt: list[int], n_tokens: int = 12) -> list[str]:
+    """Holds what claims to be exact against its reference: reference attention, no cache, eager.
+
+    In fp32 the greedy tokens are equal, or differ first at a tie. With rounded numbers (16 bits, int8) the logits may
+    be off from the fp32 model by at most twice what the reference form of the same recipe is off.
+
+    Raises:
+        NotExactError: they are not equal.
+    """
+    recipe, device = loaded.recipe, str(loaded.runner.device)
+    twin = load_recipe(loaded.folder, recipe.without_exact(), device).runner.model
+    runner = loaded.runner
+    if not recipe.changes_numbers:
+        expected, margins = naive_generate(twin, prompt, n_tokens)
+        cache = runner.new_cache(1, len(prompt) + n_tokens)
+        step, got = torch.tensor([prompt], device=runner.device), []
+        for i in range(n_tokens):
+            token = int(runner.forward(step, cache, "last")[0, 0].argmax())
+            got.append(token)
+            if token != expected[i]:
+                if margins[i] < TIE_MARGIN:
+                    return [f"greedy tokens equal the reference up to a tie at token {i + 1} (margin {margins[i]:.1e})"]
+                raise NotExactError(
+                    f"{recipe.name} is not exact: token {i + 1} differs, with a margin of {margins[i]:.2g}",
+                    "Report it as a bug; the recipe is not timed",
+                )
+            step = torch.tensor([[token]], device=runner.device)
+        return [f"{n_tokens} greedy tokens equal the reference's"]
+    exact_model = checkpoint.load(loaded.folder, torch.float32).to(device)
+    tokens = torch.tensor([prompt], device=device)
+    truth = exact_model(tokens, None, "all").double()
+    cache = runner.new_cache(1, len(prompt) + 1)
+    # Prefill most of the prompt and step through the rest, so that both phases are held to it.
+    half = max(1, len(prompt) - n_tokens)
+    parts = [runner.forward(tokens[:, :half], cache, "all")]
+    parts += [runner.forward(tokens[:, i : i + 1], cache, "all") for i in range(half, len(prompt))]
+    ours = torch.cat(parts, dim=1).double()
+    # The twin goes the same way (int8 kernels round activations by the number of rows).
+    twin_runner = recipe.without_exact().runner(twin)
+    twin_cache = twin_runner.new_cache(1, len(prompt) + 1)
+    parts = [twin_runner.forward(tokens[:, :half], twin_cache, "all")]
+    parts += [twin_runner.forward(tokens[:, i : i + 1], twin_cache, "all") for i in range(half, len(prompt))]
+    reference = torch.cat(parts, dim=1).double()
+    norm = truth.norm()
+    error, allowed = float((ours - truth).norm() / norm), float((reference - truth).norm() / norm)
+    if not error <= 2 * allowed + 1e-6:
+        raise NotExactError(
+            f"{recipe.name} is off by {error:.2g} from fp32, its reference form by {allowed:.2g}",
+            "Report it as a bug; the recipe is not timed",
+        )
+    return [f"logit error against fp32 {error:.2g}, reference form of the same recipe {allowed:.2g}"]

@@ -1,0 +1,65 @@
+"""What really happens: one prefill and one decode step through a runner, watched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from paretune.engine.runners.base import Runner
+from paretune.errors import ParetuneError
+
+PROMPT_LEN = 8  # tokens of the probe's prefill: more than one, few enough to be free
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Facts for `Transform.verify` and the report."""
+
+    kernels: dict[str, int]  # operators and kernels by name, with counts
+    compiled: bool  # the runner executes compiled graphs
+    graph_breaks: int
+    cache_dtype: str
+    bytes_by_dtype: dict[str, int]  # stored parameters and buffers, each storage once
+    runner: dict[str, object]  # Runner.describe()
+
+
+def observe(runner: Runner) -> Observation:
+    """Runs one prefill and one decode step under the profiler, after an unwatched round (compilation, first use).
+
+    Raises:
+        ParetuneError: the model gives NaN or infinity.
+    """
+    from torch._dynamo.utils import counters
+
+    breaks_before = sum(counters["graph_break"].values())
+    tokens = (torch.arange(PROMPT_LEN)[None] % runner.config.vocab_size).to(runner.device)
+    prompt_len = min(PROMPT_LEN, runner.config.n_positions - 1)
+
+    def once() -> torch.Tensor:
+        cache = runner.new_cache(1, prompt_len + 1)
+        runner.forward(tokens[:, :prompt_len], cache, "last")
+        return runner.forward(tokens[:, :1], cache, "last")
+
+    once()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if runner.device.type == "cuda" else [])
+    with profile(activities=activities, acc_events=True) as watched:
+        logits = once()
+    if not bool(torch.isfinite(logits).all()):
+        raise ParetuneError("the model gives NaN or infinity", "Use a wider dtype, or check the weights")
+    kernels = Counter(event.name for event in watched.events())
+    sizes: dict[str, int] = {}
+    storages = {t.untyped_storage().data_ptr(): t for t in [*runner.model.parameters(), *runner.model.buffers()]}
+    for t in storages.values():
+        key = str(t.dtype).removeprefix("torch.")
+        sizes[key] = sizes.get(key, 0) + t.nbytes
+    return Observation(
+        kernels=dict(kernels),
+        compiled=runner.name == "compile",
+        graph_breaks=sum(counters["graph_break"].values()) - breaks_before,
+        cache_dtype=str(runner.dtype),
+        bytes_by_dtype=sizes,
+        runner=runner.describe(),
+    )

@@ -1,0 +1,56 @@
+"""How a model is executed. One protocol for all runners; a runner is one file beside this one."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from paretune.engine.cache import KVCache
+
+Logits = Literal["last", "all"]
+
+
+class Runner:
+    """Executes a model step by step on a cache.
+
+    Args:
+        model: built and transformed.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = True  # claims the reference's results, so it is checked before it is timed
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config = model.config
+        embedding = getattr(model, model.embedding_name)
+        self.dtype: torch.dtype = embedding.weight.compute_dtype
+        self.device = next(iter(embedding.weight.to_tensors().values())).device
+
+    @staticmethod
+    def requires(device: str) -> str | None:
+        """Why this runner cannot run on `device`, or None."""
+        return None
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        c = self.config
+        return KVCache(
+            n_layer=c.n_layer,
+            batch_size=batch_size,
+            n_kv_head=c.n_kv_head,
+            capacity=min(capacity, c.n_positions),
+            head_dim=c.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+            static=False,
+        )
+
+    def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
+        """One step: `tokens[B, K] -> [B, 1, V]` ("last") or `[B, K, V]` ("all"); the cache holds K more after it."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, object]:
+        """What really runs, for the report."""
+        return {"runner": self.name}

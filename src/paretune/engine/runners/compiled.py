@@ -1,0 +1,87 @@
+"""`torch.compile`, prefill and decode apart.
+
+Decode is one graph of fixed shapes over a static cache; prefill one graph with a dynamic length. A graph break is an
+error (`fullgraph=True`), never a silent return to eager. Inductor's options are passed to the call and restored by it:
+no global compiler state changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretune import native_build
+from paretune.engine.cache import KVCache
+from paretune.engine.runners.base import Logits, Runner
+from paretune.errors import UsageError
+
+# `freeze` folds the weights into the graph as constants (and may repack them: counted in the memory report).
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "freeze": {"freezing": True},
+    "max-autotune": {"freezing": True, "max_autotune": True},
+    "reduce-overhead": {"triton.cudagraphs": True},
+}
+CAPACITY_STEP = 128  # cache lengths are rounded up to it, so that few shapes are ever compiled
+
+
+class CompileRunner(Runner):
+    """Args:
+    mode: one of `MODES`.
+    """
+
+    name = "compile"
+
+    def __init__(self, model: nn.Module, mode: str = "default") -> None:
+        super().__init__(model)
+        if mode not in MODES:
+            raise UsageError(f"unknown compile mode {mode!r}", f"Known: {', '.join(MODES)}")
+        self.mode = mode
+        options = dict(MODES[mode])
+        # A decode graph of its own per batch size and capacity; both are few (capacity is rounded).
+        self._decode = torch.compile(_Step(model), fullgraph=True, dynamic=False, options=options)
+        self._prefill = torch.compile(_Step(model), fullgraph=True, options=options)
+
+    @staticmethod
+    def requires(device: str) -> str | None:
+        if device == "cpu" and native_build.compiler() is None:
+            return "torch.compile on a CPU needs a C++ compiler, and none was found"
+        return None
+
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        rounded = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+        cache = super().new_cache(batch_size, rounded)
+        cache.static = True
+        return cache
+
+    # Frozen graphs need grad mode off, and inference tensors would add a guard failure against `no_grad` callers.
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
+        assert cache.static, "this cache was made by another runner"
+        K = tokens.size(1)
+        cache.begin_(K)
+        if K == 1:
+            out = self._decode(tokens, cache, logits)
+        else:
+            # Only the length is symbolic: with `dynamic=True` the weights' sizes would be too.
+            for tensor in (tokens, cache.positions):
+                torch._dynamo.mark_dynamic(tensor, 1)
+            out = self._prefill(tokens, cache, logits)
+        cache.commit_()
+        return out
+
+    def describe(self) -> dict[str, object]:
+        return {"runner": self.name, "mode": self.mode}
+
+
+class _Step(nn.Module):
+    """A wrapper of its own per phase: `torch.compile` of one module twice would share its compiled code."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, cache: KVCache, logits: Logits) -> Tensor:
+        return self.model(tokens, cache, logits)

@@ -1,0 +1,20 @@
+"""PyTorch, operator by operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paretune.engine.cache import KVCache
+from paretune.engine.runners.base import Logits, Runner
+
+
+class EagerRunner(Runner):
+    name = "eager"
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
+        cache.begin_(tokens.size(1))
+        out = self.model(tokens, cache, logits)
+        cache.commit_()
+        return out

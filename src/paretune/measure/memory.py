@@ -1,0 +1,157 @@
+"""Memory in parts: what the weights, the cache and the activations take, and what the process and the GPU
+hold.
+
+All figures are bytes. `None` says that a figure was not measured or does not exist here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _status_bytes(key: str) -> int | None:
+    """A row of /proc/self/status, such as VmRSS or VmHWM."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None
+
+
+def _largest_rss_bytes() -> int:
+    """The process's largest resident size by getrusage: the only figure where there is no /proc."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def rss_bytes() -> int:
+    """Physical memory of this process now. Without /proc: its largest so far; 0 on Windows."""
+    now = _status_bytes("VmRSS")
+    return _largest_rss_bytes() if now is None else now
+
+
+def peak_rss_bytes() -> int:
+    """The largest physical memory of this process since its start, or since `reset_peak_rss` gave True."""
+    peak = _status_bytes("VmHWM")
+    return _largest_rss_bytes() if peak is None else peak
+
+
+def reset_peak_rss() -> bool:
+    """Starts the peak again from the present size. False where the system does not allow it: then the peak
+    still counts everything since the start, loading among it.
+    """
+    before = _status_bytes("VmHWM")
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
+            f.write("5")  # 5: the peak alone (proc(5)); the page marks stay
+    except OSError:
+        return False
+    after = _status_bytes("VmHWM")
+    # Some sandboxes take the write and do nothing: a peak above the present size by over 1 MiB was not reset.
+    return before is not None and after is not None and after <= max(rss_bytes() + (1 << 20), 0)
+
+
+def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that really hold data: a wrapper subclass has none of its own."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    names, _ = flatten()
+    return [leaf for name in names for leaf in _leaves(getattr(tensor, name))]
+
+
+def _storage(tensor: torch.Tensor) -> tuple[Any, int]:
+    """A key that two views of the same memory share, and the bytes of that memory."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage._cdata, storage.nbytes()
+    except (NotImplementedError, RuntimeError):  # opaque layouts (MKL-DNN, sparse) have no storage to ask
+        return id(tensor), tensor.numel() * tensor.element_size()
+
+
+def storage_bytes(module: torch.nn.Module) -> dict[str, int]:
+    """Bytes of a module's `parameters`, `buffers` and `total`, and its `n_storages`: memory that several
+    tensors share (tied layers, views) counts once, and whole. A storage of both kinds counts as a parameter.
+    """
+    seen: dict[Any, int] = {}
+    sums: dict[str, int] = {}
+    kept = []  # a wrapper may make its leaves anew at each look: while they live, no key comes twice
+    for kind, tensors in (("parameters", module.parameters()), ("buffers", module.buffers())):
+        before = sum(seen.values())
+        for tensor in tensors:
+            for leaf in _leaves(tensor):
+                key, n_bytes = _storage(leaf)
+                kept.append(leaf)
+                seen[key] = n_bytes
+        sums[kind] = sum(seen.values()) - before
+    return {**sums, "total": sum(sums.values()), "n_storages": len(seen)}
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryParts:
+    """The memory of one trial in bytes.
+
+    Attributes:
+        weights_bytes: parameters and buffers by storage (`storage_bytes`).
+        kv_cache_bytes: the cache as allocated, not as filled.
+        activation_peak_bytes: the most that the rest of a forward pass held at once.
+        rss_bytes, rss_peak_bytes: the process, with the interpreter and the libraries.
+        device_allocated_bytes: GPU: in tensors, at the peak.
+        device_reserved_bytes: GPU: held by PyTorch's allocator, at the peak.
+        device_used_bytes: GPU: device-wide, other processes and the driver included.
+    """
+
+    weights_bytes: int
+    kv_cache_bytes: int | None
+    activation_peak_bytes: int | None
+    rss_bytes: int
+    rss_peak_bytes: int
+    device_allocated_bytes: int | None = None
+    device_reserved_bytes: int | None = None
+    device_used_bytes: int | None = None
+
+    @classmethod
+    def take(
+        cls,
+        weights_bytes: int,
+        kv_cache_bytes: int | None = None,
+        activation_peak_bytes: int | None = None,
+        device: str = "cpu",
+    ) -> MemoryParts:
+        """The parts that the caller knows beside what the process and the GPU hold now."""
+        process = (rss_bytes(), peak_rss_bytes())
+        parts = (weights_bytes, kv_cache_bytes, activation_peak_bytes)
+        return cls(*parts, *process, **device_memory(device))
+
+    def to_json(self) -> dict[str, int | None]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, int | None]) -> MemoryParts:
+        return cls(**value)  # type: ignore[arg-type]
+
+
+def device_memory(device: str = "cpu") -> dict[str, int]:
+    """What a GPU holds, under the names of `MemoryParts`; empty for the CPU."""
+    if not device.startswith("cuda"):
+        return {}
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "device_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "device_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "device_used_bytes": total - free,
+    }

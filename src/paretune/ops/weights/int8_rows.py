@@ -1,0 +1,70 @@
+"""int8, one symmetric scale a row: W8A16 of the `quantization` study (absmax)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from paretune.errors import ParetuneError
+from paretune.ops.int8_linear import aten, reference
+from paretune.ops.weights.base import Weight
+
+
+class Int8Rows(Weight):
+    """`W[i] ~ q[i] * scale[i]`, `scale[i] = max |W[i]| / 127`.
+
+    Args:
+        q: int8 `[out, in]`.
+        scale: fp32 `[out]`.
+        compute_dtype: of `rows` and `dequantize`.
+    """
+
+    format = "int8_rows"
+    kernel = "aten::_weight_int8pack_mm"
+    q: Tensor
+    scale: Tensor
+    compute: Tensor
+
+    def __init__(self, q: Tensor, scale: Tensor, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        assert q.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == q.shape[:1]
+        self.out_features, self.in_features = q.shape
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+        # An empty tensor that carries the compute dtype into a checkpoint and back.
+        self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
+
+    @classmethod
+    def quantize(cls, values: Tensor) -> Int8Rows:
+        """Rounds to nearest.
+
+        Raises:
+            ParetuneError: the matrix holds NaN or infinity.
+        """
+        w = values.detach().float()
+        if not bool(torch.isfinite(w).all()):
+            raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
+        absmax = w.abs().amax(dim=1)
+        scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))  # a zero row stays zero
+        q = torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8)
+        return cls(q, scale, values.dtype)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        form = aten if x.device.type == "cpu" else reference
+        return form.int8_linear(x, self.q, self.scale)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return (self.q[index].float() * self.scale[index][..., None]).to(self.compute_dtype)
+
+    def dequantize(self) -> Tensor:
+        return (self.q.float() * self.scale[:, None]).to(self.compute_dtype)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.compute.dtype
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Int8Rows:
+        return cls(tensors["q"], tensors["scale"], tensors["compute"].dtype)

@@ -1,0 +1,212 @@
+"""How a model is changed and run: transforms in legal order and engine options, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paretune.errors import UsageError
+from paretune.registry import RUNNERS, TRANSFORMS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from paretune.transforms.base import Context, Transform
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the transformed model is executed.
+
+    Args:
+        runner: a name in `registry.RUNNERS`.
+        compile_mode: of the `compile` runner.
+        threads: intra-op threads; None takes the machine's default.
+    """
+
+    runner: str = "eager"
+    compile_mode: str = "default"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        RUNNERS.check(self.runner)
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}", "It has to be 1 or more")
+
+    @property
+    def title(self) -> str:
+        name = self.runner if self.runner != "compile" else f"compile({self.compile_mode})"
+        return name if self.threads is None else f"{name} x{self.threads}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered tuple of transforms and the engine's options.
+
+    Raises:
+        UsageError: the order is illegal, or one stage stands twice.
+    """
+
+    transforms: tuple[Transform, ...] = ()
+    engine: EngineOptions = field(default_factory=EngineOptions)
+
+    def __post_init__(self) -> None:
+        for first, second in zip(self.transforms, self.transforms[1:], strict=False):
+            if second.stage <= first.stage:
+                raise UsageError(
+                    f"{first.title} ({first.stage.name}) cannot come before {second.title} ({second.stage.name})",
+                    "The order is PRUNE < ATTENTION < PRECISION < QUANTIZE < FUSE, one transform a stage",
+                )
+
+    @property
+    def name(self) -> str:
+        """A short title for tables, for example `sdpa + bf16 + int8, eager`."""
+        return f"{' + '.join(t.title for t in self.transforms) or 'as loaded'}, {self.engine.title}"
+
+    @property
+    def complexity(self) -> int:
+        """Ties go to the recipe with the smaller number."""
+        return len(self.transforms) + (self.engine.runner != "eager") + (self.engine.compile_mode != "default")
+
+    @property
+    def changes_numbers(self) -> bool:
+        """Whether results differ from the reference by more than the order of additions."""
+        return any(not t.exact for t in self.transforms)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "transforms": [{"name": t.name, **dataclasses.asdict(t)} for t in self.transforms],
+            "engine": {k: v for k, v in dataclasses.asdict(self.engine).items() if v is not None},
+        }
+
+    @property
+    def hash(self) -> str:
+        """Stable over processes and versions of Python: of the sorted JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Recipe:
+        """The opposite of `to_dict`; unknown keys are errors, never dropped."""
+        _only(data, {"schema_version", "transforms", "engine"}, "a recipe")
+        if data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+            raise UsageError(
+                f"the recipe has schema version {data['schema_version']}", f"This version reads {SCHEMA_VERSION}"
+            )
+        transforms = []
+        for entry in data.get("transforms", ()):
+            if not isinstance(entry, Mapping) or "name" not in entry:
+                raise UsageError("a transform in the recipe has no name", f"Known: {', '.join(TRANSFORMS.names())}")
+            kind = TRANSFORMS.get(entry["name"])
+            transforms.append(_build(kind, {k: v for k, v in entry.items() if k != "name"}, entry["name"]))
+        return Recipe(tuple(transforms), _build(EngineOptions, data.get("engine", {}), "engine"))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_toml(self) -> str:
+        """TOML with one table a transform."""
+        data = self.to_dict()
+        lines = [f"schema_version = {SCHEMA_VERSION}", "", "[engine]"]
+        lines += [f"{k} = {json.dumps(v)}" for k, v in data["engine"].items()]
+        for entry in data["transforms"]:
+            lines += ["", "[[transforms]]", *(f"{k} = {json.dumps(v)}" for k, v in entry.items())]
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def read(path: str | Path) -> Recipe:
+        """Loads a recipe file, TOML or JSON by its ending."""
+        path = Path(path)
+        try:
+            text = path.read_text("utf-8")
+            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except FileNotFoundError:
+            raise UsageError(f"there is no recipe file {path}", "Check the path") from None
+        except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path} is not a valid recipe ({error})", "Correct the file") from None
+        return Recipe.from_dict(data)
+
+    def requires(self, device: str) -> str | None:
+        """The first reason why this recipe cannot run on `device`, or None."""
+        reasons = [t.requires(device) for t in self.transforms]
+        reasons.append(RUNNERS.get(self.engine.runner).requires(device))
+        return next((r for r in reasons if r), None)
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        for transform in self.transforms:
+            ctx.progress(f"applying {transform.title}")
+            model = transform.apply(model, ctx)
+        return model
+
+    def runner(self, model: nn.Module) -> Any:
+        """The runner that executes the transformed model."""
+        kind = RUNNERS.get(self.engine.runner)
+        return kind(model, self.engine.compile_mode) if self.engine.runner == "compile" else kind(model)
+
+    def without_exact(self) -> Recipe:
+        """The reference twin: the same numbers, through reference forms and the eager runner."""
+        return Recipe(
+            tuple(t for t in self.transforms if not t.exact), EngineOptions(threads=self.engine.threads)
+        )
+
+
+def _build(kind: type, values: Any, what: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{what} in the recipe is not a table", "Write KEY = VALUE entries")
+    _only(values, {f.name for f in dataclasses.fields(kind)}, what)
+    for f in dataclasses.fields(kind):
+        value = values.get(f.name)
+        expected = {"str": str, "bool": bool, "int": int}.get(str(f.type).removesuffix(" | None"))
+        if value is not None and expected is not None and type(value) is not expected:
+            raise UsageError(f"{what}: {f.name} is {value!r}", f"It has to be of type {f.type}")
+    return kind(**values)
+
+
+def _only(values: Mapping[str, Any], known: set[str], what: str) -> None:
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UsageError(f"{what} has no option {unknown[0]!r}", f"Known: {', '.join(sorted(known))}")
+
+
+def _preset(transforms: Sequence[dict[str, Any]], **engine: Any) -> dict[str, Any]:
+    return {"transforms": [{"name": "attention", "form": "sdpa"}, *transforms], "engine": engine}
+
+
+# `bench --config` names. The baseline is the reasonable default, not a straw man: fused attention, cache, fp32.
+PRESETS: dict[str, dict[str, Any]] = {
+    "baseline": _preset([]),
+    "fp32": _preset([]),
+    "flash_attn": _preset([]),
+    "eager_attn": {"transforms": []},
+    "bf16": _preset([{"name": "precision", "dtype": "bf16"}]),
+    "fp16": _preset([{"name": "precision", "dtype": "fp16"}]),
+    "int8": _preset([{"name": "int8"}]),
+    "int8_linear": _preset([{"name": "int8", "embeddings": False}]),
+    "bf16_int8": _preset([{"name": "precision", "dtype": "bf16"}, {"name": "int8"}]),
+    "compile": _preset([], runner="compile"),
+    "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),
+    "compile_max": _preset([], runner="compile", compile_mode="max-autotune"),
+    "compile_bf16": _preset([{"name": "precision", "dtype": "bf16"}], runner="compile"),
+    "compile_int8": _preset([{"name": "int8"}], runner="compile"),
+}
+
+
+def preset(name: str) -> Recipe:
+    """The recipe of a `--config` name, or of a recipe file."""
+    if name.endswith((".toml", ".json")):
+        return Recipe.read(name)
+    if name not in PRESETS:
+        import difflib
+
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"unknown config {name!r}", f"{hint}Known: {', '.join(PRESETS)}, or a recipe file")
+    return Recipe.from_dict(PRESETS[name])

@@ -1,0 +1,302 @@
+"""The report as one HTML file: no network, no scripts, nothing beside it.
+
+Everything that comes from outside is escaped by the template engine; only our own pictures pass as markup.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from paretune import files
+from paretune.report import plots, words
+from paretune.report.tables import (
+    DEFINITIONS,
+    TRIAL_COLUMNS,
+    Column,
+    Row,
+    columns_of,
+    definitions_of,
+    trial_rows,
+)
+from paretune.report.units import (
+    NOT_MEASURED,
+    dig,
+    format_count,
+    format_number,
+    format_percent,
+    format_rate,
+    format_sec,
+    format_value,
+    number,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_MAX_LATE = 12  # candidates that were not reached: more than that are folded away
+_LATENCY_CAPTION = (
+    "Medians; shorter is better. Green: chosen. Blue: faster and within the limit. Orange: over the quality "
+    "limit. Grey: the baseline, and what is slower or not clearly different."
+)
+_BANDWIDTH_CAPTION = (
+    "How fast this machine reads data, measured here by size of the data: small data stays in the caches of "
+    "the processor. Writing one token reads all weights once, so the height of a curve at the dashed line is "
+    "the most that the model can get."
+)
+_CONFIRMED_NOTE = (
+    " The row of the chosen one holds the numbers of the search; those on top were confirmed afterwards in "
+    "fresh processes, so they differ a little."
+)
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+
+
+def _markup(svg: bytes) -> Any:
+    """A picture of ours: the one thing that the template may take as it is."""
+    from markupsafe import Markup
+
+    return Markup(svg.decode("utf-8"))
+
+
+def _cell(text: str, kind: str, label: str, under: str = "", span: int = 1) -> dict[str, Any]:
+    return {"text": text, "kind": kind, "label": label, "under": under, "span": span}
+
+
+def _trial_grid(rows: Sequence[Row]) -> dict[str, Any]:
+    """The table of trials: the cause stands in the row where the numbers would be, never off the screen."""
+    chosen = columns_of(rows, [c for c in TRIAL_COLUMNS if c.key != "cause"])
+    grid = _grid(rows, chosen)
+    for row, line in zip(rows, grid["lines"], strict=True):
+        name, result, *values = line["cells"]
+        result["kind"] = "result"
+        if row["status"] == "measured":
+            result["under"] = row["cause"]
+            for cell, column in zip(values, chosen[2:], strict=True):
+                if column.key == "ppl_increase":
+                    cell["kind"] = "loss"
+        else:
+            whole = _cell(f"{NOT_MEASURED}: {row['cause']}", "cause", "Cause", span=len(values))
+            line["cells"] = [name, result, whole]
+    return grid
+
+
+def _grid(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) -> dict[str, Any]:
+    """A table as the templates want it."""
+    chosen = columns_of(rows, columns)
+    lines = []
+    for row in rows:
+        cells = []
+        for i, column in enumerate(chosen):
+            text = column.text(row)
+            kind = (
+                "name"
+                if i == 0
+                else "num"
+                if column.numeric
+                else "cause"
+                if column.key == "cause"
+                else "text"
+            )
+            kind += " gone" if text in (NOT_MEASURED, "-", "") else ""
+            cells.append(_cell(text, kind, column.title))
+        lines.append({"cells": cells, "emphasis": row.get("role") in ("chosen", "best so far")})
+    return {"head": chosen, "lines": lines, "definitions": definitions_of(chosen)}
+
+
+def _pairs(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """(name, text) of a nested dict, units by the names of the keys."""
+    out: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            out += _pairs(value, f"{name}.")
+            continue
+        label = plain(name).removesuffix("_bytes").replace("n_", "number of ", key.startswith("n_"))
+        text = "none" if value is None else format_value(str(key), value)
+        out.append((label.replace("_", " "), text))
+    return out
+
+
+def _why(result: words.Result) -> list[dict[str, Any]]:
+    """What the winner and the baseline are bound by, and the proof that the changes took effect."""
+    blocks = []
+    winner, baseline = words.find_trial(result, "winner_id"), words.find_trial(result, "baseline_id")
+    for role, trial in (("", winner), ("the baseline", baseline)):
+        if trial is None or (role and trial is winner):
+            continue
+        share = number(trial.get("mbu"))
+        mbu = None
+        if share is not None:
+            mbu = (
+                f"Each output token reads the weights and the cache at {format_percent(share)} of the read "
+                "bandwidth that this machine delivers; near 100 % only fewer bytes can make it faster."
+            )
+        name = words.name_of(trial)
+        blocks.append(
+            {
+                "name": name if not role or name.lower() == "baseline" else f"{name} ({role})",
+                "bound_by": plain(trial["bound_by"]).rstrip(".") if trial.get("bound_by") else None,
+                "mbu": mbu,
+                "proof": [plain(s) for s in trial.get("proof") or []],
+            }
+        )
+    return blocks
+
+
+def _details(result: words.Result) -> list[dict[str, Any]]:
+    """Everything else that is known of a measured trial."""
+    out = []
+    for trial in result.get("trials") or []:
+        if trial.get("status") != "measured":
+            continue
+        pairs = _pairs(trial.get("memory") or {})
+        quality = trial.get("quality") or {}
+        pairs += [
+            ("perplexity", format_number(quality.get("perplexity"))),
+            ("perplexity of the baseline", format_number(quality.get("baseline_perplexity"))),
+            ("mean KL divergence from the baseline", format_number(quality.get("kl_mean"))),
+            ("same most likely token as the baseline", format_percent(quality.get("top1_agreement"))),
+            ("time to load", format_sec(trial.get("load_sec"))),
+            ("time to compile", format_sec(trial.get("compile_sec"))),
+            ("pays back after (output tokens)", format_number(trial.get("break_even_tokens"))),
+            ("bound by", plain(trial.get("bound_by") or NOT_MEASURED)),
+            ("checked", "; ".join(plain(s) for s in trial.get("proof") or []) or "nothing to check"),
+            ("recipe", json.dumps(trial.get("recipe"), sort_keys=True, default=str)),
+        ]
+        # What a reader can do nothing with is left out: the table already says which parts were not measured.
+        kept = [(key, text) for key, text in pairs if text != NOT_MEASURED]
+        out.append({"name": words.name_of(trial), "pairs": kept})
+    return out
+
+
+def _machine(result: words.Result) -> list[tuple[str, str]]:
+    pairs = _pairs(result.get("hardware") or {})
+    rates = result.get("matrix_rates") or {}
+    pairs += [
+        (f"matrix products in {plain(dtype)}, measured", format_rate(rate, "FLOP/s"))
+        for dtype, rate in rates.items()
+        if number(rate) is not None
+    ]
+    sweep = dig(result, "bandwidth", "sweep") or []
+    largest = max(
+        sweep, key=lambda p: (number(p.get("bytes")) or 0, number(p.get("n_threads")) or 0), default=None
+    )
+    if largest:
+        size = format_value("bytes", largest.get("bytes"))
+        pairs.append((f"read bandwidth at {size}, measured", format_rate(largest.get("bytes_per_sec"))))
+    return pairs
+
+
+def _context(result: words.Result) -> dict[str, Any]:
+    """All that the template prints, already in words."""
+    rows = trial_rows(result)
+    late = [r for r in rows if r["status"] == "not_reached"]
+    fold = len(late) > _MAX_LATE
+    shown = [r for r in rows if not (fold and r["status"] == "not_reached")]
+    model = dict(result.get("model") or {})
+    model_name = plain(model.get("name") or "the model")
+    if number(model.get("n_parameters")) is not None:
+        model["n_parameters"] = format_count(model["n_parameters"])
+    origin = [
+        ("command", plain(result.get("command") or "not recorded")),
+        ("seed", plain(result.get("seed"))),
+        ("raw samples", plain(result.get("samples_file") or "not kept")),
+    ]
+    origin += [(f"version of {plain(k)}", plain(v)) for k, v in (result.get("versions") or {}).items()]
+    return {
+        "title": f"Paretune: {model_name}",
+        "model_name": model_name,
+        "created": plain(result.get("created") or "").replace("T", " ").replace("+00:00", " UTC"),
+        "top": words.top_of(result),
+        "goal": words.goal_sentence(result),
+        "cards": words.cards_of(result),
+        "certainty": words.certainty_of(result),
+        "pareto": _markup(plots.pareto(result)),
+        "pareto_caption": plots.pareto_caption(result),
+        "table_note": _CONFIRMED_NOTE if dig(result, "confirmation", "speedup") else "",
+        "grid": _trial_grid(shown),
+        "late": {**_trial_grid(late), "definitions": {}} if fold else None,
+        "why": _why(result),
+        "latency": _markup(plots.latency_bars(result)),
+        "latency_caption": _LATENCY_CAPTION,
+        "details": _details(result),
+        "space": words.space_sentence(result),
+        "illegal": words.illegal_groups(result),
+        "machine": _machine(result),
+        "bandwidth": _markup(plots.bandwidth_curve(result)),
+        "bandwidth_caption": _BANDWIDTH_CAPTION,
+        "model": _pairs(model),
+        "again": plain(result.get("again") or result.get("command") or ""),
+        "origin": origin,
+        "definitions": DEFINITIONS,
+    }
+
+
+def render_report(result: Mapping[str, Any]) -> str:
+    """The report on `tune` as text."""
+    return _environment().get_template("tune.html.j2").render(_context(result))
+
+
+def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes the report on a result of `tune` as one self-contained HTML file.
+
+    Raises:
+        ParetuneError: the file cannot be written.
+    """
+    files.write_text(path, render_report(result))
+
+
+def section(
+    heading: str,
+    text: Iterable[str] = (),
+    rows: Sequence[Row] = (),
+    columns: Sequence[Column | str] | None = None,
+    figures: Iterable[tuple[bytes, str]] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One part of a page of `write_page`: sentences, pictures (SVG of `plots`, caption), a table, facts."""
+    return {
+        "heading": heading,
+        "text": list(text),
+        "figures": [(_markup(svg), caption) for svg, caption in figures],
+        "grid": _grid(rows, columns) if rows else None,
+        "pairs": _pairs(facts) if facts else None,
+    }
+
+
+def write_page(
+    path: str | os.PathLike[str],
+    title: str,
+    lead: Iterable[str],
+    sections: Iterable[dict[str, Any]],
+    again: str = "",
+) -> None:
+    """Writes a report of another verb (`bench`, `eval`, a study) in the same look.
+
+    Args:
+        lead: the answer in plain words, on top.
+        sections: made by `section`.
+        again: the command that makes it again.
+
+    Raises:
+        ParetuneError: the file cannot be written.
+    """
+    template = _environment().get_template("bench.html.j2")
+    values = {"title": title, "lead": list(lead), "sections": list(sections), "again": again}
+    files.write_text(path, template.render(values))

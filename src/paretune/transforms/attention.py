@@ -1,0 +1,54 @@
+"""Swaps the attention function of every layer. Exact: all forms here compute the same sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from paretune.registry import ATTENTION
+from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, kernels_like
+
+
+@dataclass(frozen=True)
+class Attention(Transform):
+    """Args:
+    form: a name in `registry.ATTENTION`.
+    """
+
+    name: ClassVar[str] = "attention"
+    stage: ClassVar[Stage] = Stage.ATTENTION
+    exact: ClassVar[bool] = True
+    form: str = "sdpa"
+
+    def __post_init__(self) -> None:
+        ATTENTION.check(self.form)
+
+    @property
+    def title(self) -> str:
+        return self.form
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        function = ATTENTION.get(self.form)
+        for module in attention_layers(model):
+            module.attention = function
+        return model
+
+    def verify(self, model: nn.Module, probe: Observation) -> list[str]:
+        function = ATTENTION.get(self.form)
+        layers = attention_layers(model)
+        ensure(bool(layers), self, "the model has no attention layer")
+        ensure(all(m.attention is function for m in layers), self, "some layers kept another function")
+        said = f"all {len(layers)} layers run {self.form} attention"
+        if self.form == "sdpa" and not probe.compiled:
+            seen = kernels_like(probe, ["scaled_dot_product", "_flash_attention", "_efficient_attention"])
+            ensure(bool(seen), self, "the profile of one step shows no fused attention kernel")
+            fused = [k for k in seen if "flash" in k or "efficient" in k or "cudnn" in k]
+            said += f" ({fused[0] if fused else 'the unfused math form'} in the profile)"
+        return [said]
+
+
+def attention_layers(model: nn.Module) -> list[nn.Module]:
+    """Modules that carry the attention seam."""
+    return [m for m in model.modules() if hasattr(m, "attention") and hasattr(m, "spec")]

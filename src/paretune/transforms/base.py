@@ -1,0 +1,136 @@
+"""What a transform is. `int8.py` beside this file is the exemplar to copy.
+
+A transform sees the model, never another transform; the recipe knows the order.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from paretune.errors import NoEffectError
+from paretune.model.layers import Embedding, Linear
+from paretune.ops.weights.base import Weight
+
+
+class Stage(enum.IntEnum):
+    """The legal order of transforms in a recipe."""
+
+    PRUNE = 1
+    ATTENTION = 2
+    PRECISION = 3
+    QUANTIZE = 4
+    FUSE = 5
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a transform may use.
+
+    Args:
+        calibration: token windows `[N, T]`; a transform that needs them and gets None raises `UsageError`.
+    """
+
+    device: str = "cpu"
+    calibration: Tensor | None = None
+    cache_folder: Path | None = None
+    progress: Callable[[str], None] = field(default=lambda _: None)
+
+
+class Observation(Protocol):
+    """What one prefill and one decode step through the chosen runner showed (`engine.probe`)."""
+
+    @property
+    def kernels(self) -> dict[str, int]: ...
+
+    @property
+    def compiled(self) -> bool: ...
+
+    @property
+    def cache_dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Transform:
+    """One optimisation. Subclasses are frozen dataclasses whose fields are plain data."""
+
+    name: ClassVar[str]  # in `registry.TRANSFORMS`
+    stage: ClassVar[Stage]
+    exact: ClassVar[bool] = False  # claims the reference's results: checked before it is timed
+
+    @property
+    def title(self) -> str:
+        """A short name for tables."""
+        raise NotImplementedError
+
+    def requires(self, device: str) -> str | None:
+        """Why this cannot run on `device`, or None."""
+        return None
+
+    def notes(self, device: str) -> list[str]:
+        """What the user should know before it runs (an emulated dtype, say)."""
+        return []
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        """Changes the model, in place where it can, and returns it."""
+        raise NotImplementedError
+
+    def verify(self, model: nn.Module, probe: Observation) -> list[str]:
+        """Proof of effect on the transformed model: sentences with figures for the report.
+
+        Raises:
+            NoEffectError: what should have changed did not.
+        """
+        raise NotImplementedError
+
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+def weight_holders(model: nn.Module, keep: Filter) -> list[tuple[str, Linear | Embedding]]:
+    """Linear and embedding layers that pass the filter, with their fully qualified names."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Linear | Embedding) and keep(module, name)
+    ]
+
+
+def swap_weights_(model: nn.Module, keep: Filter, make: Callable[[Weight], Weight]) -> list[str]:
+    """Replaces the weights of the layers that pass the filter; tied layers stay tied.
+
+    Returns:
+        names of the layers that hold a new weight.
+    """
+    made: dict[int, Weight] = {}
+    chosen = weight_holders(model, keep)
+    for _, module in chosen:
+        if id(module.weight) not in made:
+            made[id(module.weight)] = make(module.weight)
+    changed = []
+    for name, module in weight_holders(model, lambda m, n: True):
+        if id(module.weight) in made:
+            module.weight = made[id(module.weight)]
+            changed.append(name)
+    return changed
+
+
+def ensure(condition: bool, transform: Transform, what: str) -> None:
+    """Raises `NoEffectError` unless the claim holds."""
+    if not condition:
+        raise NoEffectError(f"{transform.title} had no effect: {what}", "Leave it out of the recipe")
+
+
+def kernels_like(probe: Observation, parts: Sequence[str]) -> dict[str, int]:
+    """Kernels of the probe whose name holds one of `parts`."""
+    return {k: n for k, n in probe.kernels.items() if any(p in k for p in parts)}
+
+
+def config_of(transform: Transform) -> dict[str, Any]:
+    """The transform as plain data, its name first."""
+    return {"name": transform.name, **transform.__dict__}

@@ -1,0 +1,56 @@
+"""Weights, activations and cache in 16 bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from paretune import hardware
+from paretune.errors import UsageError
+from paretune.model.checkpoint import DTYPE_ALIASES, dtype_of
+from paretune.transforms.base import Context, Observation, Stage, Transform, ensure
+
+
+@dataclass(frozen=True)
+class Precision(Transform):
+    """Args:
+    dtype: `bf16` or `fp16` (`fp32` is what a model on a CPU has without this).
+    """
+
+    name: ClassVar[str] = "precision"
+    stage: ClassVar[Stage] = Stage.PRECISION
+    dtype: str = "bf16"
+
+    def __post_init__(self) -> None:
+        dtype_of(self.dtype)
+        object.__setattr__(self, "dtype", DTYPE_ALIASES.get(self.dtype, self.dtype))
+        if self.dtype == "fp32":
+            raise UsageError("precision fp32 changes nothing", "Leave it out: models are loaded in fp32 on a CPU")
+
+    @property
+    def title(self) -> str:
+        return self.dtype
+
+    def requires(self, device: str) -> str | None:
+        support = hardware.dtype_support(device)[self.dtype]
+        return None if support.works else support.reason
+
+    def notes(self, device: str) -> list[str]:
+        support = hardware.dtype_support(device)[self.dtype]
+        return [support.reason] if support.emulated else []
+
+    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+        return model.to(dtype_of(self.dtype))
+
+    def verify(self, model: nn.Module, probe: Observation) -> list[str]:
+        wanted = dtype_of(self.dtype)
+        floating = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
+        wrong = [n for n, p in floating if p.dtype != wanted]
+        ensure(not wrong, self, f"{len(wrong)} tensors kept another dtype, {wrong[0] if wrong else ''} first")
+        n_bytes = sum(p.nbytes for _, p in floating)
+        ensure(probe.cache_dtype == str(wanted), self, f"the cache holds {probe.cache_dtype}")
+        size = torch.empty(0, dtype=wanted).element_size()
+        return [f"{len(floating)} tensors in {self.dtype}: {n_bytes:,} bytes, {size} each; so is the cache"]
