@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from paretune.report.units import (
+    DEFINITIONS,
     NOT_MEASURED,
     dig,
     format_bytes,
@@ -59,46 +60,6 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-
-# Peers disagree about these words (some count the first token in TPOT), so every table prints what it means.
-DEFINITIONS: dict[str, str] = {
-    "Baseline": ("the model as it was given, run in the ordinary way. Every other row is compared with it."),
-    "Speed-up": (
-        "how many times as fast as the baseline: the median over blocks in which both were timed side by "
-        "side. 1.00x is the same speed, more is faster. The range in brackets is the 95 % confidence "
-        "interval."
-    ),
-    "TTFT": (
-        "time to first token: from the start of the request until the first output token is there. Median; "
-        "lower is better."
-    ),
-    "TPOT": (
-        "time per output token after the first: (whole request - TTFT) / (output tokens - 1). Median; lower "
-        "is better."
-    ),
-    "ITL": "inter-token latency: each single gap between two output tokens.",
-    "Throughput": "output tokens per second, over all requests of the batch.",
-    "Weights": (
-        "bytes of the model as stored in memory, shared tensors counted once. 1 MB = 1,000,000 bytes."
-    ),
-    "Peak memory": "largest resident memory of the whole process, libraries included.",
-    "Perplexity": "how surprised the model is by real text. Lower is better.",
-    "Quality loss": (
-        "increase of perplexity (how surprised the model is by real text) over the baseline on the same "
-        "text. 'At most' is the upper end of a one-sided 95 % interval: that end has to stay within the "
-        "limit."
-    ),
-    "Guarantee": (
-        "'lossless': shown to give the same output. 'bounded': the output may differ, its quality was "
-        "measured to be within the limit. 'changed weights': pruned or trained further, its quality was "
-        "measured."
-    ),
-    "Pays back after": "output tokens until the extra time to load and compile is won back.",
-    "Bandwidth use": (
-        "bytes that one output token has to read (weights and cache) / TPOT, as a share of the read "
-        "bandwidth measured on this machine. Also called MBU."
-    ),
-}
 
 _STATUS_WORDS = {
     "faster": "faster",

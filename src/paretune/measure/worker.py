@@ -1,0 +1,148 @@
+"""The process of one trial: loads a model under a recipe, proves it, and gives samples on request.
+
+Speaks JSON lines: a request `{"do": NAME, ...}` on standard input, one answer a request on standard output. Everything
+that libraries print goes to standard error. Started with `python -m paretune.measure.worker`; a higher floor adds verbs
+by calling `serve` with more of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Handler = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class Trial:
+    """What a worker holds between requests."""
+
+    def __init__(self) -> None:
+        self.loaded: Any = None
+        self.bench: Any = None
+        self.weights_bytes = 0
+        self.rss_before = 0
+
+    def load(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Loads, proves the effect, checks exactness; the answer is what the report says about the trial."""
+        from paretune import clock, hardware
+        from paretune.engine.load import check_exact, load_recipe, prove
+        from paretune.measure import memory
+        from paretune.measure.workload import Bench, Workload
+        from paretune.recipe import Recipe
+
+        recipe = Recipe.from_dict(request["recipe"])
+        threads = hardware.set_threads(recipe.engine.threads or request.get("threads"))
+        device = request.get("device", "cpu")
+        self.rss_before = memory.rss_bytes()
+        self.loaded = load_recipe(Path(request["folder"]), recipe, device)
+        runner = self.loaded.runner
+        self.weights_bytes = memory.storage_bytes(runner.model)["total"]
+        before = clock.now()
+        proof, observation = prove(self.loaded)
+        first_sec = clock.now() - before
+        exact = []
+        if request.get("check_prompt") and (recipe.engine.runner != "eager" or any(t.exact for t in recipe.transforms)):
+            exact = check_exact(self.loaded, request["check_prompt"])
+        workload = Workload(**request["workload"])
+        before = clock.now()
+        self.bench = Bench(runner, workload)
+        self.bench.sample("ttft")
+        self.bench.sample("tpot")
+        compile_sec = first_sec + clock.now() - before if observation.compiled else 0.0
+        return {
+            "load_sec": self.loaded.load_sec,
+            "compile_sec": compile_sec,
+            "proof": proof + exact,
+            "notes": [note for t in recipe.transforms for note in t.notes(device)],
+            "runner": observation.runner,
+            "bytes_by_dtype": observation.bytes_by_dtype,
+            "kv_cache_bytes": self.bench.cache.nbytes,
+            "weights_bytes": self.weights_bytes,
+            "threads": threads,
+        }
+
+    def warm(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Samples until there is no trend."""
+        from paretune import stats
+        from paretune.measure.interleave import warm_up
+
+        bench, kind = self.bench, request["kind"]
+
+        class Alone:
+            name = "self"
+
+            def sample(self) -> float:
+                return bench.sample(kind)
+
+            def pause(self) -> None: ...
+
+            def resume(self) -> None: ...
+
+        timings = warm_up(Alone(), max_sec=request.get("max_sec", 10.0))
+        return {"timings_sec": timings, "settled": not stats.has_trend(timings)}
+
+    def sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {"sec": self.bench.sample(request["kind"])}
+
+    def memory(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Bytes in parts; activations are the peak of one whole request above the resting size."""
+        from paretune.measure import memory
+
+        memory.reset_peak_rss()
+        resting = memory.rss_bytes()
+        self.bench.sample("throughput")
+        peak = memory.peak_rss_bytes()
+        parts = memory.MemoryParts.take(
+            weights_bytes=self.weights_bytes,
+            kv_cache_bytes=self.bench.cache.nbytes,
+            activation_peak_bytes=max(0, peak - resting),
+            device=str(self.loaded.runner.device),
+        )
+        return parts.to_json()
+
+    def handlers(self) -> dict[str, Handler]:
+        return {"load": self.load, "warm": self.warm, "sample": self.sample, "memory": self.memory}
+
+
+def serve(handlers: dict[str, Handler]) -> None:
+    """Answers requests until standard input closes. Dies with its parent, stopped or not."""
+    from paretune.errors import ParetuneError
+
+    _die_with_parent()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever a library prints does not garble the protocol
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"ok": True, **handlers[request.pop("do")](request)}
+        except ParetuneError as error:
+            answer = {"ok": False, "kind": type(error).__name__, "reason": str(error)}
+        except MemoryError:
+            answer = {"ok": False, "kind": "OutOfMemory", "reason": "out of memory"}
+        except Exception as error:  # one trial's bug is a row with its cause, never the end of the run
+            reason = " ".join(str(error).split())[:300]
+            out_of_memory = "out of memory" in reason.lower() or "can't allocate memory" in reason.lower()
+            kind = "OutOfMemory" if out_of_memory else type(error).__name__
+            answer = {"ok": False, "kind": kind, "reason": f"{type(error).__name__}: {reason}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _die_with_parent() -> None:
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    PR_SET_PDEATHSIG = 1
+    # SIGKILL reaches a stopped process too.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+if __name__ == "__main__":
+    serve(Trial().handlers())

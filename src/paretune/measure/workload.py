@@ -1,0 +1,117 @@
+"""What is timed: one batch of requests of fixed length, on a loaded runner.
+
+A sample is a slice of at least `MIN_SLICE_SEC` at the same positions for every configuration. Definitions:
+
+- TTFT: start of the request to the first token (prefill and its argmax), per batch.
+- TPOT: one decode step at the positions after the prompt, per step (so per token of a sequence).
+- throughput sample: the whole request, prefill and all output tokens, per output token of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from paretune import clock
+from paretune.engine.runners.base import Runner
+from paretune.engine.sampling import argmax
+from paretune.errors import UsageError
+
+MIN_SLICE_SEC = 0.1
+DECODE_SLICE = 16  # tokens: short enough that all are "at the same position"
+KINDS = ("tpot", "ttft", "throughput")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The shape of a request.
+
+    Args:
+        input_len: prompt tokens.
+        output_len: new tokens.
+        batch_size: sequences at once.
+        seed: of the random prompt; fresh seeds make fresh prompts.
+    """
+
+    input_len: int = 128
+    output_len: int = 32
+    batch_size: int = 1
+    seed: int = 0
+
+    def check(self, n_positions: int) -> None:
+        """Raises UsageError where the request does not fit the model."""
+        for name in ("input_len", "output_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}", "It has to be 1 or more")
+        if self.input_len + self.output_len > n_positions:
+            raise UsageError(
+                f"{self.input_len} input and {self.output_len} output tokens exceed the context of {n_positions}",
+                "Choose smaller --input-len or --output-len",
+            )
+
+
+class Bench:
+    """Samples of one runner under one workload. Output length is fixed: no early stop.
+
+    Args:
+        prompts: tokens `[B, input_len]`; None draws random ones from the vocabulary.
+    """
+
+    def __init__(self, runner: Runner, workload: Workload, prompts: torch.Tensor | None = None) -> None:
+        workload.check(runner.config.n_positions)
+        self.runner, self.workload = runner, workload
+        if prompts is None:
+            generator = torch.Generator().manual_seed(workload.seed)
+            shape = (workload.batch_size, workload.input_len)
+            prompts = torch.randint(0, runner.config.vocab_size, shape, generator=generator)
+        self.prompts = prompts.to(runner.device)
+        self.cache = runner.new_cache(workload.batch_size, workload.input_len + workload.output_len)
+        self._first: torch.Tensor | None = None
+
+    @property
+    def n_decode(self) -> int:
+        """Decode steps of one slice."""
+        return max(1, min(DECODE_SLICE, self.workload.output_len - 1))
+
+    def sample(self, kind: str) -> float:
+        """Seconds per unit (see the definitions above), mean over one slice."""
+        assert kind in KINDS
+        if kind != "ttft" and self._first is None:
+            self._prefill()
+        run, n_units = {
+            "ttft": (self._prefill, 1),
+            "tpot": (self._decode_slice, self.n_decode),
+            "throughput": (self._request, self.workload.batch_size * self.workload.output_len),
+        }[kind]
+        device = self.runner.device.type
+        n = 0
+        with clock.quiet():
+            clock.synchronize(device)
+            started = clock.now()
+            while True:
+                run()
+                n += 1
+                clock.synchronize(device)
+                elapsed = clock.now() - started
+                if elapsed >= MIN_SLICE_SEC:
+                    return elapsed / (n * n_units)
+
+    def _prefill(self) -> None:
+        self.cache.truncate_(0)
+        chosen = argmax(self.runner.forward(self.prompts, self.cache, "last")[:, 0])
+        self._first = torch.tensor(chosen, device=self.runner.device)[:, None]
+
+    def _decode_slice(self) -> None:
+        self.cache.truncate_(self.workload.input_len)
+        self._steps(self.n_decode)
+
+    def _request(self) -> None:
+        self._prefill()
+        self._steps(self.workload.output_len - 1)
+
+    def _steps(self, n: int) -> None:
+        step = self._first
+        for _ in range(n):
+            chosen = argmax(self.runner.forward(step, self.cache, "last")[:, 0])
+            step = torch.tensor(chosen, device=self.runner.device)[:, None]

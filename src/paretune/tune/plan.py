@@ -1,0 +1,77 @@
+"""What `tune` returns: a folder with the chosen recipe, the evidence, and the machine it holds for.
+
+    plan.json      recipe, model, goal, outcome, confirmation, fingerprint of the machine
+    model/         the converted checkpoint, where conversion is not instant
+    trials.jsonl   one line a trial, failed and slower ones too
+    samples.jsonl  every raw sample, in the order they were taken
+    report.html    the same for people
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paretune import hardware
+from paretune.errors import UsageError
+from paretune.model import checkpoint
+from paretune.recipe import Recipe
+
+PLAN_FILE = "plan.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan as it was read.
+
+    Args:
+        folder: where it lies.
+        model_folder: the checkpoint to load: the converted one inside the plan, or the original.
+        recipe: how to change and run it.
+        data: the whole `plan.json`.
+    """
+
+    folder: Path
+    model_folder: Path
+    recipe: Recipe
+    data: dict[str, Any]
+
+    def warnings(self) -> list[str]:
+        """What to say before the plan runs here: that it was measured on another machine, say."""
+        made_on = self.data.get("hardware", {}).get("id")
+        if made_on and made_on != hardware.fingerprint_id(hardware.fingerprint()):
+            return [
+                "this plan was measured on another machine: its speed is a guess here, run `paretune tune` again to know"
+            ]
+        return []
+
+
+def is_plan(path: str | Path) -> bool:
+    """Whether `path` is a plan folder or its `plan.json`."""
+    path = Path(path).expanduser()
+    return (path / PLAN_FILE).is_file() or (path.name == PLAN_FILE and path.is_file())
+
+
+def read_plan(path: str | Path) -> Plan:
+    """Reads a plan folder (or its `plan.json`).
+
+    Raises:
+        UsageError: it is no plan, it is damaged, or the model it refers to is gone.
+    """
+    path = Path(path).expanduser()
+    file = path if path.is_file() else path / PLAN_FILE
+    try:
+        data = json.loads(file.read_text("utf-8"))
+        recipe, model = Recipe.from_dict(data["recipe"]), data["model"]
+        source, inside = model["source"], model["folder"]
+    except FileNotFoundError:
+        raise UsageError(f"{path} holds no {PLAN_FILE}", "Pass a folder that `paretune tune` wrote") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is damaged ({error})", "Run `paretune tune` again") from None
+    folder = file.parent
+    if inside:
+        return Plan(folder, folder / inside, recipe, data)
+    return Plan(folder, checkpoint.resolve(source), recipe, data)
