@@ -27,7 +27,9 @@ _CAUSES = {
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> ParetuneError:
     """The one-line form of a failed write."""
-    cause, cure = _CAUSES.get(error.errno or 0, (error.strerror or str(error), "Choose another folder with -o"))
+    cause, cure = _CAUSES.get(
+        error.errno or 0, (error.strerror or str(error), "Choose another folder with -o")
+    )
     return ParetuneError(f"cannot write {path}: {cause}", cure)
 
 
@@ -46,10 +48,12 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, target)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise write_error(target, error) from None
+        if isinstance(error, OSError):
+            raise write_error(target, error) from None
+        raise
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -81,17 +85,26 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     Raises:
         ParetuneError: `path` exists and is not empty (without `overwrite`), or cannot be written.
     """
-    target = Path(path)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())) and not overwrite:
+    target = Path(path).absolute()  # absolute: `.` has no name of its own
+    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not overwrite)):
         raise ParetuneError(f"{target} exists already", "Choose another folder with -o, or pass --force")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
         temporary.mkdir(parents=True)
         yield temporary
         if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            os.replace(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
     except OSError as error:
+        if error.errno == errno.ENOENT:  # the folders above were made: the body misses an input of its own
+            raise
         raise write_error(target, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from paretune.errors import UsageError
 
+
 @dataclass(frozen=True)
 class SamplingOptions:
     """How a token is chosen.

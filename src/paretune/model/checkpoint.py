@@ -59,9 +59,9 @@ def resolve(name: str) -> Path:
     if name in EMBEDDED:
         return Path(__file__).parent.parent / "assets" / name
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
-    if folder.exists():
+    if name and folder.exists():
         raise UsageError(f"{name} is a file, not a model folder", "Pass the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise UsageError(f"there is no folder {name!r}", "Pass a model folder, a hub id, a plan or `pocket`")
@@ -204,15 +204,17 @@ def save(model: nn.Module, folder: Path, tokenizer_from: Path | None = None) -> 
             tensors[f"{_hf_name(name, prefix)}.weight.{weight.format}.{part}"] = value.detach().contiguous()
     hf: dict[str, Any] = config.to_hf()
     hf.pop("torch_dtype", None)
-    hf["dtype"] = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
+    hf["dtype"] = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix(
+        "torch."
+    )
     hf.pop("quantization_config", None)
     if formats:
         hf["quantization_config"] = {"quant_method": METHOD, "formats": formats}
-    if tokenizer_from is not None:
-        for file in TOKENIZER_FILES:
-            if (tokenizer_from / file).is_file():
-                shutil.copyfile(tokenizer_from / file, folder / file)
     try:
+        if tokenizer_from is not None and not _same_folder(tokenizer_from, folder):
+            for file in TOKENIZER_FILES:
+                if (tokenizer_from / file).is_file():
+                    shutil.copyfile(tokenizer_from / file, folder / file)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         raise ParetuneError(
@@ -220,6 +222,10 @@ def save(model: nn.Module, folder: Path, tokenizer_from: Path | None = None) -> 
             "Free some space or choose another folder with -o",
         ) from None
     write_json(folder / "config.json", hf)
+
+
+def _same_folder(a: Path, b: Path) -> bool:
+    return a.resolve() == b.resolve()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -234,7 +240,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError):
+            if not names or any(Path(name).name != name for name in names):  # shards lie beside their index
+                raise ValueError
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise CheckpointError(f"{index} is damaged", "Download the model again") from None
         for name in names:
             if not (folder / name).is_file():
@@ -256,7 +264,9 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in f.keys():  # noqa: SIM118 - not a dict
                     yield name, f.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error})", "Download the model again") from None
+            raise CheckpointError(
+                f"{path} is truncated or damaged ({error})", "Download the model again"
+            ) from None
 
 
 def _hf_name(name: str, prefix: str) -> str:
@@ -303,7 +313,12 @@ def _formats(config: ModelConfig) -> dict[str, str]:
             f"the model is already quantised by {method!r}, which is not read here",
             "Start from the original weights",
         )
-    return dict(quantization["formats"])
+    formats = quantization.get("formats") if isinstance(quantization, dict) else None
+    if not isinstance(formats, dict):
+        raise CheckpointError(
+            "config.json: quantization_config has no table of formats", "Save the model again"
+        )
+    return dict(formats)
 
 
 def _swap_formats_(model: nn.Module, formats: dict[str, str], tensors: dict[str, Tensor], rename) -> None:
@@ -318,7 +333,9 @@ def _swap_formats_(model: nn.Module, formats: dict[str, str], tensors: dict[str,
                 "The config.json belongs to another model",
             ) from None
         stem = f"{rename(module_name)}.weight.{format_name}."
-        parts = {name.removeprefix(stem): tensors.pop(name) for name in list(tensors) if name.startswith(stem)}
+        parts = {
+            name.removeprefix(stem): tensors.pop(name) for name in list(tensors) if name.startswith(stem)
+        }
         if not parts:
             raise CheckpointError(f"tensor {stem}* is missing", "Save the model again")
         old = holder.weight
@@ -350,7 +367,9 @@ def _drop_redundant_(model: nn.Module, tensors: dict[str, Tensor], rename, expec
     if embedding not in tensors and f"{model.embedding_name}.weight" in expected:
         tensors[embedding] = tensors.pop(head)  # safetensors keeps one of two shared names
         return
-    if embedding in tensors and not torch.equal(tensors[head], tensors[embedding]):
+    if embedding in tensors and not (
+        tensors[head].dtype == tensors[embedding].dtype and torch.equal(tensors[head], tensors[embedding])
+    ):
         raise CheckpointError(
             f"config.json ties the head to the embedding, but {head} and {embedding} differ",
             'Set "tie_word_embeddings": false in config.json',

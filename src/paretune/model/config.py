@@ -86,7 +86,8 @@ class ModelConfig:
         family = hf.get("model_type")
         if family not in FAMILIES.names():
             raise CheckpointError(
-                f"{where}: model_type {family!r} is not supported", f"Supported: {', '.join(FAMILIES.names())}"
+                f"{where}: model_type {family!r} is not supported",
+                f"Supported: {', '.join(FAMILIES.names())}",
             )
         try:
             config = _gpt2(hf, where) if family == "gpt2" else _llama(hf, where)
@@ -94,9 +95,9 @@ class ModelConfig:
             raise CheckpointError(
                 f"{where} has no entry {missing}", "Take the config.json that belongs to this model"
             ) from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
-                f"{where} has a value of the wrong type: {error}", "Take the config.json that belongs to this model"
+                f"{where} has a wrong value: {error}", "Take the config.json that belongs to this model"
             ) from None
         _check(config, where)
         return config
@@ -121,7 +122,7 @@ class ModelConfig:
                 "n_head": self.n_head,
                 "n_embd": self.n_embd,
                 "n_inner": None if self.n_inner == 4 * self.n_embd else self.n_inner,
-                "activation_function": "gelu_new" if self.activation == "gelu_tanh" else self.activation,
+                "activation_function": _hf_activation(self.activation),
                 "layer_norm_epsilon": self.norm_eps,
                 "scale_attn_weights": self.scale_attn_weights,
                 "scale_attn_by_inverse_layer_idx": self.scale_attn_by_inverse_layer_idx,
@@ -139,10 +140,12 @@ class ModelConfig:
             "hidden_size": self.n_embd,
             "head_dim": self.head_dim,
             "intermediate_size": self.n_inner,
-            "hidden_act": self.activation,
+            "hidden_act": _hf_activation(self.activation),
             "rms_norm_eps": self.norm_eps,
             "rope_theta": self.rope_theta,
         }
+        if self.rope_scaling is not None:
+            out["rope_scaling"] = _rope_scaling_to_hf(self.rope_scaling)
         if self.family == "llama":
             out |= {"attention_bias": self.attn_bias, "mlp_bias": self.mlp_bias}
         else:
@@ -158,25 +161,25 @@ class ModelConfig:
 def _gpt2(hf: Mapping[str, Any], where: str) -> ModelConfig:
     if hf.get("add_cross_attention"):
         raise CheckpointError(f"{where}: add_cross_attention is not supported", "Use a decoder-only GPT-2")
-    n_embd, n_head = int(hf["n_embd"]), int(hf["n_head"])
+    n_embd, n_head = _count(hf, "n_embd"), _count(hf, "n_head")
     return ModelConfig(
         family="gpt2",
-        vocab_size=int(hf["vocab_size"]),
-        n_positions=int(hf.get("n_positions") or hf["n_ctx"]),
-        n_layer=int(hf["n_layer"]),
+        vocab_size=_count(hf, "vocab_size"),
+        n_positions=_count(hf, "n_ctx" if hf.get("n_positions") is None and "n_ctx" in hf else "n_positions"),
+        n_layer=_count(hf, "n_layer"),
         n_head=n_head,
         n_kv_head=n_head,
         n_embd=n_embd,
         head_dim=n_embd // n_head,
-        n_inner=int(hf.get("n_inner") or 4 * n_embd),
+        n_inner=_count(hf, "n_inner", 4 * n_embd),
         activation=_activation(hf.get("activation_function", "gelu_new"), where),
-        norm_eps=float(hf.get("layer_norm_epsilon", 1e-5)),
-        tied_head=bool(hf.get("tie_word_embeddings", True)),
+        norm_eps=_number(hf, "layer_norm_epsilon", 1e-5),
+        tied_head=_flag(hf, "tie_word_embeddings", True),
         attn_bias=True,
         mlp_bias=True,
-        scale_attn_weights=bool(hf.get("scale_attn_weights", True)),
-        scale_attn_by_inverse_layer_idx=bool(hf.get("scale_attn_by_inverse_layer_idx", False)),
-        bos_token_id=hf.get("bos_token_id"),
+        scale_attn_weights=_flag(hf, "scale_attn_weights", True),
+        scale_attn_by_inverse_layer_idx=_flag(hf, "scale_attn_by_inverse_layer_idx", False),
+        bos_token_id=_one_id(hf.get("bos_token_id")),
         eos_token_ids=_ids(hf.get("eos_token_id")),
         initializer_range=float(hf.get("initializer_range", 0.02)),
         hf=dict(hf),
@@ -184,28 +187,28 @@ def _gpt2(hf: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _llama(hf: Mapping[str, Any], where: str) -> ModelConfig:
-    n_embd, n_head = int(hf["hidden_size"]), int(hf["num_attention_heads"])
-    rope = hf.get("rope_parameters") or {}  # transformers 5; before it rope_theta and rope_scaling
-    scaling = rope or hf.get("rope_scaling") or {}
+    n_embd, n_head = _count(hf, "hidden_size"), _count(hf, "num_attention_heads")
+    rope = _table(hf, "rope_parameters")  # transformers 5; before it rope_theta and rope_scaling
+    scaling = rope or _table(hf, "rope_scaling")
     return ModelConfig(
         family=hf["model_type"],
-        vocab_size=int(hf["vocab_size"]),
-        n_positions=int(hf["max_position_embeddings"]),
-        n_layer=int(hf["num_hidden_layers"]),
+        vocab_size=_count(hf, "vocab_size"),
+        n_positions=_count(hf, "max_position_embeddings"),
+        n_layer=_count(hf, "num_hidden_layers"),
         n_head=n_head,
-        n_kv_head=int(hf.get("num_key_value_heads") or n_head),
+        n_kv_head=_count(hf, "num_key_value_heads", n_head),
         n_embd=n_embd,
-        head_dim=int(hf.get("head_dim") or n_embd // n_head),
-        n_inner=int(hf["intermediate_size"]),
+        head_dim=_count(hf, "head_dim", n_embd // n_head),
+        n_inner=_count(hf, "intermediate_size"),
         activation=_activation(hf.get("hidden_act", "silu"), where),
-        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tied_head=bool(hf.get("tie_word_embeddings", False)),
-        attn_bias=bool(hf.get("attention_bias", False)),
-        mlp_bias=bool(hf.get("mlp_bias", False)),
-        rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+        norm_eps=_number(hf, "rms_norm_eps", 1e-6),
+        tied_head=_flag(hf, "tie_word_embeddings", False),
+        attn_bias=_flag(hf, "attention_bias", False),
+        mlp_bias=_flag(hf, "mlp_bias", False),
+        rope_theta=_number(rope, "rope_theta", _number(hf, "rope_theta", 10000.0)),
         rope_scaling=_rope_scaling(scaling, where),
-        sliding_window=hf.get("sliding_window") if hf["model_type"] == "mistral" else None,
-        bos_token_id=hf.get("bos_token_id"),
+        sliding_window=_window(hf) if hf["model_type"] == "mistral" else None,
+        bos_token_id=_one_id(hf.get("bos_token_id")),
         eos_token_ids=_ids(hf.get("eos_token_id")),
         initializer_range=float(hf.get("initializer_range", 0.02)),
         hf=dict(hf),
@@ -220,13 +223,77 @@ def _rope_scaling(scaling: Mapping[str, Any], where: str) -> RopeScaling | None:
         raise CheckpointError(
             f"{where}: rope scaling {kind!r} is not supported", "Supported: default, linear, llama3"
         )
-    return RopeScaling(
+    out = RopeScaling(
         kind=kind,
-        factor=float(scaling["factor"]),
-        low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
-        original_n_positions=int(scaling.get("original_max_position_embeddings", 8192)),
+        factor=_number(scaling, "factor"),
+        low_freq_factor=_number(scaling, "low_freq_factor", 1.0),
+        high_freq_factor=_number(scaling, "high_freq_factor", 4.0),
+        original_n_positions=_count(scaling, "original_max_position_embeddings", 8192),
     )
+    if out.high_freq_factor <= out.low_freq_factor:
+        raise ValueError("rope scaling's high_freq_factor has to be larger than its low_freq_factor")
+    return out
+
+
+def _rope_scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
+    out: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        out |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_n_positions,
+        }
+    return out
+
+
+def _count(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A whole number of 1 or more; null is the default, where there is one."""
+    value = hf[key] if default is None else hf.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{key} is {value!r}, not a whole number")
+    if value < 1:
+        raise ValueError(f"{key} is {value}, not 1 or more")
+    return value
+
+
+def _number(hf: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A finite number above 0."""
+    value = hf[key] if default is None else hf.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{key} is {value!r}, not a number")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{key} is {value}, not a finite number above 0")
+    return float(value)
+
+
+def _flag(hf: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = hf.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise TypeError(f"{key} is {value!r}, not true or false")
+    return value
+
+
+def _table(hf: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = hf.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise TypeError(f"{key} is {value!r}, not an object")
+    return value
+
+
+def _window(hf: Mapping[str, Any]) -> int | None:
+    return None if hf.get("sliding_window") is None else _count(hf, "sliding_window")
+
+
+def _hf_activation(activation: str) -> str:
+    return "gelu_pytorch_tanh" if activation == "gelu_tanh" else activation
 
 
 def _activation(name: str, where: str) -> str:
@@ -238,7 +305,15 @@ def _activation(name: str, where: str) -> str:
 
 
 def _ids(value: int | list[int] | None) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+    ids = () if value is None else tuple(value) if isinstance(value, list) else (value,)
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, int):
+            raise TypeError(f"token id {i!r} is not a whole number")
+    return ids
+
+
+def _one_id(value: int | None) -> int | None:
+    return next(iter(_ids(value)), None)
 
 
 def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:

@@ -25,6 +25,7 @@ from paretune.model.layers import (
 from paretune.ops.attention.spec import AttentionFunction, AttentionSpec, LayerCache
 from paretune.registry import ATTENTION
 
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -36,6 +36,8 @@ class Tokenizer:
                     f"{folder} has no tokenizer.json (nor vocab.json and merges.txt)",
                     "Copy the tokenizer files of the model into the folder",
                 )
+            if not self._tokenizer.get_vocab_size():
+                raise ValueError("the vocabulary is empty")
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -44,6 +46,8 @@ class Tokenizer:
             ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special}
 
     @property
     def vocab_size(self) -> int:
@@ -54,7 +58,9 @@ class Tokenizer:
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        # Skipped by id: the library compares texts, and misses special tokens that the normalizer changes.
+        kept = [i for i in ids if i not in self._special] if skip_special_tokens else list(ids)
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -69,22 +75,59 @@ class Tokenizer:
         if self._chat_file.is_file():
             template = self._chat_file.read_text("utf-8")
         if isinstance(template, list):  # several named ones
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+            named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
+            template = named[0].get("template") if named else None
         if not template:
-            raise UsageError("this model has no chat template", "Leave out --chat: it is a plain language model")
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        env.globals["raise_exception"] = refuse
+            raise UsageError(
+                "this model has no chat template", "Leave out --chat: it is a plain language model"
+            )
         specials = {k: _token_text(v) for k, v in self.settings.items() if k.endswith("_token") and v}
         try:
-            return env.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
-        except jinja2.TemplateError as error:
+            environment = _chat_environment()
+            return environment.from_string(template).render(
+                messages=messages, add_generation_prompt=True, **specials
+            )
+        except Exception as error:  # a template is a foreign program: it can raise anything
             raise UsageError(f"the chat template refuses this prompt: {error}", "Leave out --chat") from None
+
+
+def _chat_environment():
+    """Jinja as `transformers` sets it up for chat templates, which are written against it.
+
+    Sandboxed: a downloaded template reaches no Python attribute and changes nothing that it is given.
+    """
+    import datetime
+
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}...{% endgeneration %}` marks the assistant's text for training: here just its body."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja's protocol
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    env.filters["tojson"] = tojson  # jinja's own escapes < > & ' for HTML
+    env.globals["raise_exception"] = refuse
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env
 
 
 class TextStream:
@@ -105,7 +148,7 @@ class TextStream:
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._start : self._settled])
         text = self._tokenizer.decode(self._ids[self._start :])
-        if text.endswith("\ufffd"):
+        if text.endswith("\ufffd") or len(text) == len(before):  # half a character, or a token without text
             return ""
         self._start, self._settled = self._settled, len(self._ids)
         return text[len(before) :]
