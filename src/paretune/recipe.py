@@ -96,14 +96,19 @@ class Recipe:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Recipe:
         """The opposite of `to_dict`; unknown keys are errors, never dropped."""
+        if not isinstance(data, Mapping):
+            raise UsageError("a recipe is a table of `transforms` and `engine`", "Correct the file")
         _only(data, {"schema_version", "transforms", "engine"}, "a recipe")
         if data.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
             raise UsageError(
                 f"the recipe has schema version {data['schema_version']}", f"This version reads {SCHEMA_VERSION}"
             )
         transforms = []
-        for entry in data.get("transforms", ()):
-            if not isinstance(entry, Mapping) or "name" not in entry:
+        entries = data.get("transforms", ())
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise UsageError("`transforms` in the recipe is not a list", "Write one table a transform")
+        for entry in entries:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
                 raise UsageError("a transform in the recipe has no name", f"Known: {', '.join(TRANSFORMS.names())}")
             kind = TRANSFORMS.get(entry["name"])
             transforms.append(_build(kind, {k: v for k, v in entry.items() if k != "name"}, entry["name"]))
@@ -130,6 +135,8 @@ class Recipe:
             data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         except FileNotFoundError:
             raise UsageError(f"there is no recipe file {path}", "Check the path") from None
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror or error}", "Check the path") from None
         except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{path} is not a valid recipe ({error})", "Correct the file") from None
         return Recipe.from_dict(data)
@@ -139,6 +146,10 @@ class Recipe:
         reasons = [t.requires(device) for t in self.transforms]
         reasons.append(RUNNERS.get(self.engine.runner).requires(device))
         return next((r for r in reasons if r), None)
+
+    def notes(self, device: str) -> list[str]:
+        """What the user should know before it runs here."""
+        return [note for t in self.transforms for note in t.notes(device)]
 
     def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
         for transform in self.transforms:
@@ -163,9 +174,13 @@ def _build(kind: type, values: Any, what: str) -> Any:
         raise UsageError(f"{what} in the recipe is not a table", "Write KEY = VALUE entries")
     _only(values, {f.name for f in dataclasses.fields(kind)}, what)
     for f in dataclasses.fields(kind):
-        value = values.get(f.name)
+        if f.name not in values:
+            continue
+        value = values[f.name]
+        if value is None and str(f.type).endswith(" | None"):
+            continue
         expected = {"str": str, "bool": bool, "int": int}.get(str(f.type).removesuffix(" | None"))
-        if value is not None and expected is not None and type(value) is not expected:
+        if expected is not None and type(value) is not expected:
             raise UsageError(f"{what}: {f.name} is {value!r}", f"It has to be of type {f.type}")
     return kind(**values)
 

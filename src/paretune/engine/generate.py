@@ -54,9 +54,9 @@ def naive_generate(model: nn.Module, prompt: Sequence[int], max_new_tokens: int)
     Returns:
         the new tokens, and for each the margin between the two largest logits.
     """
-    ids, margins = list(prompt), []
+    ids, margins, device = list(prompt), [], next(model.parameters()).device
     for _ in range(max_new_tokens):
-        logits = model(torch.tensor([ids]), None, "last")[0, 0]
+        logits = model(torch.tensor([ids], device=device), None, "last")[0, 0]
         top = logits.float().topk(2).values
         margins.append(float(top[0] - top[1]))
         ids.append(int(logits.argmax()))
@@ -85,6 +85,8 @@ def check_request(prompts: Sequence[Sequence[int]], max_new_tokens: int, n_posit
                 f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the context of {n_positions}",
                 f"Ask for at most {n_positions - len(prompt)} new tokens or shorten the prompt",
             )
+        if min(prompt) < 0:
+            raise UsageError(f"the prompt has token {min(prompt)}", "Token ids are 0 or more")
         if max(prompt) >= vocab_size:
             raise UsageError(
                 f"the tokenizer gives token {max(prompt)}, the model knows {vocab_size}",
@@ -137,8 +139,9 @@ def generate(
     for i in range(max_new_tokens):
         before = clock.now()
         logits = runner.forward(step, cache, "last")[:, 0]  # (B, V)
-        chosen = _choose(logits, rows, plain_greedy)
+        clock.synchronize(runner.device.type)
         timing.model_sec += clock.now() - before
+        chosen = _choose(logits, rows, plain_greedy)
         for row, token in zip(rows, chosen, strict=True):
             row.accept(token, eos)
         if i == 0:
@@ -200,6 +203,10 @@ class _Row:
     def finish(self) -> None:
         if self.stream is not None and self.generation.finish_reason != "stop":
             self.generation.text += self.stream.flush()
+            cut = _first_stop(self.generation.text, self.stop)
+            if cut is not None:  # it stood before half a character, which held it back
+                self.generation.text = self.generation.text[:cut]
+                self.generation.finish_reason = "stop"
         self._show(hold_back=0)
 
     def _show(self, hold_back: int) -> None:

@@ -38,15 +38,15 @@ def observe(runner: Runner) -> Observation:
     tokens = (torch.arange(PROMPT_LEN)[None] % runner.config.vocab_size).to(runner.device)
     prompt_len = min(PROMPT_LEN, runner.config.n_positions - 1)
 
-    def once() -> torch.Tensor:
+    def once() -> tuple[torch.Tensor, torch.dtype]:
         cache = runner.new_cache(1, prompt_len + 1)
         runner.forward(tokens[:, :prompt_len], cache, "last")
-        return runner.forward(tokens[:, :1], cache, "last")
+        return runner.forward(tokens[:, :1], cache, "last"), cache.layers[0].k.dtype
 
     once()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if runner.device.type == "cuda" else [])
     with profile(activities=activities, acc_events=True) as watched:
-        logits = once()
+        logits, cache_dtype = once()
     if not bool(torch.isfinite(logits).all()):
         raise ParetuneError("the model gives NaN or infinity", "Use a wider dtype, or check the weights")
     kernels = Counter(event.name for event in watched.events())
@@ -59,7 +59,7 @@ def observe(runner: Runner) -> Observation:
         kernels=dict(kernels),
         compiled=runner.name == "compile",
         graph_breaks=sum(counters["graph_break"].values()) - breaks_before,
-        cache_dtype=str(runner.dtype),
+        cache_dtype=str(cache_dtype),
         bytes_by_dtype=sizes,
         runner=runner.describe(),
     )

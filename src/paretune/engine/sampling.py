@@ -6,13 +6,14 @@ temperature 0. Exactly k tokens survive top-k, ties included.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from paretune.errors import UsageError
+from paretune.errors import ParetuneError, UsageError
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class SamplingOptions:
             (0 < self.top_p <= 1, "top-p", self.top_p, "above 0, at most 1"),
             (0 <= self.min_p <= 1, "min-p", self.min_p, "from 0 to 1"),
             (self.repetition_penalty > 0, "repetition-penalty", self.repetition_penalty, "above 0"),
+            (self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2^63 - 1"),
         ]
         for ok, name, value, allowed in checks:
             if not ok:
@@ -101,9 +103,9 @@ def survivors(logits: Tensor, options: SamplingOptions) -> tuple[Tensor, Tensor]
     values, ids = torch.topk(logits.float() / options.temperature, k)  # sorted; exactly k, ties or not
     probabilities = torch.softmax(values, 0)
     # The token that crosses p is kept, so one always is.
-    keep = (probabilities.cumsum(0) - probabilities < options.top_p) & (
-        probabilities >= options.min_p * probabilities[0]
-    )
+    keep = probabilities >= options.min_p * probabilities[0]
+    if options.top_p < 1:  # at 1, rounded sums would cut the tail
+        keep &= probabilities.cumsum(0) - probabilities < options.top_p
     probabilities = probabilities[keep]
     return ids[keep], probabilities / probabilities.sum()
 
@@ -143,5 +145,8 @@ def draw_nucleus(probabilities: Tensor, top_p: float, min_p: float, generator: t
 
 
 def _locate(cumulative: Tensor, generator: torch.Generator) -> int:
-    u = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
+    total = float(cumulative[-1]) if cumulative.numel() else math.nan
+    if not math.isfinite(total):
+        raise ParetuneError("the model gives NaN or infinity", "Use a wider dtype, or check the weights")
+    u = torch.rand((), dtype=torch.float64, generator=generator) * total
     return min(int(torch.searchsorted(cumulative, u, right=True)), cumulative.numel() - 1)

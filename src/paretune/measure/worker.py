@@ -32,14 +32,16 @@ class Trial:
         from paretune import clock, hardware
         from paretune.engine.load import check_exact, load_recipe, prove
         from paretune.measure import memory
-        from paretune.measure.workload import Bench, Workload
+        from paretune.measure.workload import Bench, Workload, step_weights_bytes
         from paretune.recipe import Recipe
 
         recipe = Recipe.from_dict(request["recipe"])
         threads = hardware.set_threads(recipe.engine.threads or request.get("threads"))
         device = request.get("device", "cpu")
         self.rss_before = memory.rss_bytes()
-        self.loaded = load_recipe(Path(request["folder"]), recipe, device)
+        self.loaded = load_recipe(
+            Path(request["folder"]), recipe, device, check=not request.get("is_checked")
+        )
         runner = self.loaded.runner
         self.weights_bytes = memory.storage_bytes(runner.model)["total"]
         before = clock.now()
@@ -58,11 +60,14 @@ class Trial:
             "load_sec": self.loaded.load_sec,
             "compile_sec": compile_sec,
             "proof": proof + exact,
-            "notes": [note for t in recipe.transforms for note in t.notes(device)],
+            "notes": [] if request.get("is_checked") else recipe.notes(device),
             "runner": observation.runner,
             "bytes_by_dtype": observation.bytes_by_dtype,
             "kv_cache_bytes": self.bench.cache.nbytes,
             "weights_bytes": self.weights_bytes,
+            "step_weights_bytes": step_weights_bytes(runner.model),
+            "kv_bytes_per_token": self.bench.cache.nbytes / self.bench.cache.capacity,
+            "compute_dtype": str(runner.dtype).removeprefix("torch."),
             "threads": threads,
         }
 
@@ -93,14 +98,15 @@ class Trial:
         """Bytes in parts; activations are the peak of one whole request above the resting size."""
         from paretune.measure import memory
 
-        memory.reset_peak_rss()
+        is_reset = memory.reset_peak_rss()
         resting = memory.rss_bytes()
         self.bench.sample("throughput")
         peak = memory.peak_rss_bytes()
         parts = memory.MemoryParts.take(
             weights_bytes=self.weights_bytes,
             kv_cache_bytes=self.bench.cache.nbytes,
-            activation_peak_bytes=max(0, peak - resting),
+            # Without the reset the peak is the one of loading: then nothing is known of the activations.
+            activation_peak_bytes=max(0, peak - resting) if is_reset else None,
             device=str(self.loaded.runner.device),
         )
         return parts.to_json()

@@ -17,6 +17,8 @@ from paretune import clock
 from paretune.engine.runners.base import Runner
 from paretune.engine.sampling import argmax
 from paretune.errors import UsageError
+from paretune.measure import memory
+from paretune.model.layers import Embedding, Linear
 
 MIN_SLICE_SEC = 0.1
 DECODE_SLICE = 16  # tokens: short enough that all are "at the same position"
@@ -115,3 +117,12 @@ class Bench:
         for _ in range(n):
             chosen = argmax(self.runner.forward(step, self.cache, "last")[:, 0])
             step = torch.tensor(chosen, device=self.runner.device)[:, None]
+
+
+def step_weights_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights that a decode step reads whole: all but tables of which it takes single rows
+    (positions, an untied token embedding)."""
+    used = {id(m.weight) for m in model.modules() if isinstance(m, Linear)}
+    tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, Embedding)}
+    looked_up = sum(weight.stored_bytes for key, weight in tables.items() if key not in used)
+    return memory.storage_bytes(model)["total"] - looked_up

@@ -15,6 +15,7 @@ from torch import Tensor
 from paretune.ops.int8_linear import reference
 
 FEW_ROWS = 32  # where the curves of the two ways cross, 768 -> 2304 on two cores
+STEP = 16  # inputs that the kernel takes at once (AVX-512; 8 with AVX2). It has no tail: it would read past the row
 
 
 @functools.cache
@@ -26,9 +27,11 @@ def native_bf16() -> bool:
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """Arguments and result as `reference.int8_linear`; error of bf16 activations (2^-9) for few rows."""
     n_rows = x.numel() // x.size(-1)
+    if x.size(-1) % STEP:
+        return reference.int8_linear(x, q, scale)
     if n_rows > FEW_ROWS and (x.dtype == torch.float32 or native_bf16()):
         return reference.int8_linear(x, q, scale)
-    flat = x.reshape(-1, x.size(-1)).to(torch.bfloat16)
+    flat = x.reshape(-1, x.size(-1)).to(torch.bfloat16).contiguous()
     # Scales of one: a scale rounded to bf16 would shift its whole row by up to 0.4 %.
     y = torch._weight_int8pack_mm(flat, q, torch.ones(q.size(0), dtype=torch.bfloat16, device=q.device))
     return (y.to(scale.dtype) * scale).to(x.dtype).view(*x.shape[:-1], q.size(0))

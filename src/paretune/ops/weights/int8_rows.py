@@ -36,6 +36,13 @@ class Int8Rows(Weight):
         # An empty tensor that carries the compute dtype into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
 
+    def _apply(self, fn, recurse=True):
+        # `model.to(bfloat16)` changes the compute dtype; the scales stay fp32, on the device of their rows.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.q.device)
+        return self
+
     @classmethod
     def quantize(cls, values: Tensor) -> Int8Rows:
         """Rounds to nearest.

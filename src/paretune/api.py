@@ -1,0 +1,269 @@
+"""The Python API: `load`, `generate`, `evaluate`, `bench`, `tune` (and `Recipe`), reached as `paretune.NAME`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from paretune import clock, hardware, native_build
+from paretune.engine.generate import generate as run_generate
+from paretune.engine.load import load_recipe
+from paretune.engine.runners.base import Runner
+from paretune.engine.sampling import SamplingOptions
+from paretune.errors import UsageError
+from paretune.evaluate import texts
+from paretune.evaluate.perplexity import Perplexity, perplexity
+from paretune.model import checkpoint
+from paretune.model.tokenizer import Tokenizer
+from paretune.recipe import Recipe, preset
+from paretune.tune.plan import is_plan, read_plan
+
+DEFAULT_CONFIG = "baseline"
+DEFAULT_BENCH = ("baseline", "bf16", "int8")
+DEFAULT_CONTEXT = 1024  # tokens; GPT-2's published protocol
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What became of one prompt. `str()` of it is the new text.
+
+    Args:
+        text: new text, cut before a stop string.
+        tokens: new ids, an end token included.
+        finish_reason: length, eos or stop.
+        prompt: ids of the prompt.
+        ttft_sec: start of the call to the first token, of the whole batch.
+        tpot_sec: per step after the first, of the whole batch; None for fewer than two tokens.
+        tokenize_sec: of the whole batch, apart from the others.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    prompt: list[int]
+    ttft_sec: float
+    tpot_sec: float | None
+    tokenize_sec: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Model:
+    """A model under a recipe, ready to run.
+
+    Args:
+        runner: what executes it.
+        tokenizer: the folder's; None where it has none (`model(tokens)` works without).
+        recipe: what was applied.
+        folder: the checkpoint that was loaded.
+    """
+
+    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, recipe: Recipe, folder: Path) -> None:
+        self.runner, self.tokenizer, self.recipe, self.folder = runner, tokenizer, recipe, folder
+
+    def __repr__(self) -> str:
+        return f"<paretune.Model {self.folder.name}: {self.recipe.name}>"
+
+    def model(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
+        """Logits `[B, T, V]` of `tokens[B, T]`, through the recipe's runner with a fresh cache.
+
+        Raises:
+            UsageError: no tokens, more than the context, or ids that the model does not have.
+        """
+        config: Any = self.runner.config
+        tokens = torch.as_tensor(tokens, dtype=torch.int64)
+        if tokens.dim() != 2 or not tokens.numel():
+            raise UsageError(f"tokens have the shape {list(tokens.shape)}", "Pass ids of the shape [batch, time]")
+        if tokens.size(1) > config.n_positions:
+            raise UsageError(f"{tokens.size(1)} tokens exceed the context of {config.n_positions}", "Pass fewer")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.vocab_size:
+            bad = low if low < 0 else high
+            raise UsageError(f"token {bad} is not in the vocabulary of {config.vocab_size}", "Check the tokenizer")
+        cache = self.runner.new_cache(*tokens.shape)
+        return self.runner.forward(tokens.to(self.runner.device), cache, "all")
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> Generated: ...
+    @overload
+    def generate(self, prompt: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[Generated]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 50,
+        *,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+        **sampling: Any,
+    ) -> Generated | list[Generated]:
+        """Continues one prompt, or several in one batch; each gets what it would get alone.
+
+        Args:
+            on_text: called with (row, piece) as text becomes certain.
+            sampling: fields of `SamplingOptions`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
+
+        Raises:
+            UsageError: an empty prompt, one that does not fit, or an unknown option.
+        """
+        known = [f.name for f in dataclasses.fields(SamplingOptions)]
+        unknown = sorted(set(sampling) - set(known))
+        if unknown:
+            raise UsageError(f"generate has no option {unknown[0]!r}", f"Known: {', '.join(known)}")
+        tokenizer = self._need_tokenizer()
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not all(prompts):
+            raise UsageError("the prompt is empty", "Pass at least one word")
+        started = clock.now()
+        ids = [tokenizer.encode(p) for p in prompts]
+        tokenize_sec = clock.now() - started
+        result = run_generate(
+            self.runner,
+            ids,
+            max_new_tokens,
+            SamplingOptions(**sampling),
+            tokenizer=tokenizer,
+            stop=[stop] if isinstance(stop, str) else stop,
+            ignore_eos=ignore_eos,
+            on_text=on_text,
+        )
+        times = (result.timing.ttft_sec, result.tpot_sec, tokenize_sec)
+        out = [Generated(g.text, g.tokens, g.finish_reason, g.prompt, *times) for g in result.generations]
+        return out[0] if isinstance(prompt, str) else out
+
+    def _need_tokenizer(self) -> Tokenizer:
+        return self.tokenizer or Tokenizer(self.folder)  # the second says what is missing
+
+
+def load(name: str | Path, recipe: Recipe | str | None = None, device: str = "cpu") -> Model:
+    """Loads a model folder, hub id, plan or `pocket`.
+
+    PyTorch's thread count is left as it is, unless the recipe sets one.
+
+    Args:
+        recipe: a `Recipe`, a preset's name or a recipe file; default the plan's own, else the baseline.
+
+    Raises:
+        UsageError: an unknown model or recipe, a recipe beside a plan, or one that cannot run here.
+        CheckpointError: the folder cannot be loaded as it is.
+    """
+    name = str(name)
+    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
+        raise UsageError(f"there is no device {device!r} here", "Use cpu")
+    if is_plan(name):
+        if recipe is not None:
+            raise UsageError(f"{name} is a plan and has its own recipe", "Leave out `recipe`, or load the model itself")
+        plan = read_plan(name)
+        folder, chosen, notes = plan.model_folder, plan.recipe, plan.warnings()
+    else:
+        chosen, notes = recipe if isinstance(recipe, Recipe) else preset(recipe or DEFAULT_CONFIG), []
+        folder = checkpoint.resolve(name)
+    loaded = load_recipe(folder, chosen, device)
+    for note in [*notes, *(n for t in chosen.transforms for n in t.notes(device))]:
+        native_build.say(note)
+    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    return Model(loaded.runner, Tokenizer(folder) if has_tokenizer else None, chosen, folder)
+
+
+@overload
+def generate(name: str | Path, prompt: str, **options: Any) -> Generated: ...
+@overload
+def generate(name: str | Path, prompt: Sequence[str], **options: Any) -> list[Generated]: ...
+
+
+def generate(
+    name: str | Path,
+    prompt: str | Sequence[str],
+    *,
+    recipe: Recipe | str | None = None,
+    device: str = "cpu",
+    **options: Any,
+) -> Generated | list[Generated]:
+    """`load(name, recipe, device).generate(prompt, **options)`; load once yourself to generate more than once."""
+    return load(name, recipe, device).generate(prompt, **options)
+
+
+def evaluate(
+    name: str | Path,
+    text_file: str | Path | None = None,
+    *,
+    recipe: Recipe | str | None = None,
+    device: str = "cpu",
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+) -> Perplexity:
+    """Perplexity of a model on a text in rolling windows.
+
+    Args:
+        text_file: UTF-8; default the embedded articles and stories that the search uses.
+        context: tokens a window shows; default 1024, or what the model has.
+        stride: tokens a window advances; default `context` (no overlap).
+    """
+    text = texts.text_of("search") if text_file is None else texts.read_text(text_file)
+    model = load(name, recipe, device)
+    longest: int = model.runner.config.n_positions
+    context = min(DEFAULT_CONTEXT, longest) if context is None else context
+    if context > longest:
+        raise UsageError(f"context {context} exceeds the model's {longest}", "Use less")
+    return perplexity(
+        model.runner,
+        model._need_tokenizer().encode(text),
+        context=context,
+        stride=context if stride is None else stride,
+        n_bytes=len(text.encode("utf-8")),
+        text_name="paretune-search" if text_file is None else Path(text_file).name,
+        batch_size=batch_size,
+    )
+
+
+def bench(
+    name: str | Path = "pocket", configs: Sequence[str | Recipe] = DEFAULT_BENCH, **options: Any
+) -> dict[str, Any]:
+    """Measures configurations against each other in interleaved blocks.
+
+    Args:
+        name: a model; of a plan, its own recipe is measured too, as `plan`.
+        configs: presets' names, recipe files or recipes; the first, or `baseline`, is what the others are compared with.
+        options: of `paretune.measure.bench.bench`: input_lens, output_lens, batch_sizes, budget_sec, ...
+
+    Returns:
+        what `paretune bench --json` prints.
+    """
+    from paretune.measure import bench as measure
+
+    named = [(c.name, c) if isinstance(c, Recipe) else (c, preset(c)) for c in configs]
+    if is_plan(name):
+        plan = read_plan(name)
+        folder = checkpoint.resolve(plan.data["model"]["source"])
+        options = {"folders": {"plan": plan.model_folder}, **options}
+        named.append(("plan", plan.recipe))
+    else:
+        folder = checkpoint.resolve(str(name))
+    return measure.bench(folder, named, **options)
+
+
+def tune(name: str | Path, output_dir: str | Path, **options: Any) -> dict[str, Any]:
+    """Finds the fastest recipe within a quality bound and writes a plan into `output_dir`.
+
+    Args:
+        options: fields of `tune.goal.Goal` (objective, max_ppl_increase, budget_sec, ...), and text, resume, force,
+            quiet as the command has them.
+
+    Returns:
+        what `paretune tune --json` prints.
+    """
+    from paretune.cli.tune import run
+    from paretune.tune.goal import Goal
+
+    fields = {f.name for f in dataclasses.fields(Goal)}
+    goal = Goal(**{k: v for k, v in options.items() if k in fields})
+    return run(str(name), Path(output_dir), goal, **{k: v for k, v in options.items() if k not in fields})

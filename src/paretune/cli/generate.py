@@ -1,0 +1,282 @@
+"""`paretune generate`: continues prompts with a model, a hub id, a plan, or `pocket`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from paretune.engine.generate import GenerateResult
+    from paretune.engine.load import Loaded
+    from paretune.recipe import Recipe
+
+DEFAULT_CONFIG = "baseline"
+MAX_SEED = 2**32 - 1
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, plan, or `pocket`.")] = "pocket",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat it for a batch.")
+    ] = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(help="File with one more prompt (its last newline is dropped); - is stdin.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 50,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set that reaches this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Keep tokens this share as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen get less likely.")] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Of the sampling; drawn and shown when not given.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends the answer, not shown; may be repeated.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    config: Annotated[
+        str | None, typer.Option(help="Preset (`paretune ls`) or recipe file. [default: baseline]")
+    ] = None,
+    runner: Annotated[str | None, typer.Option(help="eager or compile. [default: the recipe's]")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads. [default: the recipe's, else physical cores]")
+    ] = None,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text when it is whole.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line of timings.")] = False,
+) -> None:
+    """Continues a prompt, streaming the new text to stdout; what ran and how fast follows on stderr."""
+    import json
+    import sys
+
+    from paretune import clock, hardware
+    from paretune.engine.generate import check_request
+    from paretune.engine.generate import generate as run
+    from paretune.engine.load import load_recipe
+    from paretune.engine.sampling import SamplingOptions
+    from paretune.errors import UsageError
+    from paretune.model import checkpoint
+    from paretune.model.tokenizer import Tokenizer
+
+    # Everything that can be refused is refused before the weights are read.
+    texts = _prompts(prompt or [], prompt_file)
+    if stop and not all(stop):
+        raise UsageError("--stop is empty", "Pass the text that ends the answer")
+    if seed is None and temperature > 0:
+        import secrets
+
+        seed = secrets.randbelow(MAX_SEED)
+    sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if sampling.greedy and (top_k or top_p < 1 or min_p):
+        _say("--top-k, --top-p and --min-p change nothing at temperature 0 (greedy)")
+    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
+        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+    folder, recipe = _choose(model, config)
+    recipe = _with_engine(recipe, runner, threads)
+    hardware.set_threads(recipe.engine.threads)
+
+    shape, tokenizer = checkpoint.read_config(folder), Tokenizer(folder)
+    started = clock.now()
+    if chat:  # the template writes the special tokens itself
+        messages = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+        prompts = [tokenizer.encode(text, special_tokens=False) for text in messages]
+    else:
+        prompts = [tokenizer.encode(text) for text in texts]
+    tokenize_sec = clock.now() - started
+    check_request(prompts, max_new_tokens, shape.n_positions, shape.vocab_size)
+
+    loaded = load_recipe(folder, recipe, device)
+    for transform in recipe.transforms:
+        for note in transform.notes(device):
+            _say(note)
+
+    streaming = len(prompts) == 1 and not no_stream and not json_output
+
+    def show(_row: int, piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    try:
+        result = run(
+            loaded.runner,
+            prompts,
+            max_new_tokens,
+            sampling,
+            tokenizer=tokenizer,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            on_text=show if streaming else None,
+        )
+    finally:
+        if streaming:
+            print()
+    ran = _ran(loaded)
+    if json_output:
+        print(json.dumps(_object(texts, result, recipe, ran, tokenize_sec, seed), indent=2, allow_nan=False))
+    elif not streaming:
+        for i, generation in enumerate(result.generations):
+            if len(texts) > 1:
+                print(f"--- prompt {i + 1} of {len(texts)}: {_short(texts[i])}")
+            print(generation.text)
+    if not quiet:
+        _say(_timings(result, ran, tokenize_sec, seed))
+
+
+def _say(text: str) -> None:
+    import sys
+
+    print(f"paretune: {text}", file=sys.stderr, flush=True)
+
+
+def _prompts(given: list[str], file: str | None) -> list[str]:
+    """All prompts, in the order of the flags; the file's comes last.
+
+    Raises:
+        UsageError: there is none, or one is empty or no text.
+    """
+    from paretune.errors import UsageError
+
+    texts = [*given, *([_read_prompt(file)] if file is not None else [])]
+    if not texts:
+        raise UsageError("there is no prompt", "Pass --prompt TEXT or --prompt-file FILE")
+    for text in texts:
+        if not text:
+            raise UsageError("the prompt is empty", "Pass at least one word with --prompt")
+        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of the command line that are no UTF-8
+            raise UsageError("the prompt is not valid UTF-8", "Convert it, or check the terminal's encoding")
+    return texts
+
+
+def _read_prompt(file: str) -> str:
+    import sys
+
+    from paretune.errors import ParetuneError, UsageError
+
+    name = "the standard input" if file == "-" else file
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+        text = data.decode("utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"there is no prompt file {name}", "Check the path") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 (byte {error.start})", "Convert it to UTF-8 first") from None
+    except OSError as error:
+        raise ParetuneError(f"cannot read {name}: {error.strerror}", "Pass a readable text file") from None
+    return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
+
+
+def _choose(name: str, config: str | None) -> tuple[Path, Recipe]:
+    """The folder to load and the recipe to load it with.
+
+    Raises:
+        UsageError: an unknown model or config, or a config beside a plan.
+    """
+    from paretune.errors import UsageError
+    from paretune.model import checkpoint
+    from paretune.recipe import preset
+    from paretune.tune.plan import is_plan, read_plan
+
+    if not is_plan(name):
+        recipe = preset(config or DEFAULT_CONFIG)
+        return checkpoint.resolve(name), recipe
+    if config is not None:
+        raise UsageError(
+            f"{name} is a plan and has its own recipe: --config {config} cannot be added",
+            "Leave out --config, or pass the model that the plan was made for",
+        )
+    plan = read_plan(name)
+    for warning in plan.warnings():
+        _say(warning)
+    return plan.model_folder, plan.recipe
+
+
+def _with_engine(recipe: Recipe, runner: str | None, threads: int | None) -> Recipe:
+    """The recipe with what the flags change of its engine."""
+    from dataclasses import replace
+
+    engine = recipe.engine
+    if runner is not None and runner != engine.runner:
+        engine = replace(engine, runner=runner, compile_mode="default")  # a mode belongs to its runner
+    if threads is not None:
+        engine = replace(engine, threads=threads)
+    return replace(recipe, engine=engine)
+
+
+def _ran(loaded: Loaded) -> dict[str, Any]:
+    """What really ran, read back from the loaded model and the runner, not from the flags."""
+    import torch
+
+    from paretune.model.layers import Embedding, Linear
+
+    runner = loaded.runner
+    layers = [m for m in runner.model.modules() if isinstance(m, Linear | Embedding)]
+    return {
+        "name": loaded.recipe.name,
+        **runner.describe(),
+        "weight_formats": sorted({m.weight.format for m in layers}),
+        "dtype": str(runner.dtype).removeprefix("torch."),
+        "device": str(runner.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _timings(result: GenerateResult, ran: dict[str, Any], tokenize_sec: float, seed: int | None) -> str:
+    timing, tpot = result.timing, result.tpot_sec
+    n_new = [len(g.tokens) for g in result.generations]
+    n_prompt = [len(g.prompt) for g in result.generations]
+    speed = f"TTFT {1e3 * timing.ttft_sec:.1f} ms" + ("" if tpot is None else f", TPOT {1e3 * tpot:.2f} ms")
+    compiled = ", compilation included" if ran["runner"] == "compile" else ""
+    sampled = "" if seed is None else f"; seed {seed}"
+    return (
+        f"{speed} ({_count(n_new)}{compiled}), prompt {_count(n_prompt)}; "
+        f"tokenisation {1e3 * tokenize_sec:.1f} ms apart; ran: {ran['name']} ({', '.join(ran['weight_formats'])} "
+        f"weights, {ran['dtype']}, {ran['device']}, {ran['threads']} thread{'s' * (ran['threads'] != 1)}){sampled}"
+    )
+
+
+def _count(numbers: list[int]) -> str:
+    return f"{' + '.join(map(str, numbers))} token{'s' if sum(numbers) != 1 else ''}"
+
+
+def _short(text: str, width: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 3]}..."
+
+
+def _object(
+    texts: list[str],
+    result: GenerateResult,
+    recipe: Recipe,
+    ran: dict[str, Any],
+    tokenize_sec: float,
+    seed: int | None,
+) -> dict[str, Any]:
+    """The result as JSON: always `generations`, and for one prompt its fields at the top too."""
+    from paretune.measure import environment
+
+    generations = [
+        {
+            "prompt": text,
+            "text": g.text,
+            "tokens": g.tokens,
+            "n_prompt_tokens": len(g.prompt),
+            "finish_reason": g.finish_reason,
+        }
+        for text, g in zip(texts, result.generations, strict=True)
+    ]
+    return {
+        **environment.header(seed=seed),
+        **(generations[0] if len(generations) == 1 else {}),
+        "generations": generations,
+        "ttft_sec": result.timing.ttft_sec,
+        "tpot_sec": result.tpot_sec,
+        "total_sec": result.timing.total_sec,
+        "tokenize_sec": tokenize_sec,
+        "recipe": recipe.to_dict(),
+        "ran": ran,
+    }

@@ -1,0 +1,144 @@
+"""`paretune ls`: what there is to choose from, and what of it works on a device."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+SCHEMA_VERSION = 1
+# section of the listing: its key in the JSON, the registry it comes from
+_SECTIONS = {
+    "transforms": "TRANSFORMS",
+    "runners": "RUNNERS",
+    "attention functions": "ATTENTION",
+    "weight formats": "FORMATS",
+    "model families": "FAMILIES",
+}
+
+
+def ls(
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda: also try what works there. [default: list only]")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Lists transforms, runners, attention functions, weight formats, presets and embedded models."""
+    import json
+
+    found = collect(device)
+    print(json.dumps(found, indent=2, allow_nan=False) if json_output else page(found))
+
+
+def collect(device: str | None = None) -> dict[str, Any]:
+    """Everything that `ls` shows, as plain data. Without a device nothing is imported or tried."""
+    from paretune import registry
+    from paretune.recipe import PRESETS
+
+    found: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "device": device}
+    for section, name in _SECTIONS.items():
+        table = getattr(registry, name)
+        found[section.replace(" ", "_")] = [{"name": n, "what": _what(table, n)} for n in table.names()]
+    found["presets"] = [{"name": name, "what": _spell(recipe)} for name, recipe in PRESETS.items()]
+    found["embedded_models"] = _embedded_models()
+    if device is not None:
+        _try(found, device)
+    return found
+
+
+def page(found: dict[str, Any]) -> str:
+    """The listing as plain text."""
+    sections = [*_SECTIONS, "presets", "embedded models"]
+    width = max(len(entry["name"]) for s in sections for entry in found[s.replace(" ", "_")])
+    lines: list[str] = []
+    for section in sections:
+        lines += ["", section] if lines else [section]
+        for entry in found[section.replace(" ", "_")]:
+            lines.append(f"  {entry['name']:<{width}}  {entry['what']}")
+            for verdict in entry.get("verdicts", []):
+                about = f"{verdict['name']}: " if verdict["name"] != entry["name"] else ""
+                # Why a number format is emulated stands once, at the transform, not at each preset with it.
+                said = verdict["reason"] and (section != "presets" or verdict["state"] == "cannot")
+                reason = f" ({verdict['reason']})" if said else ""
+                lines.append(f"  {'':<{width}}    {about}{verdict['state']} on {found['device']}{reason}")
+    return "\n".join(lines)
+
+
+def _what(table: Any, name: str) -> str:
+    """The first sentence of the entry's module, read from its source: importing it could take seconds."""
+    import ast
+    import importlib.util
+    import re
+    from pathlib import Path
+
+    spec = importlib.util.find_spec(table._targets[name].partition(":")[0])
+    assert spec is not None and spec.origin is not None
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<!et al)\. (?=[A-Z`])", paragraph)[0].rstrip(".")
+
+
+def _spell(recipe: dict[str, Any]) -> str:
+    """A preset in words, without building it: `attention form=sdpa, int8; compile compile_mode=freeze`."""
+
+    def words(entry: dict[str, Any], name: str) -> str:
+        return " ".join([entry.get(name, ""), *(f"{k}={v}" for k, v in entry.items() if k != name)]).strip()
+
+    transforms = ", ".join(words(t, "name") for t in recipe["transforms"]) or "as loaded"
+    return f"{transforms}; {words({'runner': 'eager', **recipe.get('engine', {})}, 'runner')}"
+
+
+def _embedded_models() -> list[dict[str, str]]:
+    import json
+    from pathlib import Path
+
+    import paretune
+
+    assert paretune.__file__ is not None
+    models = []
+    for path in sorted((Path(paretune.__file__).parent / "assets").glob("*/config.json")):
+        c = json.loads(path.read_text("utf-8"))
+        n_bytes = sum(f.stat().st_size for f in path.parent.glob("*.safetensors"))
+        what = (
+            f"{c['model_type']}, {c['n_layer']} layers of width {c['n_embd']}, vocabulary {c['vocab_size']:,}, "
+            f"context {c['n_positions']:,}, {n_bytes / 1e6:.1f} MB"
+        )
+        models.append({"name": path.parent.name, "what": what})
+    return models
+
+
+def _try(found: dict[str, Any], device: str) -> None:
+    """Adds verdicts to transforms (one a variant that a preset uses), runners and presets.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    from paretune import hardware
+    from paretune.errors import UsageError
+    from paretune.recipe import PRESETS, Recipe
+    from paretune.registry import RUNNERS
+
+    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
+        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+    hardware.set_threads()
+    recipes = {name: Recipe.from_dict(data) for name, data in PRESETS.items()}
+    variants: dict[str, Any] = {}
+    for recipe in recipes.values():
+        variants |= {f"{t.name} {t.title}": t for t in recipe.transforms}
+    for entry in found["transforms"]:
+        entry["verdicts"] = [
+            _verdict(t.title, t.requires(device), t.notes(device)) for t in variants.values() if t.name == entry["name"]
+        ]
+    for entry in found["runners"]:
+        entry["verdicts"] = [_verdict(entry["name"], RUNNERS.get(entry["name"]).requires(device), [])]
+    for entry in found["presets"]:
+        recipe = recipes[entry["name"]]
+        notes = [note for t in recipe.transforms for note in t.notes(device)]
+        entry["verdicts"] = [_verdict(entry["name"], recipe.requires(device), notes)]
+
+
+def _verdict(name: str, reason: str | None, notes: list[str]) -> dict[str, str]:
+    """`works`, `emulated` (it runs, and something has to be known about it) or `cannot`, with the reason."""
+    if reason:
+        return {"name": name, "state": "cannot", "reason": reason}
+    return {"name": name, "state": "emulated" if notes else "works", "reason": "; ".join(notes)}

@@ -1,0 +1,175 @@
+"""`paretune tune`: a model and a quality bound in, a proven winner out."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder, hub id or `pocket`.")] = "pocket",
+    objective: Annotated[str, typer.Option(help="tpot, ttft, throughput, memory or size.")] = "tpot",
+    max_ppl_increase: Annotated[
+        str, typer.Option(help="Largest relative increase of perplexity, its upper bound: 1% or 0.01.")
+    ] = "1%",
+    min_speedup: Annotated[float | None, typer.Option(help="What the winner has to reach at least (exit 3).")] = None,
+    budget: Annotated[str, typer.Option(help="Time for search and confirmation: 90s, 5m, 1h.")] = "5m",
+    input_len: Annotated[int, typer.Option(help="Prompt tokens of the request that is made fast.")] = 128,
+    output_len: Annotated[int, typer.Option(help="New tokens of that request.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text for quality; default: the project's own pieces.")] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the plan.")] = Path("plan"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Threads; default: physical cores.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, block order and windows.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was cut off.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier run in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be tried, measure nothing.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Find the fastest form of MODEL within a quality bound, prove it, and write a plan that runs it."""
+    from paretune.tune.goal import Goal, parse_duration, parse_percent
+
+    goal = Goal(
+        objective=objective,  # type: ignore[arg-type]
+        max_ppl_increase=parse_percent(max_ppl_increase),
+        min_speedup=min_speedup,
+        budget_sec=parse_duration(budget),
+        input_len=input_len,
+        output_len=output_len,
+        batch_size=batch_size,
+        device=device,
+        threads=threads,
+        seed=seed,
+    )
+    result = run(model, output_dir, goal, text=text, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
+    if json_output and result:
+        import json
+
+        print(json.dumps(result, indent=2))
+    elif result:
+        print(_summary(result, output_dir))
+    _raise_for(result)
+
+
+def run(
+    model: str,
+    output_dir: Path,
+    goal: Any,
+    *,
+    text: Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """The whole job; the Python API calls this too. Returns the result (empty after a dry run)."""
+    from paretune.errors import UsageError
+    from paretune.files import ensure_folder
+
+    if dry_run:
+        _show_space(model, goal)
+        return {}
+    folder = output_dir.expanduser()
+    _prepare(folder, resume, force)
+    if resume and not (folder / "events.jsonl").is_file():
+        raise UsageError(f"{folder} holds no run to continue", "Leave out --resume")
+    from paretune import clock
+    from paretune.tune import result as results
+    from paretune.tune.search import Search
+
+    ensure_folder(folder)
+    started = clock.now()
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(f"[{clock.now() - started:5.0f} s] {line}", file=sys.stderr, flush=True)
+
+    search = Search(model, goal, folder, text=text, resume=resume, say=say)
+    try:
+        out = search.run()
+        say("writing the report")
+        return results.write(out, folder)
+    finally:
+        search.journal.close()
+
+
+OURS = ("events.jsonl", "samples.jsonl", "trials.jsonl", "plan.json", "report.json", "report.html", "logs", "scores", "model")
+
+
+def _prepare(folder: Path, resume: bool, force: bool) -> None:
+    from paretune.errors import UsageError
+    from paretune.files import write_error
+
+    if not folder.exists() or resume:
+        return
+    there = [name for name in OURS if (folder / name).exists()]
+    if there and not force:
+        raise UsageError(
+            f"{folder} holds an earlier run", "Pass --resume to continue it, --force to replace it, or another -o"
+        )
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(20, "it is a file")
+        for name in there:  # only what `tune` itself writes: a folder of the user's own files is left alone
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        raise write_error(folder, error) from None
+
+
+def _show_space(model: str, goal: Any) -> None:
+    from paretune.measure.workload import Workload
+    from paretune.model import checkpoint
+    from paretune.tune import space as spaces
+
+    config = checkpoint.read_config(checkpoint.resolve(model))
+    Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
+    space = spaces.build(goal.device)
+    print(f"baseline: {spaces.baseline().name}")
+    print(f"{len(space.legal)} candidates:")
+    for candidate in space.legal:
+        print(f"  {candidate.recipe.name}")
+    for name, reason in space.illegal:
+        print(f"  cannot run here: {name}: {reason}")
+    print(f"Nothing was measured. Budget of a real run: {goal.budget_sec:.0f} s and about 20 s around it.")
+
+
+def _summary(result: dict[str, Any], folder: Path) -> str:
+    from paretune.report import tables
+
+    rows = tables.trial_rows({**result, "trials": [t for t in result["trials"] if t["status"] != "not_reached"]})
+    space = result["space"]
+    lines = [
+        "",
+        *result["verdict"],
+        "",
+        tables.to_text(rows, tables.SHORT_COLUMNS),
+        "",
+        f"{space['n_measured']} of {space['n_legal']} legal recipes were measured, {space['n_failed']} failed, "
+        f"{space['n_not_reached']} not reached in the budget.",
+        f"Report: {folder / 'report.html'}",
+        f'Run it: paretune generate {folder} --prompt "..."',
+    ]
+    return "\n".join(lines)
+
+
+def _raise_for(result: dict[str, Any]) -> None:
+    """The exit code of an outcome; what was found is written already."""
+    from paretune.errors import NoRecipeError, TooNoisyError
+
+    if not result:
+        return
+    if result["outcome"] == "interrupted":
+        raise KeyboardInterrupt
+    if result["outcome"] == "none":
+        raise NoRecipeError(result["verdict"][-1].rstrip("."), "The best so far is written; lower --min-speedup")
+    if result["winner_id"] is None and any("too noisy" in s for s in result["verdict"]):
+        raise TooNoisyError(
+            "this machine is too noisy now to judge", "Close other programs and run it again; the baseline is kept"
+        )

@@ -1,0 +1,389 @@
+"""Configurations side by side on a grid of workloads: interleaved blocks, one process each, verdicts.
+
+Every cell of the grid (input length x output length x batch) has a process per configuration and one more for
+the baseline again: what those two differ by is what this machine resolves now (A/A). `bench_rows` turns what
+was measured into the rows of the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from paretune import clock, files, hardware, stats
+from paretune.errors import UsageError
+from paretune.measure import environment
+from paretune.measure.bench_rows import DEFINITIONS, Cell, Pass, Trial, make_row
+from paretune.measure.interleave import Sample, SubjectError, run_blocks, warm_up
+from paretune.measure.session import TrialProcess
+from paretune.measure.workload import KINDS, MIN_SLICE_SEC, Workload
+from paretune.model import checkpoint
+from paretune.model.config import ModelConfig
+from paretune.recipe import Recipe
+
+MIN_BLOCKS, MAX_BLOCKS, MIN_TIME_SEC = 8, 27, 3.0
+MAX_AA = 0.25  # an A/A half width above it: the machine is too noisy to judge
+LOAD_TIMEOUT_SEC = 900.0  # max-autotune compiles for minutes
+WARM_UP_SEC = 10.0
+CHECK_TOKENS, CHECK_STEPS = 32, 12  # of the exactness check before anything is timed
+PROCESS_BYTES = 450 << 20  # an interpreter with PyTorch
+MEMORY_SHARE = 0.9
+_LOAD_GUESS_SEC, _BLOCK_GUESS_SEC = 6.0, 0.2  # of the estimate only
+
+Config = tuple[str, Recipe]
+
+
+def cells_of(
+    n_positions: int, input_lens: Sequence[int], output_lens: Sequence[int], batch_sizes: Sequence[int]
+) -> list[Cell]:
+    """The grid, smaller workloads first as given.
+
+    Raises:
+        UsageError: a workload that does not fit the model, or an empty list.
+    """
+    cells = [Cell(i, o, b) for b in batch_sizes for i in input_lens for o in output_lens]
+    if not cells:
+        raise UsageError("there is no workload to measure", "Give --input-len, --output-len and --batch-size")
+    for cell in cells:
+        Workload(cell.input_len, cell.output_len, cell.batch_size).check(n_positions)
+    return list(dict.fromkeys(cells))
+
+
+def n_parameters(config: ModelConfig) -> int:
+    return sum(p.numel() for p in checkpoint.build(config).parameters())
+
+
+def trial_bytes(config: ModelConfig, n_params: int, cell: Cell) -> int:
+    """What one process takes at rest, from above: fp32 weights, cache, the largest activations."""
+    rows = cell.batch_size * cell.input_len
+    kv = 2 * config.n_layer * config.n_kv_head * config.head_dim
+    cache = 4 * kv * cell.batch_size * (cell.input_len + cell.output_len)
+    scores = 4 * config.n_head * rows * cell.input_len
+    logits = 4 * cell.batch_size * config.vocab_size
+    return (
+        PROCESS_BYTES + 4 * n_params + cache + 2 * scores + 2 * logits + 4 * rows * 3 * (config.n_inner + config.n_embd)
+    )
+
+
+def groups_of(challengers: Sequence[str], each_bytes: int, extra_bytes: int, available: int) -> list[list[str]]:
+    """Splits the challengers so that each group fits into memory beside the baseline and its twin.
+
+    Args:
+        extra_bytes: what one of them takes more while it loads and is checked (one at a time does).
+        available: bytes that may be taken now.
+    """
+    room = int((MEMORY_SHARE * available - extra_bytes) // each_bytes) - 2
+    size = max(1, room)  # a single one that does not fit fails with its cause
+    return [list(challengers[i : i + size]) for i in range(0, len(challengers), size)] or [[]]
+
+
+def estimate_sec(n_configs: int, n_cells: int, n_kinds: int, min_blocks: int, max_blocks: int) -> tuple[float, float]:
+    """Seconds that a run takes at least and at most, for small models (a slice of a large one takes longer)."""
+    n = n_configs + 1
+    fixed = n * (_LOAD_GUESS_SEC + n_kinds * 10 * MIN_SLICE_SEC)
+    low, high = (n_cells * (fixed + n_kinds * b * n * _BLOCK_GUESS_SEC) for b in (min_blocks, max_blocks))
+    return low, high
+
+
+def bench(
+    folder: Path,
+    configs: Sequence[Config],
+    *,
+    input_lens: Sequence[int] = (128,),
+    output_lens: Sequence[int] = (32,),
+    batch_sizes: Sequence[int] = (1,),
+    baseline: str = "baseline",
+    kinds: Sequence[str] = ("ttft", "tpot"),
+    min_blocks: int = MIN_BLOCKS,
+    max_blocks: int = MAX_BLOCKS,
+    min_time_sec: float = MIN_TIME_SEC,
+    budget_sec: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    on_progress: Callable[[str], None] | None = None,
+    sample_log: Path | None = None,
+    folders: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Measures every configuration against the baseline on every cell of the grid.
+
+    Args:
+        configs: names and recipes; all rows carry the name.
+        baseline: the configuration that the others are compared with; the first where none has this name.
+        kinds: what is sampled, each in a pass of its own (`workload.KINDS`).
+        min_blocks, max_blocks: after how many blocks the first and the last look is taken.
+        min_time_sec: how long a configuration is sampled at least in a pass, its probes included.
+        budget_sec: for everything; what is not reached then is said to be so.
+        on_progress: called with a line, only while nothing is being timed.
+        sample_log: a JSON line for every sample, written the moment it is taken.
+        folders: the checkpoint of a configuration where it is not `folder` (a plan's converted one).
+
+    Returns:
+        strict JSON: the head of a result file, `rows`, `aa`, `samples`, `ceilings`, `definitions`, `too_noisy`.
+
+    Raises:
+        UsageError: wrong arguments, before any process starts.
+    """
+    names = [name for name, _ in configs]
+    if not names:
+        raise UsageError("there is no configuration to measure", "Give --config")
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise UsageError(f"config {twice!r} is given twice", "Name each configuration once")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"unknown kind {kind!r}", f"Known: {', '.join(KINDS)}")
+    if not 1 <= min_blocks <= max_blocks:
+        raise UsageError(f"{min_blocks} to {max_blocks} blocks", "The first has to be 1 or more, the second no less")
+    config = checkpoint.read_config(folder)
+    cells = cells_of(config.n_positions, input_lens, output_lens, batch_sizes)
+    header = environment.header(seed=seed)
+    say = on_progress or (lambda line: None)
+    threads_read = hardware.set_threads(threads)
+    say("measuring the ceilings of this machine")
+    ceilings = hardware.ceilings(device, quick=True)
+    run = _Run(
+        folder=Path(folder),
+        config=config,
+        n_params=n_parameters(config),
+        configs=dict(configs),
+        folders={k: Path(v) for k, v in (folders or {}).items()},
+        baseline=baseline if baseline in names else names[0],
+        kinds=tuple(kinds),
+        schedule=stats.looks(min_blocks, max_blocks),
+        min_time_sec=min_time_sec,
+        seed=seed,
+        device=device,
+        threads=threads,
+        probe=hardware.BandwidthProbe(threads) if device == "cpu" else None,
+        say=say,
+        ceilings=ceilings,
+        deadline=None if budget_sec is None else clock.now() + budget_sec,
+    )
+    with _log(sample_log) as log:
+        run.log = log
+        for i, cell in enumerate(cells):
+            run.cell(cell, i, n_left=len(cells) - i)
+    widths = [entry["half_width"] for entry in run.aa if entry["half_width"] is not None]
+    return {
+        **header,
+        "model": {"name": folder.name, "family": config.family, "n_parameters": run.n_params},
+        "device": device,
+        "threads": threads_read,
+        "baseline": run.baseline,
+        "configs": {name: recipe.to_dict() for name, recipe in configs},
+        "cells": [asdict(cell) for cell in cells],
+        "settings": {
+            "kinds": list(kinds),
+            "looks_after_blocks": run.schedule,
+            "level": run.level,
+            "delta": stats.DELTA,
+            "min_time_sec": min_time_sec,
+            "budget_sec": budget_sec,
+        },
+        "ceilings": ceilings.to_json(),
+        "probe": None if run.probe is None else {"kind": run.probe.kind, "note": run.probe.note},
+        "rows": run.rows,
+        "aa": run.aa,
+        "samples": run.samples,
+        "warm_up": run.warm_ups,
+        "definitions": DEFINITIONS,
+        "too_noisy": any(width > MAX_AA for width in widths),
+    }
+
+
+@contextlib.contextmanager
+def _log(path: Path | None) -> Iterator[IO[str] | None]:
+    if path is None:
+        yield None
+        return
+    try:
+        handle = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise files.write_error(path, error) from None
+    with handle:
+        yield handle
+
+
+@dataclass
+class _Run:
+    """One call of `bench`: its settings, and what it has measured so far."""
+
+    folder: Path
+    config: ModelConfig
+    n_params: int
+    configs: dict[str, Recipe]
+    folders: dict[str, Path]
+    baseline: str
+    kinds: tuple[str, ...]
+    schedule: list[int]
+    min_time_sec: float
+    seed: int
+    device: str
+    threads: int | None
+    probe: hardware.BandwidthProbe | None
+    say: Callable[[str], None]
+    ceilings: hardware.Ceilings
+    deadline: float | None
+    log: IO[str] | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    aa: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    warm_ups: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def twin(self) -> str:
+        return f"{self.baseline} again"
+
+    @property
+    def level(self) -> float:
+        return stats.look_level(0, len(self.schedule))
+
+    def recipe_of(self, name: str) -> Recipe:
+        return self.configs[self.baseline if name == self.twin else name]
+
+    def cell(self, cell: Cell, index: int, n_left: int) -> None:
+        """Measures one cell, in as many groups as memory asks for."""
+        each = trial_bytes(self.config, self.n_params, cell)
+        # While it loads: the file's tensors beside the model; while it is checked: a reference and an fp32 twin.
+        extra = 3 * 4 * self.n_params
+        challengers = [name for name in self.configs if name != self.baseline]
+        groups = groups_of(challengers, each, extra, hardware.available_memory_bytes())
+        for g, group in enumerate(groups):
+            share = len(groups) - g + (n_left - 1) * len(groups)
+            until = None if self.deadline is None else clock.now() + max(0.0, self.deadline - clock.now()) / share
+            trials = self._group(cell, index, g, [self.baseline, self.twin, *group], until)
+            shown = [t for t in trials if g == 0 or t.name in group]
+            first = trials[0]
+            order = {name: i for i, name in enumerate([*self.configs, self.twin])}
+            for trial in sorted(shown, key=lambda t: order[t.name]):
+                row = make_row(trial, first, self.twin, cell, self.config, self.ceilings)
+                self.rows.append({**row, "group": g})
+
+    def _group(self, cell: Cell, index: int, g: int, names: list[str], until: float | None) -> list[Trial]:
+        trials = {name: Trial(name, self.recipe_of(name)) for name in names}
+        if until is not None and clock.now() >= until:
+            return list(trials.values())
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="paretune-bench-")))
+            processes: dict[str, TrialProcess] = {}
+            for i, trial in enumerate(trials.values()):
+                self.say(f"{cell.title}: loading {trial.name}")
+                try:
+                    process = TrialProcess(trial.name, self.kinds[0], log=scratch / f"{i}.log")
+                    stack.callback(process.close)
+                    trial.loaded = process.ask("load", LOAD_TIMEOUT_SEC, **self._request(cell, index, trial))
+                    process.pause()
+                    processes[trial.name] = process
+                except SubjectError as error:
+                    trial.cause = str(error)
+            for k, kind in enumerate(self.kinds):
+                left = None if until is None else max(0.0, until - clock.now()) / (len(self.kinds) - k)
+                self._pass(cell, g, kind, processes, trials, None if left is None else clock.now() + left)
+            for name, process in processes.items():
+                if trials[name].cause is None:
+                    self.say(f"{cell.title}: memory of {name}")
+                    with contextlib.suppress(SubjectError):  # the speed was measured; the memory is not known then
+                        process.resume()
+                        trials[name].memory = process.ask("memory")
+                        process.pause()
+        return list(trials.values())
+
+    def _request(self, cell: Cell, index: int, trial: Trial) -> dict[str, Any]:
+        # One seed a cell: its prompts are its own, and the same for all configurations.
+        workload = Workload(**asdict(cell), seed=_seed(self.seed, "prompt", str(index)))
+        n_check = max(1, min(CHECK_TOKENS, self.config.n_positions - CHECK_STEPS))
+        folder = self.folders.get(trial.name, self.folder)
+        return {
+            "folder": str(folder.resolve()),
+            "recipe": trial.recipe.to_dict(),
+            "workload": asdict(workload),
+            "device": self.device,
+            "threads": self.threads,
+            "check_prompt": [(7919 * i + 13) % self.config.vocab_size for i in range(1, n_check + 1)],
+        }
+
+    def _pass(
+        self,
+        cell: Cell,
+        g: int,
+        kind: str,
+        processes: dict[str, TrialProcess],
+        trials: dict[str, Trial],
+        until: float | None,
+    ) -> None:
+        """Samples one kind of slice until all is decided, or blocks or time run out."""
+        alive = [name for name in processes if trials[name].cause is None]
+        where = {"cell": cell.title, "kind": kind, "group": g}
+        for name in alive:
+            processes[name].kind = kind
+            left = WARM_UP_SEC if until is None else min(WARM_UP_SEC, max(0.0, until - clock.now()) / 4)
+            self.say(f"{cell.title}: warming up {name} ({kind})")
+            try:
+                timings = warm_up(processes[name], max_sec=left)
+            except SubjectError as error:
+                trials[name].cause = str(error)
+                continue
+            self.warm_ups.append({**where, "config": name, "timings_sec": timings})
+            if stats.has_trend(timings):
+                trials[name].notes.append(f"{kind}: timings still drifted after {left:.0f} s of warm-up")
+        result = Pass(kind, self.level)
+        started, done, first = clock.now(), 0, g * self.schedule[-1]
+
+        def keep(sample: Sample) -> None:
+            line = {**where, **sample.to_json()}
+            self.samples.append(line)
+            if self.log is not None:
+                try:
+                    self.log.write(json.dumps(line) + "\n")
+                    self.log.flush()
+                except OSError as error:
+                    raise files.write_error(self.log.name, error) from None
+
+        for n in self.schedule:
+            subjects = [processes[name] for name in alive if trials[name].cause is None]
+            if not subjects:
+                break
+            self.say(f"{cell.title}: {kind}, {done} of at most {self.schedule[-1]} blocks")
+            run = run_blocks(
+                subjects,
+                rng_seed=_seed(self.seed, cell.title, kind),
+                n_blocks=n - done,
+                start_block=first + done,
+                probe=self.probe,
+                deadline_sec=until,
+                on_sample=keep,
+            )
+            for name, failure in run.failures.items():
+                trials[name].cause = str(failure)
+            result.samples += run.samples
+            done, result.is_cut = n, run.is_cut
+            enough = (clock.now() - started) / len(subjects) >= self.min_time_sec
+            if run.is_cut or (enough and self._decided(result, alive, trials)):
+                break
+        result.n_blocks = done
+        for trial in trials.values():
+            trial.passes[kind] = result
+        half_width = result.resolution(self.baseline, self.twin)
+        ratio = result.blocks.ratio(self.baseline, self.twin, self.level)
+        word = stats.verdict(ratio, resolution=half_width)
+        known = half_width if half_width != float("inf") else None
+        self.aa.append({**where, "half_width": known, "ratio": ratio.to_json(), "verdict": word})
+
+    def _decided(self, result: Pass, alive: list[str], trials: dict[str, Trial]) -> bool:
+        """The twin is not asked: it is the yardstick."""
+        names = [n for n in alive if n not in (self.baseline, self.twin) and trials[n].cause is None]
+        if trials[self.baseline].cause is not None:
+            return True
+        return all(result.verdict(self.baseline, self.twin, name) != "undecided" for name in names)
+
+
+def _seed(seed: int, *words: str) -> int:
+    text = "\0".join([str(seed), *words])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")

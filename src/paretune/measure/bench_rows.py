@@ -1,0 +1,217 @@
+"""The rows of a `bench` result: one flat dict a configuration and cell, units in the names of the keys."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from paretune import hardware, stats
+from paretune.measure import roofline
+from paretune.measure.interleave import Blocks, Sample
+from paretune.measure.workload import DECODE_SLICE
+from paretune.model.config import ModelConfig
+from paretune.recipe import Recipe
+
+PHASES = {"ttft": "prefill", "tpot": "decode", "throughput": "throughput"}
+SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
+
+# Printed under every table: peers disagree about these words.
+DEFINITIONS: dict[str, str] = {
+    "Speed-up": "seconds of the baseline / seconds of the configuration: exp of the median over blocks of the log "
+    "ratio, both sides from the same block. In brackets its interval: 95 % over all planned looks together.",
+    "Result": "faster or slower where the interval lies beyond 2 % or beyond what the baseline differs from itself "
+    "here and now (A/A), whichever is larger; no difference where it lies inside; else undecided.",
+    "TTFT": "start of the request until the first token of every sequence is chosen (prefill and its argmax).",
+    "TPOT": f"one decode step, over the first {DECODE_SLICE} steps after the prompt (fewer for shorter outputs): "
+    "seconds per output token of a sequence. Output length is fixed, nothing stops early.",
+    "Prefill tokens/s": "input tokens of the batch / TTFT.",
+    "Decode tokens/s": "sequences of the batch / TPOT: output tokens per second of the whole batch.",
+    "Throughput": "output tokens of the batch / whole request (TTFT + (output tokens - 1) * TPOT, or sampled).",
+    "Median, p90": "over slices of at least 0.1 s, each the mean of its steps; p90 needs 36 slices.",
+    "MBU": "bytes that a decode step must read (weights and the cache at its mean length) / TPOT / read bandwidth "
+    "measured here at that size.",
+    "MFU": "arithmetic of the phase / its seconds / matrix rate measured here in the same number format.",
+    "Pays back after": "output tokens until the extra seconds of loading and compiling are won back.",
+    "Peak memory": "largest resident memory of the process during one request, libraries included.",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One workload of the grid."""
+
+    input_len: int
+    output_len: int
+    batch_size: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.input_len}+{self.output_len} x{self.batch_size}"
+
+
+@dataclass
+class Pass:
+    """The interleaved blocks of one kind of slice, all configurations of a group together."""
+
+    kind: str
+    level: float
+    samples: list[Sample] = field(default_factory=list)
+    n_blocks: int = 0
+    is_cut: bool = False
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks(self.samples)
+
+    def resolution(self, baseline: str, twin: str) -> float:
+        return self.blocks.aa_resolution(baseline, twin, self.level)
+
+    def verdict(self, baseline: str, twin: str, name: str) -> stats.Verdict:
+        ratio = self.blocks.ratio(baseline, name, self.level)
+        return stats.verdict(ratio, resolution=self.resolution(baseline, twin))
+
+
+@dataclass
+class Trial:
+    """What one process gave in one cell; `cause` says why it gave no more."""
+
+    name: str
+    recipe: Recipe
+    loaded: dict[str, Any] | None = None
+    cause: str | None = None
+    passes: dict[str, Pass] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def seconds(self, kind: str) -> np.ndarray:
+        """[n] seconds per unit of work."""
+        return self.passes[kind].blocks.values(self.name) if kind in self.passes else np.array([])
+
+    def median(self, kind: str) -> float | None:
+        values = self.seconds(kind)
+        return float(np.median(values)) if len(values) else None
+
+
+def make_row(
+    trial: Trial, baseline: Trial, twin: str, cell: Cell, config: ModelConfig, ceilings: hardware.Ceilings
+) -> dict[str, Any]:
+    """Everything that is known of a configuration in a cell. None: not measured."""
+    loaded = trial.loaded or {}
+    ttft, tpot = trial.median("ttft"), trial.median("tpot")
+    status = "failed" if trial.cause else "measured" if any(len(trial.seconds(k)) for k in PHASES) else "not_reached"
+    cause = trial.cause or ("" if status == "measured" else "the time budget ended before its turn")
+    role = "baseline" if trial.name == baseline.name else "twin" if trial.name == twin else ""
+    row: dict[str, Any] = {
+        "config": trial.name,
+        "recipe": trial.recipe.name,
+        "role": role,
+        "cell": cell.title,
+        "input_len": cell.input_len,
+        "output_len": cell.output_len,
+        "batch_size": cell.batch_size,
+        "status": status,
+        "cause": cause,
+        "ttft_sec": ttft,
+        "tpot_sec": tpot,
+        "prefill_tokens_per_sec": ttft and cell.batch_size * cell.input_len / ttft,
+        "decode_tokens_per_sec": tpot and cell.batch_size / tpot,
+        "throughput_tokens_per_sec": _throughput(trial, cell),
+    }
+    for kind in trial.passes:
+        row |= _phase(trial, baseline, twin, kind)
+    parts = ("weights_bytes", "kv_cache_bytes", "activation_peak_bytes", "rss_bytes", "rss_peak_bytes")
+    row |= {key: trial.memory.get(key, loaded.get(key)) for key in parts}
+    row |= {key: value for key, value in trial.memory.items() if key.startswith("device_") and value is not None}
+    row |= {
+        "load_sec": loaded.get("load_sec"),
+        "compile_sec": loaded.get("compile_sec"),
+        "break_even_tokens": _break_even(trial, baseline, cell),
+        **_limits(trial, cell, config, ceilings),
+        "threads": (loaded.get("threads") or {}).get("threads"),
+        "proof": list(loaded.get("proof", ())),
+        "notes": [*loaded.get("notes", ()), *trial.notes],
+    }
+    return row
+
+
+def _phase(trial: Trial, baseline: Trial, twin: str, kind: str) -> dict[str, Any]:
+    """Ratio, verdict and the spread of one phase, keys prefixed with its name."""
+    done, phase, values = trial.passes[kind], PHASES[kind], trial.seconds(kind)
+    blocks = done.blocks
+    out: dict[str, Any] = {
+        "n": len(values),
+        "p50_sec": stats.percentile(values, 50),
+        "p90_sec": stats.percentile(values, 90),
+        "n_repeated": sum(s.n_repeated for s in done.samples if s.subject == trial.name),
+        "speedup": None,
+        "speedup_low": None,
+        "speedup_high": None,
+        "verdict": None,
+        "by_state": None,
+    }
+    if trial.name == baseline.name:
+        out |= {"speedup": 1.0 if len(values) else None, "verdict": "baseline"}
+    elif len(values) and len(blocks.values(baseline.name)):
+        ratio = blocks.ratio(baseline.name, trial.name, done.level).to_json()
+        out |= {
+            "speedup": ratio["value"],
+            "speedup_low": ratio["low"] or None,  # 0 is "no information" here
+            "speedup_high": ratio["high"],
+            "verdict": done.verdict(baseline.name, twin, trial.name),
+        }
+        states = blocks.by_state(baseline.name, trial.name, done.level)
+        if states:
+            out["by_state"] = {word: states[i].to_json() for i, word in enumerate(("low", "high"))}
+    return {f"{phase}_{key}": value for key, value in out.items()}
+
+
+def _throughput(trial: Trial, cell: Cell) -> float | None:
+    sampled, ttft, tpot = (trial.median(kind) for kind in ("throughput", "ttft", "tpot"))
+    if sampled is not None:
+        return 1 / sampled
+    if ttft is None or tpot is None:
+        return None
+    return cell.batch_size * cell.output_len / (ttft + (cell.output_len - 1) * tpot)
+
+
+def _break_even(trial: Trial, baseline: Trial, cell: Cell) -> float | None:
+    """Output tokens of the batch; None where nothing is won per token, so that nothing pays back."""
+    ours, theirs = trial.median("tpot"), baseline.median("tpot")
+    if trial.loaded is None or baseline.loaded is None or ours is None or theirs is None or trial is baseline:
+        return None
+    once = [t.loaded["load_sec"] + t.loaded["compile_sec"] for t in (trial, baseline) if t.loaded]
+    gain = (theirs - ours) / cell.batch_size
+    if gain <= 0:
+        return None
+    return float(math.ceil(max(0.0, once[0] - once[1]) / gain))
+
+
+def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ceilings) -> dict[str, Any]:
+    """MBU, MFU and what each phase is bound by."""
+    out: dict[str, Any] = dict.fromkeys(("mbu", "decode_mfu", "prefill_mfu", "bound_by", "prefill_bound_by"))
+    loaded, ttft, tpot = trial.loaded, trial.median("ttft"), trial.median("tpot")
+    if loaded is None:
+        return out
+    weights = loaded.get("step_weights_bytes", loaded["weights_bytes"])
+    per_token = loaded.get("kv_bytes_per_token", 0.0)
+    compute = str(loaded.get("compute_dtype"))
+    rate = ceilings.matrix_rates.get(SHORT_DTYPES.get(compute, compute))
+    if tpot is not None:
+        n_steps = max(1, min(DECODE_SLICE, cell.output_len - 1))
+        context = cell.input_len + (n_steps + 1) / 2  # the mean over the slice, the step's own token among them
+        n_bytes = roofline.decode_bytes(weights, round(per_token * context))
+        flops = cell.batch_size * roofline.decode_flops(config, round(context))
+        bandwidth = ceilings.bandwidth_at(n_bytes)
+        out["mbu"] = roofline.mbu(n_bytes, tpot, bandwidth)
+        out["decode_mfu"] = roofline.mfu(flops, tpot, rate) if rate else None
+        out["bound_by"] = roofline.bound_by("decode", tpot, n_bytes, flops, bandwidth, rate)[1]
+    if ttft is not None:
+        n_bytes = weights + round(per_token * cell.input_len)
+        flops = cell.batch_size * roofline.prefill_flops(config, cell.input_len)
+        bandwidth = ceilings.bandwidth_at(n_bytes)
+        out["prefill_mfu"] = roofline.mfu(flops, ttft, rate) if rate else None
+        out["prefill_bound_by"] = roofline.bound_by("prefill", ttft, n_bytes, flops, bandwidth, rate)[1]
+    return out

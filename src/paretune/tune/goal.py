@@ -1,0 +1,91 @@
+"""What the user wants: an objective, a quality bound, a budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from paretune.errors import UsageError
+
+OBJECTIVES = ("tpot", "ttft", "throughput", "memory", "size")
+Objective = Literal["tpot", "ttft", "throughput", "memory", "size"]
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_percent(text: str) -> float:
+    """`1%` or `0.01` -> 0.01.
+
+    Raises:
+        UsageError: no number, or negative.
+    """
+    number, percent = (text[:-1], True) if text.endswith("%") else (text, False)
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        raise UsageError(f"{text!r} is no percentage", "Write it as 1% or 0.01") from None
+    if not math.isfinite(value) or value < 0:
+        raise UsageError(f"{text!r} is not a bound", "It has to be 0 or more")
+    return value
+
+
+def parse_duration(text: str) -> float:
+    """`90s`, `5m`, `1h30m` or plain seconds -> seconds.
+
+    Raises:
+        UsageError: not a duration above zero.
+    """
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        seconds = float(text)
+    else:
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+        if not parts or "".join(a + b for a, b in parts) != text:
+            raise UsageError(f"{text!r} is no duration", "Write it as 90s, 5m or 1h30m")
+        seconds = sum(float(a) * _UNITS[b] for a, b in parts)
+    if seconds <= 0:
+        raise UsageError(f"{text!r} is no duration", "It has to be above zero")
+    return seconds
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The request of one `tune` run.
+
+    Args:
+        objective: what is made small: seconds per output token, to the first token, per token of a batch; bytes of
+            weights, cache and activations; bytes of weights.
+        max_ppl_increase: largest relative increase of perplexity over the baseline; its upper bound is held to it.
+        min_speedup: what the winner has to reach at least; None asks for nothing.
+        budget_sec: for the search and the confirmation, measured from the first load.
+        input_len, output_len, batch_size: the request that is made fast.
+    """
+
+    objective: Objective = "tpot"
+    max_ppl_increase: float = 0.01
+    min_speedup: float | None = None
+    budget_sec: float = 300.0
+    input_len: int = 128
+    output_len: int = 32
+    batch_size: int = 1
+    device: str = "cpu"
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(f"unknown objective {self.objective!r}", f"Known: {', '.join(OBJECTIVES)}")
+        if self.min_speedup is not None and self.min_speedup <= 0:
+            raise UsageError(f"--min-speedup is {self.min_speedup}", "It has to be above 0")
+
+    @property
+    def sample_kind(self) -> str:
+        """What is timed (`workload.KINDS`); objectives in bytes time the decode step beside."""
+        return self.objective if self.objective in ("tpot", "ttft", "throughput") else "tpot"
+
+    @property
+    def in_bytes(self) -> bool:
+        return self.objective in ("memory", "size")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,256 @@
+"""Trials in their processes: started, asked, raced in blocks, scored; all of it through the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paretune import clock, hardware
+from paretune.errors import ParetuneError
+from paretune.evaluate.fidelity import Fidelity, Scores, compare
+from paretune.files import write_bytes
+from paretune.measure.interleave import Blocks, Sample, SubjectError, run_blocks
+from paretune.measure.session import TrialProcess
+from paretune.measure.workload import Workload
+from paretune.recipe import Recipe
+from paretune.tune.goal import Goal
+from paretune.tune.journal import Journal
+
+WORKER = "paretune.tune.worker"
+BASELINE, TWIN = "baseline", "baseline-again"
+START_TIMEOUT_SEC = 600.0
+WARM_UP_SEC = 4.0
+KEEP_POSITIONS = 1024  # at which the whole distribution is kept, for the KL divergence
+
+
+@dataclass
+class TrialState:
+    """What is known of one trial."""
+
+    id: str
+    recipe: Recipe
+    process: TrialProcess | None = None
+    facts: dict[str, Any] | None = None  # the worker's answer to `load`, `memory` and side samples
+    failure: str | None = None
+    failure_kind: str = "failed"  # failed, invalid (no effect, not exact)
+    start_sec: float = 0.0
+    seed: int = 0
+    tags: dict[str, Any] = field(default_factory=dict)
+
+
+class Race:
+    """All trials of a run. Nothing else runs while one of them is timed."""
+
+    def __init__(self, goal: Goal, folder: Path, model_folder: Path, journal: Journal, say: Callable[[str], None]):
+        self.goal, self.folder, self.model_folder, self.journal, self.say = goal, folder, model_folder, journal, say
+        self.trials: dict[str, TrialState] = {}
+        self.probe: hardware.BandwidthProbe | None = None
+        self.check_prompt: list[int] = []
+        (folder / "logs").mkdir(exist_ok=True)
+        (folder / "scores").mkdir(exist_ok=True)
+
+    # -- life of the processes
+
+    def add(self, id: str, recipe: Recipe, seed: int | None = None) -> TrialState:
+        """Registers a trial (once) and takes over what the journal knows of it."""
+        if id not in self.trials:
+            state = TrialState(id, recipe, seed=self.goal.seed if seed is None else seed)
+            loaded, failed = self.journal.find("loaded", trial=id), self.journal.find("failed", trial=id)
+            if loaded:
+                state.facts, state.start_sec = loaded["facts"], loaded["start_sec"]
+            if failed:
+                state.failure, state.failure_kind = failed["reason"], failed["kind"]
+            self.trials[id] = state
+        return self.trials[id]
+
+    def start(self, ids: Sequence[str]) -> None:
+        """Starts the processes that are not running yet, two at a time; a failure becomes a row."""
+        waiting = [self.trials[i] for i in ids if not self.trials[i].failure and self.trials[i].process is None]
+        for at in range(0, len(waiting), 2):
+            pair = waiting[at : at + 2]
+            began = clock.now()
+            for state in pair:
+                self.say(f"starting {state.recipe.name}")
+                state.process = TrialProcess(
+                    state.id, self.goal.sample_kind, self.folder / "logs" / f"{state.id}.log", WORKER
+                )
+                self._guard(state, lambda s: s.process.send("load", **self._load_request(s)))
+            for state in pair:
+                answer = self._guard(state, lambda s: s.process.receive(START_TIMEOUT_SEC))
+                if answer is not None and state.process is not None:
+                    state.tags["answer"] = answer
+                    state.process.pause()
+            for state in pair:  # alone, each warms up
+                if not state.failure:
+                    self._guard(state, self._warm)
+                    if state.facts is not None and not self.journal.find("loaded", trial=state.id):
+                        state.start_sec = clock.now() - began
+                        self.journal.record("loaded", trial=state.id, facts=state.facts, start_sec=state.start_sec)
+
+    def _load_request(self, state: TrialState) -> dict[str, Any]:
+        g = self.goal
+        workload = Workload(g.input_len, g.output_len, g.batch_size, state.seed)
+        return {
+            "folder": str(self.model_folder.resolve()),
+            "recipe": state.recipe.to_dict(),
+            "device": g.device,
+            "threads": g.threads,
+            "workload": workload.__dict__,
+            "check_prompt": self.check_prompt,
+            "is_checked": True,  # the space was asked `requires` once, on a quiet machine
+        }
+
+    def _warm(self, state: TrialState) -> None:
+        process = state.process
+        assert process is not None
+        process.resume()
+        warm = process.ask("warm", kind=self.goal.sample_kind, max_sec=WARM_UP_SEC)
+        if state.facts is None:
+            # Beside the objective: one sample each, shown but never compared.
+            side = {kind: process.ask("sample", kind=kind)["sec"] for kind in ("ttft", "tpot")}
+            memory = process.ask("memory")
+            state.facts = {
+                **state.tags.pop("answer"),
+                "notes": state.recipe.notes(self.goal.device),
+                "memory": memory,
+                "side_sec": side,
+                "warm_settled": warm["settled"],
+                "n_warm": len(warm["timings_sec"]),
+            }
+        process.pause()
+
+    def _guard(self, state: TrialState, act: Callable[[TrialState], Any]) -> Any:
+        """Runs `act`; what goes wrong with the trial is its row's cause."""
+        if state.failure:
+            return None
+        try:
+            return act(state)
+        except SubjectError as error:
+            self.fail(state, str(error))
+            return None
+
+    def fail(self, state: TrialState, reason: str) -> None:
+        invalid = any(word in reason for word in ("had no effect", "is not exact", "is off by", "breaks"))
+        state.failure, state.failure_kind = reason, "invalid" if invalid else "failed"
+        self.journal.record("failed", trial=state.id, reason=reason, kind=state.failure_kind)
+        self.say(f"{state.recipe.name} failed: {reason}")
+        self.stop(state.id)
+
+    def stop(self, id: str) -> None:
+        state = self.trials[id]
+        if state.process is not None:
+            state.process.close()
+            state.process = None
+
+    def stop_all(self) -> None:
+        for id in self.trials:
+            self.stop(id)
+
+    def alive(self, ids: Sequence[str]) -> list[str]:
+        return [i for i in ids if not self.trials[i].failure]
+
+    # -- speed
+
+    def blocks(self, stage: str, ids: Sequence[str], n_blocks: int, deadline_sec: float | None) -> bool:
+        """Measures `n_blocks` blocks of these trials, or what is missing of them.
+
+        Args:
+            deadline_sec: of the budget's clock (`journal.elapsed_sec`).
+
+        Returns:
+            whether all blocks are there.
+        """
+        ids = self.alive(ids)
+        known = self.journal.find("stage", stage=stage)
+        if known:
+            first, n_blocks = known["first"], known["n_blocks"]
+        else:
+            first = 1 + max((s.block for s in self.journal.samples), default=-1)
+            self.journal.record("stage", stage=stage, first=first, n_blocks=n_blocks, trials=list(ids))
+        taken = {(s.block, s.subject) for s in self.journal.samples}
+        missing = [i for i in ids for b in range(first, first + n_blocks) if (b, i) not in taken]
+        if not missing:
+            return True
+        self.start(ids)
+        subjects = [self.trials[i].process for i in self.alive(ids)]
+        if self.probe is None:
+            self.probe = hardware.BandwidthProbe(self.goal.threads)
+        run = run_blocks(
+            [s for s in subjects if s is not None],
+            rng_seed=self.goal.seed,
+            start_block=first,
+            n_blocks=n_blocks,
+            probe=self.probe if self.goal.device == "cpu" else None,
+            deadline_sec=None if deadline_sec is None else clock.now() + deadline_sec - self.journal.elapsed_sec,
+            on_sample=self.journal.add_sample,
+            done=list(self.journal.samples),
+        )
+        for name, error in run.failures.items():
+            self.fail(self.trials[name], str(error))
+        return not run.is_cut
+
+    def measured(self) -> Blocks:
+        return Blocks(self.journal.samples)
+
+    def samples_of(self, stage: str) -> list[Sample]:
+        """The samples of one stage."""
+        known = self.journal.find("stage", stage=stage)
+        if not known:
+            return []
+        return [s for s in self.journal.samples if known["first"] <= s.block < known["first"] + known["n_blocks"]]
+
+    # -- quality
+
+    def score(self, id: str, split: str, windows: torch.Tensor, text_name: str) -> Scores | None:
+        """Scores of a trial on a text, from disk where they are there already; None where the trial failed."""
+        out = self.folder / "scores" / f"{id}.{split}.npz"
+        state = self.trials[id]
+        if not (out.is_file() and self.journal.find("scored", trial=id, split=split)):
+            path = self.folder / "scores" / f"windows.{split}.npy"
+            if not path.is_file():
+                write_bytes(path, _npy(windows))
+            self.start([id])
+            if state.process is None:
+                return None
+            self.say(f"scoring {state.recipe.name} on the {split} text")
+            state.process.resume()
+            answer = self._guard(
+                state,
+                lambda s: s.process.ask(
+                    "score",
+                    timeout_sec=START_TIMEOUT_SEC,
+                    windows=str(path.resolve()),
+                    out=str(out.resolve()),
+                    batch_size=self.goal.batch_size,
+                    keep_positions=KEEP_POSITIONS,
+                    text_name=text_name,
+                ),
+            )
+            if answer is None:
+                return None
+            state.process.pause()
+            self.journal.record("scored", trial=id, split=split, **answer)
+        return Scores.load(out)
+
+    def quality(self, id: str, base_id: str, split: str, windows: torch.Tensor, text_name: str) -> Fidelity | None:
+        """Paired comparison of a trial with the baseline on one text."""
+        base = self.score(base_id, split, windows, text_name)
+        if base is None:
+            raise ParetuneError(
+                f"the baseline cannot be scored: {self.trials[base_id].failure}", "Try another text or --device"
+            )
+        variant = self.score(id, split, windows, text_name)
+        return None if variant is None else compare(base, variant, self.goal.max_ppl_increase)
+
+
+def _npy(windows: torch.Tensor) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, windows.numpy())
+    return buffer.getvalue()

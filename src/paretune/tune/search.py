@@ -1,0 +1,431 @@
+"""The search: waves of candidates raced against the baseline, a quality gate, finals, and a confirmation.
+
+    baseline and its twin -> waves (prove, warm up, race, drop what loses) -> gate the best on paired quality
+    -> finals with corrected intervals -> the winner again in fresh processes, on fresh prompts and unseen text
+
+The baseline wins unless it is beaten beyond noise. Ties go to the simpler recipe. Whatever happens, what was found so
+far is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paretune import hardware, stats
+from paretune.errors import ParetuneError, UsageError
+from paretune.evaluate.fidelity import Fidelity, windows_of
+from paretune.evaluate.texts import read_text, text_of
+from paretune.measure.interleave import Blocks
+from paretune.measure.workload import Workload
+from paretune.model import checkpoint
+from paretune.model.config import ModelConfig
+from paretune.model.tokenizer import Tokenizer
+from paretune.recipe import Recipe
+from paretune.tune import space as spaces
+from paretune.tune.goal import Goal
+from paretune.tune.journal import Journal
+from paretune.tune.race import BASELINE, TWIN, Race, TrialState
+
+WAVE = 5  # candidates at once: a block then takes about two seconds
+SCREEN_BLOCKS = 6  # enough for a finite interval (stats.MIN_BLOCKS)
+FINAL_LOOKS = stats.looks(8, 27)  # blocks after which a final may end
+CONFIRM_ROUNDS, CONFIRM_BLOCKS = 2, 8
+N_FINALISTS = 3
+SEARCH_SHARE, FINAL_SHARE = 0.55, 0.75  # of the budget: the search ends, the finals end
+WINDOW_LEN = 257  # tokens: 128 scored in prefill, 128 in decode
+MIN_WINDOWS, MAX_WINDOWS = 40, 64
+TOO_NOISY = 0.25  # A/A half width above which no verdict is given
+MIN_BYTES_GAIN = 1.02
+
+
+@dataclass
+class Outcome:
+    """What the search found, before it is told to anybody."""
+
+    goal: Goal
+    model_name: str
+    model_folder: Path
+    config: ModelConfig
+    space: spaces.Space
+    race: Race
+    ceilings: hardware.Ceilings | None = None
+    kind: str = "baseline"  # winner, baseline, none, interrupted
+    winner: str | None = None
+    qualities: dict[str, Fidelity] = field(default_factory=dict)
+    confirmation: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+    too_noisy: bool = False
+
+    @property
+    def resolution(self) -> float:
+        """A/A half width over all blocks so far; infinite while there are too few."""
+        return self.race.measured().aa_resolution(BASELINE, TWIN)
+
+    def ratio(self, id: str, level: float = stats.LEVEL) -> stats.Interval:
+        """How many times better than the baseline: speed, or bytes where the objective is in bytes."""
+        if self.goal.in_bytes:
+            value = objective_bytes(self.goal, self.race.trials[BASELINE]) / objective_bytes(
+                self.goal, self.race.trials[id]
+            )
+            return stats.Interval(value, value, value, 1)
+        return self.race.measured().ratio(BASELINE, id, level)
+
+    def verdict(self, id: str, level: float = stats.LEVEL) -> str:
+        if self.goal.in_bytes:
+            value = self.ratio(id).value
+            return "faster" if value >= MIN_BYTES_GAIN else "slower" if value < 1 else "indistinguishable"
+        return stats.verdict(self.ratio(id, level), resolution=self.resolution)
+
+
+def objective_bytes(goal: Goal, state: TrialState) -> float:
+    """Stored weights ("size"), or weights, cache and activations ("memory")."""
+    assert state.facts is not None
+    memory = state.facts["memory"]
+    if goal.objective == "size":
+        return memory["weights_bytes"]
+    return memory["weights_bytes"] + memory["kv_cache_bytes"] + (memory["activation_peak_bytes"] or 0)
+
+
+class Search:
+    """One `tune` run.
+
+    Args:
+        model: folder, hub id or `pocket`.
+        text: file to evaluate on; None takes the project's own pieces.
+        say: progress, a line at a time; never called while a sample is taken.
+    """
+
+    def __init__(
+        self, model: str, goal: Goal, folder: Path, *, text: Path | None, resume: bool, say: Callable[[str], None]
+    ) -> None:
+        self.goal, self.say = goal, say
+        model_folder = checkpoint.resolve(model)
+        config = checkpoint.read_config(model_folder)
+        checkpoint.weight_files(model_folder)
+        Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
+        if goal.device != "cpu" and not torch.cuda.is_available():
+            raise UsageError(f"there is no device {goal.device!r} here", "Use --device cpu")
+        self.tokenizer = Tokenizer(model_folder)
+        self.text_name = "pieces" if text is None else Path(text).stem
+        self.windows = self._windows(config, text)
+        key = {"model": str(model), "goal": goal.to_json(), "text": str(text or "")}
+        self.journal = Journal(folder, key, resume)
+        race = Race(goal, folder, model_folder, self.journal, say)
+        race.check_prompt = self.windows["search"][0, :48].tolist()
+        space = spaces.build(goal.device)
+        self.out = Outcome(goal, model, model_folder, config, space, race)
+
+    def _windows(self, config: ModelConfig, text: Path | None) -> dict[str, torch.Tensor]:
+        """Disjoint windows for search and confirmation.
+
+        Raises:
+            ParetuneError: the text is too short for a bound.
+        """
+        length = min(WINDOW_LEN, config.n_positions)
+        if text is None:
+            ids = {split: self.tokenizer.encode(text_of(split)) for split in ("search", "confirm")}  # type: ignore[arg-type]
+        else:
+            whole = self.tokenizer.encode(read_text(text))
+            ids = {"search": whole[: len(whole) // 2], "confirm": whole[len(whole) // 2 :]}
+        out = {}
+        for split, tokens in ids.items():
+            n = len(tokens) // length
+            needed = math.ceil(MIN_WINDOWS * 128 / max(1, length // 2)) if length < WINDOW_LEN - 1 else MIN_WINDOWS
+            if n < needed:
+                raise ParetuneError(
+                    f"the text gives {n} windows of {length} tokens to {split} on, a bound needs {needed}",
+                    f"Pass a --text of at least {2 * needed * length} tokens",
+                )
+            out[split] = windows_of(tokens, length)[: max(needed, MAX_WINDOWS)]
+        if max(int(w.max()) for w in out.values()) >= config.vocab_size:
+            raise UsageError("the tokenizer gives tokens that the model does not know", "Use the model's own tokenizer")
+        return out
+
+    # -- the run
+
+    def run(self) -> Outcome:
+        """Searches; on Ctrl-C returns what is known."""
+        try:
+            self._run()
+        except KeyboardInterrupt:
+            self.out.kind = "interrupted"
+            self.out.winner = self._best_so_far()
+        finally:
+            self.out.race.stop_all()
+        return self.out
+
+    def _run(self) -> None:
+        race, goal = self.out.race, self.goal
+        self.say("measuring the limits of this machine")
+        known = self.journal.find("ceilings")
+        if known:
+            self.out.ceilings = hardware.Ceilings.from_json(known["ceilings"])
+        else:
+            hardware.set_threads(goal.threads)
+            self.out.ceilings = hardware.ceilings(goal.device, quick=True)
+            self.journal.record("ceilings", ceilings=self.out.ceilings.to_json())
+        base = spaces.baseline()
+        race.add(BASELINE, base)
+        race.add(TWIN, base)
+        race.start([BASELINE, TWIN])
+        failure = race.trials[BASELINE].failure or race.trials[TWIN].failure
+        if failure:
+            raise ParetuneError(f"the baseline itself does not run: {failure}", "Try `paretune generate` on the model")
+        self._waves()
+        finalists = self._gate()
+        winner = self._finals(finalists)
+        self._confirm(winner, finalists)
+
+    def _left(self, share: float) -> float:
+        return share * self.goal.budget_sec - self.journal.elapsed_sec
+
+    # -- waves
+
+    def _waves(self) -> None:
+        race = self.out.race
+        index = 0
+        while True:
+            known = self.journal.find("wave", index=index)
+            if known:
+                by_id = {c.id: c for c in self.out.space.legal}
+                wave = [by_id[i] for i in known["trials"]]
+            else:
+                if self._left(SEARCH_SHARE) <= 0:
+                    return
+                tried = set(race.trials)
+                wave = spaces.next_wave(
+                    self.out.space, tried, self._singles(), self._start_secs(), self._left(SEARCH_SHARE), self._room()
+                )
+                if not wave:
+                    return
+                self.journal.record("wave", index=index, trials=[c.id for c in wave])
+            ids = [race.add(c.id, c.recipe).id for c in wave]
+            race.start(ids)
+            self.say(f"racing {len(race.alive(ids))} candidates against the baseline")
+            race.blocks(
+                f"wave {index}", [BASELINE, TWIN, *ids], SCREEN_BLOCKS, self.goal.budget_sec * (SEARCH_SHARE + 0.05)
+            )
+            self._drop_losers()
+            index += 1
+
+    def _room(self) -> int:
+        """How many candidates fit into memory beside those that are kept alive."""
+        state = self.out.race.trials[BASELINE]
+        assert state.facts is not None
+        # A proof holds the model three times: itself, its reference form, the fp32 original.
+        each = state.facts["memory"]["rss_peak_bytes"] + 2 * state.facts["weights_bytes"]
+        return max(1, min(WAVE, int(0.8 * hardware.available_memory_bytes() / max(each, 1))))
+
+    def _drop_losers(self) -> None:
+        """Ends the processes of trials that cannot win any more; their rows stay."""
+        scores = {i: self.out.ratio(i) for i in self._rows()}
+        best_low = max([1.0] + [r.low for r in scores.values()])
+        ranked = sorted(scores, key=lambda i: -scores[i].value)
+        for id in ranked:
+            if scores[id].high < best_low or id not in ranked[: 2 * N_FINALISTS]:
+                self.out.race.stop(id)
+
+    def _rows(self) -> list[str]:
+        """Trials that have been measured, the baseline and its twin aside."""
+        race, blocks = self.out.race, self.out.race.measured()
+        return [
+            i
+            for i, s in race.trials.items()
+            if i not in (BASELINE, TWIN) and not i.startswith("confirm") and not s.failure and i in blocks.subjects
+        ]
+
+    def _singles(self) -> dict[tuple[str, str | None], float]:
+        rows = set(self._rows())
+        failed = {i for i, s in self.out.race.trials.items() if s.failure}
+        out: dict[tuple[str, str | None], float] = {}
+        for c in self.out.space.legal:
+            if len(c.changes) == 1:
+                change = next(iter(c.changes.items()))
+                if c.id in rows:
+                    out[change] = math.log(self.out.ratio(c.id).value)
+                elif c.id in failed:
+                    out[change] = -10.0  # what fails alone is not tried in company first
+        return out
+
+    def _start_secs(self) -> dict[str, float]:
+        """Start-up seconds by runner as seen here; a runner not seen yet scales with those that were."""
+        seen: dict[str, list[float]] = {}
+        for c in self.out.space.legal:
+            state = self.out.race.trials.get(c.id)
+            if state and state.start_sec:
+                seen.setdefault(c.choice[3], []).append(state.start_sec)
+        out = {runner: max(times) for runner, times in seen.items()}
+        defaults = spaces.DEFAULT_START_SEC
+        scale = max([out[r] / defaults[r] for r in out], default=1.0)
+        return {r: out.get(r, defaults[r] * max(1.0, scale)) for r in defaults}
+
+    # -- gate and finals
+
+    def _ranked(self) -> list[str]:
+        return sorted(self._rows(), key=lambda i: -self.out.ratio(i).value)
+
+    def _gate(self) -> list[str]:
+        """The best candidates whose paired quality is within the bound, at most `N_FINALISTS`."""
+        passed: list[str] = []
+        for id in self._ranked():
+            if len(passed) == N_FINALISTS or self._left(FINAL_SHARE) <= 0:
+                break
+            if self.out.ratio(id).high < 1 or self.out.verdict(id) == "slower":
+                continue
+            quality = self._quality(id)
+            if quality is None:
+                continue
+            if quality.within_bound:
+                passed.append(id)
+            else:
+                self.out.race.stop(id)
+        return passed
+
+    def _quality(self, id: str) -> Fidelity | None:
+        quality = self.out.race.quality(id, BASELINE, "search", self.windows["search"], f"{self.text_name}/search")
+        if quality is not None:
+            self.out.qualities[id] = quality
+        return quality
+
+    def _finals(self, finalists: Sequence[str]) -> str | None:
+        """Races the finalists until each is decided; returns the winner."""
+        race, goal = self.out.race, self.goal
+        if not finalists:
+            return None
+        level = stats.LEVEL
+        if not goal.in_bytes:
+            done = 0
+            for i, n in enumerate(FINAL_LOOKS):
+                level = stats.look_level(i, len(FINAL_LOOKS))
+                self.say(f"finals: {len(race.alive(finalists))} candidates, {n} blocks")
+                whole = race.blocks(
+                    f"final {i}", [BASELINE, TWIN, *finalists], n - done, FINAL_SHARE * goal.budget_sec
+                )
+                done = n
+                if not whole or all(self.out.verdict(f, level) != "undecided" for f in race.alive(finalists)):
+                    break
+        self.out.too_noisy = not goal.in_bytes and self.out.resolution > TOO_NOISY
+        if self.out.too_noisy:
+            return None
+        return self._choose(race.alive(finalists), level)
+
+    def _choose(self, ids: Sequence[str], level: float) -> str | None:
+        """The best that is surely better than the baseline; among equals the simpler one."""
+        out, blocks = self.out, self.out.race.measured()
+        better = [i for i in ids if out.verdict(i, level) == "faster"]
+        if not better:
+            return None
+        if not out.goal.in_bytes:
+            delta = max(stats.DELTA, out.resolution)
+            p_values = [stats.faster_p_value(*blocks.paired(BASELINE, i), delta) for i in better]
+            better = [i for i, sure in zip(better, stats.holm(p_values), strict=True) if sure]
+            if not better:
+                return None
+        best = max(better, key=lambda i: out.ratio(i).value)
+        if out.goal.in_bytes:
+            equal = [i for i in better if out.ratio(i).value * MIN_BYTES_GAIN > out.ratio(best).value]
+        else:
+            equal = [i for i in better if i == best or not _surely_better(blocks, best, i)]
+        simplest = min(equal, key=lambda i: (out.race.trials[i].recipe.complexity, -out.ratio(i).value))
+        if simplest != best:
+            names = (out.race.trials[simplest].recipe.name, out.race.trials[best].recipe.name)
+            out.notes.append(f"{names[0]} and {names[1]} cannot be told apart: the simpler one was taken.")
+        return simplest
+
+    # -- confirmation
+
+    def _confirm(self, winner: str | None, finalists: Sequence[str]) -> None:
+        """Measures the winner again; where it does not hold, the next one has its turn."""
+        left = [f for f in finalists if f != winner]
+        while winner is not None:
+            for id in list(self.out.race.trials):
+                self.out.race.stop(id)
+            confirmation = self._confirmed(winner)
+            if confirmation is not None:
+                self.out.kind, self.out.winner, self.out.confirmation = "winner", winner, confirmation
+                goal = self.goal
+                if goal.min_speedup and confirmation["speedup"]["value"] < goal.min_speedup:
+                    self.out.kind = "none"
+                return
+            name = self.out.race.trials[winner].recipe.name
+            self.out.notes.append(f"{name} won the finals but did not hold in fresh processes: not taken.")
+            better = [f for f in left if self.out.verdict(f) == "faster" and not self.out.race.trials[f].failure]
+            winner = max(better, key=lambda i: self.out.ratio(i).value) if better and self._left(0.9) > 0 else None
+            left = [f for f in left if f != winner]
+        self.out.kind = "none" if self.goal.min_speedup and self.goal.min_speedup > 1 else "baseline"
+
+    def _confirmed(self, winner: str) -> dict[str, Any] | None:
+        """The winner and the baseline in fresh processes, on fresh prompts and on text the search did not see."""
+        race, goal = self.out.race, self.goal
+        recipe = race.trials[winner].recipe
+        pairs: list[tuple[Any, Any]] = []
+        values: dict[str, list[float]] = {"ours": [], "base": []}
+        quality: Fidelity | None = None
+        for round in range(CONFIRM_ROUNDS):
+            if round and self._left(1.0) < race.trials[winner].start_sec + 20:
+                self.out.notes.append("The budget allowed one confirmation round, not two.")
+                break
+            base, ours = f"confirm-{winner}-{round}-baseline", f"confirm-{winner}-{round}"
+            self.say(f"confirming {recipe.name} in fresh processes ({round + 1} of {CONFIRM_ROUNDS})")
+            race.add(base, race.trials[BASELINE].recipe, seed=goal.seed + 1000 + round)
+            race.add(ours, recipe, seed=goal.seed + 1000 + round)
+            race.start([base, ours])
+            race.blocks(f"confirm {winner} {round}", [base, ours], CONFIRM_BLOCKS, None)
+            if race.trials[base].failure or race.trials[ours].failure:
+                return None
+            blocks = race.measured()
+            pairs.append(blocks.paired(base, ours))
+            values["base"] += blocks.values(base).tolist()
+            values["ours"] += blocks.values(ours).tolist()
+            if quality is None:
+                quality = race.quality(ours, base, "confirm", self.windows["confirm"], f"{self.text_name}/confirm")
+            sides = {i: race.trials[i].facts for i in (base, ours)}
+            race.stop(base)
+            race.stop(ours)
+        import numpy as np
+
+        a, b = (np.concatenate([p[k] for p in pairs]) for k in (0, 1))
+        speed = stats.speed_ratio(a, b)
+        verdict = stats.verdict(speed, resolution=min(self.out.resolution, TOO_NOISY))
+        if quality is None or not quality.within_bound:
+            return None
+        if not goal.in_bytes and not speed.low > 1:
+            return None
+        facts, base_facts = sides[ours], sides[base]
+        assert facts is not None and base_facts is not None
+        median = {k: float(np.median(v)) for k, v in values.items()}
+        result: dict[str, Any] = {
+            "speedup": {"value": speed.value, "low": speed.low, "high": speed.high, "n_blocks": speed.n},
+            "quality": quality.to_json(),
+            "n_processes": len(pairs),
+            "median_sec": median,
+            "note": f"{len(pairs)} fresh pairs of processes, fresh prompts, text that the search did not see",
+        }
+        result["speedup"]["verdict"] = verdict
+        for kind in ("ttft", "tpot"):
+            timed = goal.sample_kind == kind
+            result[f"{kind}_sec"] = median["ours"] if timed else facts["side_sec"][kind]
+            result[f"baseline_{kind}_sec"] = median["base"] if timed else base_facts["side_sec"][kind]
+        return result
+
+    def _best_so_far(self) -> str | None:
+        """For an interrupted run: the best row that is surely better and was gated."""
+        passed = [i for i, q in self.out.qualities.items() if q.within_bound and i in self._rows()]
+        sure = [i for i in passed if self.out.verdict(i) == "faster"]
+        return max(sure, key=lambda i: self.out.ratio(i).value) if sure else None
+
+
+def _surely_better(blocks: Blocks, best: str, other: str) -> bool:
+    if len(blocks.paired(other, best)[0]) < stats.MIN_BLOCKS:
+        return True
+    return blocks.ratio(other, best).low > 1.0
+
+
+def baseline_recipe(out: Outcome) -> Recipe:
+    return out.race.trials[BASELINE].recipe if BASELINE in out.race.trials else spaces.baseline()

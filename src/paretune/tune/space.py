@@ -1,0 +1,137 @@
+"""Every legal combination of the transforms and runners, and in which order to try them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from paretune.recipe import Recipe, preset
+
+ATTENTION = ("sdpa", "eager")
+PRECISION = (None, "bf16", "fp16")
+QUANTIZE = (None, "int8", "int8-linear")
+RUNNERS = ("eager", "compile:default", "compile:freeze", "compile:max-autotune")
+FAMILIES = ("attention", "precision", "quantize", "runner")
+Choice = tuple[str, str | None, str | None, str]
+BASELINE: Choice = ("sdpa", None, None, "eager")
+
+# Log gain that a change nobody has measured yet is credited with, so that each is looked at once, cheap ones first.
+UNSEEN = {"attention": 0.3, "precision": 0.4, "quantize": 0.5, "runner": 0.2}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the space."""
+
+    choice: Choice
+    recipe: Recipe
+
+    @property
+    def id(self) -> str:
+        return self.recipe.hash
+
+    @property
+    def changes(self) -> dict[str, str | None]:
+        """What differs from the baseline, by family."""
+        return {f: c for f, c, b in zip(FAMILIES, self.choice, BASELINE, strict=True) if c != b}
+
+
+@dataclass
+class Space:
+    """The candidates; the baseline is not among them."""
+
+    legal: list[Candidate] = field(default_factory=list)
+    illegal: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+
+
+def recipe_of(choice: Choice) -> Recipe:
+    attention, precision, quantize, runner = choice
+    transforms: list[dict[str, object]] = [{"name": "attention", "form": attention}]
+    if precision:
+        transforms.append({"name": "precision", "dtype": precision})
+    if quantize:
+        transforms.append({"name": "int8", "embeddings": quantize == "int8"})
+    name, _, mode = runner.partition(":")
+    engine = {"runner": name, "compile_mode": mode} if mode else {"runner": name}
+    return Recipe.from_dict({"transforms": transforms, "engine": engine})
+
+
+def baseline() -> Recipe:
+    """The reasonable default that everything is compared with."""
+    recipe = preset("baseline")
+    assert recipe == recipe_of(BASELINE)
+    return recipe
+
+
+def build(device: str) -> Space:
+    """All combinations; those that cannot run on `device` go aside with the reason."""
+    space = Space()
+    reasons: dict[tuple[str, str | None], str | None] = {}
+    for family, options in zip(FAMILIES, (ATTENTION, PRECISION, QUANTIZE, RUNNERS), strict=True):
+        at = FAMILIES.index(family)
+        for option in options:
+            alone = (*BASELINE[:at], option, *BASELINE[at + 1 :])
+            reasons[family, option] = recipe_of(alone).requires(device)  # type: ignore[arg-type]
+    for a in ATTENTION:
+        for p in PRECISION:
+            for q in QUANTIZE:
+                for r in RUNNERS:
+                    choice: Choice = (a, p, q, r)
+                    if choice == BASELINE:
+                        continue
+                    candidate = Candidate(choice, recipe_of(choice))
+                    reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
+                    if reason:
+                        space.illegal.append((candidate.recipe.name, reason))
+                    else:
+                        space.legal.append(candidate)
+    return space
+
+
+def predicted_log_gain(candidate: Candidate, singles: Mapping[tuple[str, str | None], float]) -> float:
+    """Log gain if gains multiplied: an order to try in, never a result (they do not multiply).
+
+    Args:
+        singles: measured log ratio of each change alone.
+    """
+    return sum(singles.get(change, UNSEEN[change[0]]) for change in candidate.changes.items())
+
+
+def next_wave(
+    space: Space,
+    tried: set[str],
+    singles: Mapping[tuple[str, str | None], float],
+    start_sec: Mapping[str, float],
+    budget_sec: float,
+    size: int,
+) -> list[Candidate]:
+    """The next candidates to measure together.
+
+    Changes alone come first (they teach the most), then combinations by predicted gain per second of start-up. What
+    would not start within the budget is left out.
+    """
+
+    def cost(c: Candidate) -> float:
+        return start_sec.get(c.choice[3], DEFAULT_START_SEC[c.choice[3]])
+
+    left = [c for c in space.legal if c.id not in tried and cost(c) <= budget_sec]
+
+    def rank(c: Candidate) -> tuple[bool, bool, float]:
+        alone = len(c.changes) == 1
+        return (not alone, alone and c.choice[3] != "eager", -predicted_log_gain(c, singles) / (1 + cost(c) / 60))
+
+    chosen: list[Candidate] = []
+    spent = 0.0
+    for candidate in sorted(left, key=rank):
+        if len(chosen) == size:
+            break
+        hopeless = len(candidate.changes) > 1 and predicted_log_gain(candidate, singles) <= 0
+        if not hopeless and spent + cost(candidate) <= budget_sec:
+            chosen.append(candidate)
+            spent += cost(candidate)
+    # Nothing promising is left: the rest is measured too while there is time.
+    return chosen or sorted(left, key=rank)[: min(size, 2)]
+
+
+# Before anything was measured; replaced by what this run sees.
+DEFAULT_START_SEC = {"eager": 5.0, "compile:default": 25.0, "compile:freeze": 35.0, "compile:max-autotune": 60.0}

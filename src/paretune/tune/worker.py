@@ -1,0 +1,39 @@
+"""The trial process of `tune`: the timing worker, and quality through the very same runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from paretune.measure.worker import Trial, serve
+
+EAGER_ROWS = 8  # windows scored at once; the same kernels as one row (int8 changes its way above 32 rows)
+
+
+def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
+    """Scores token windows and stores the result for `fidelity.compare`."""
+    import numpy as np
+    import torch
+
+    from paretune import clock
+    from paretune.evaluate import fidelity
+
+    windows = torch.from_numpy(np.load(request["windows"]))
+    runner = trial.loaded.runner
+    # A compiled decode graph has a fixed batch: it is scored as it was timed.
+    batch_size = EAGER_ROWS if runner.name == "eager" else request["batch_size"]
+    started = clock.now()
+    scores = fidelity.score(
+        runner,
+        windows,
+        keep_positions=request["keep_positions"],
+        batch_size=batch_size,
+        text_name=request["text_name"],
+    )
+    scores.save(Path(request["out"]))
+    return {"score_sec": clock.now() - started}
+
+
+if __name__ == "__main__":
+    trial = Trial()
+    serve({**trial.handlers(), "score": lambda request: score(trial, request)})

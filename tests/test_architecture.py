@@ -1,0 +1,319 @@
+"""The floors of docs/design.md, held against the imports that the source really has."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCE = REPOSITORY / "src" / "paretune"
+ROOF = 10  # the package itself and `python -m paretune` stand above everything
+EVERYWHERE = {"errors"}
+
+
+def floors_of_the_document() -> dict[str, int]:
+    """Packages and modules by floor, read from the drawing itself."""
+    text = (REPOSITORY / "docs" / "design.md").read_text("utf-8")
+    floors: dict[str, int] = {}
+    for number, rest in re.findall(r"^    (\d)  (\S.*)$", text, re.MULTILINE):
+        for unit in re.findall(r"\b([a-z_0-9]+)(?:/|\.py\b)", rest):
+            assert unit not in floors, f"{unit} stands on two floors"
+            floors[unit] = int(number)
+    return floors
+
+
+# `assets` is data with an `__init__.py`.
+FLOORS = floors_of_the_document() | {"assets": 0, "": ROOF, "__main__": ROOF}
+
+
+@dataclass(frozen=True)
+class Import:
+    line: int
+    target: str  # dotted, without the leading `paretune`; "" is the package itself
+    name: str  # what is taken from it, "" for the module
+    for_types: bool  # under `if TYPE_CHECKING`
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Dotted names below the package -> files. The package itself is ""."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, module: str, is_package: bool, known: set[str]) -> list[Import]:
+    """Every import of this package, at module level and inside functions."""
+    tree = ast.parse(source)
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+    }
+    found = []
+
+    def add(node: ast.AST, dotted: str, name: str = "") -> None:
+        if dotted != "paretune" and not dotted.startswith("paretune."):
+            return
+        target = dotted.removeprefix("paretune").removeprefix(".")
+        deeper = f"{target}.{name}".removeprefix(".")
+        target, name = (deeper, "") if name and deeper in known else (target, name)
+        found.append(Import(node.lineno, target, name, id(node) in for_types))
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                add(node, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                here = ["paretune", *module.split(".")] if module else ["paretune"]
+                up = node.level - (1 if is_package else 0)
+                base = ".".join([*here[: len(here) - up], *([base] if base else [])])
+            for alias in node.names:
+                add(node, base, alias.name)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and isinstance(first.value, str):
+                add(node, first.value)
+    return found
+
+
+def constants(path: Path) -> set[str]:
+    """Names that a file binds at module level by plain assignment (`__version__`)."""
+    if not path.is_file():
+        return set()
+    targets = [
+        target
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    ]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def violations(root: Path, floors: dict[str, int]) -> list[str]:
+    """Imports that do not point down, and modules without a floor, one line each."""
+    known = modules(root)
+    plain = constants(root / "__init__.py")
+    bad = []
+    for module, path in known.items():
+        unit = module.partition(".")[0]
+        where = f"{path.relative_to(root)}"
+        if unit not in floors and unit not in EVERYWHERE:
+            bad.append(f"{where}: {unit} stands on no floor of docs/design.md")
+            continue
+        mine = -1 if unit in EVERYWHERE else floors[unit]
+        found = imports(path.read_text("utf-8"), module, path.name == "__init__.py", set(known))
+        for i in found:
+            other = i.target.partition(".")[0]
+            if other == unit or other in EVERYWHERE or (other == "" and i.name in plain):
+                continue
+            theirs = floors.get(other, ROOF)
+            if theirs < mine or (theirs == mine and i.for_types) or {unit, other} == {"", "__main__"}:
+                continue
+            bad.append(f"{where}:{i.line}: {unit} (floor {mine}) imports {other or 'paretune'} (floor {theirs})")
+    return bad
+
+
+def calls(source: str) -> list[tuple[int, str]]:
+    """Line and dotted name of each attribute, and `module.name` of each `from module import name`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            found.append((node.lineno, ast.unparse(node)))
+        elif isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
+CLOCKS = r"time\.(time|perf_counter|monotonic|process_time|thread_time|sleep)(_ns)?|timeit(\..*)?"
+PICKLES = r"(c?pickle|_pickle|dill|shelve|joblib|marshal)(\..*)?|torch\.(load|save)"
+
+
+def matches(source: str, pattern: str) -> list[str]:
+    return [f"{line}: {name}" for line, name in calls(source) if re.fullmatch(pattern, name)]
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_the_drawing_was_read():
+    expected = {"clock": 0, "ops": 1, "hardware": 2, "recipe": 3, "engine": 4, "evaluate": 5, "cli": 9, "api": 9}
+    assert {unit: FLOORS.get(unit) for unit in expected} == expected
+    assert "paretune" not in FLOORS and not EVERYWHERE & {u for u, f in FLOORS.items() if f > 0}
+
+
+def test_imports_point_down():
+    assert violations(SOURCE, FLOORS) == []
+
+
+def test_the_source_was_seen():
+    """The rule above would also hold for an empty folder."""
+    found = [
+        (module, i.target)
+        for module, path in modules(SOURCE).items()
+        for i in imports(path.read_text("utf-8"), module, path.name == "__init__.py", set(modules(SOURCE)))
+    ]
+    assert ("engine.generate", "clock") in found  # `from package import module`
+    assert ("engine.cache", "ops.attention.spec") in found
+    assert ("measure.worker", "engine.load") in found  # inside a function
+    assert ("recipe", "transforms.base") in found  # for types
+    assert len(found) > 100
+
+
+PLANTED = {
+    "up at module level": ("engine/x.py", "from paretune.tune import goal"),
+    "up, a plain import": ("engine/x.py", "import paretune.tune.goal"),
+    "up inside a function": ("ops/x.py", "def f():\n    from paretune import model"),
+    "up inside a method": ("ops/x.py", "class A:\n    def f(self):\n        import paretune.tune as t"),
+    "up, relative": ("engine/x.py", "from ..tune import goal"),
+    "up, relative from a package": ("engine/__init__.py", "from ..tune.goal import y"),
+    "up for types": ("engine/x.py", "if TYPE_CHECKING:\n    from paretune.tune import goal"),
+    "up by name": ("engine/x.py", "import importlib\nimportlib.import_module('paretune.tune.goal')"),
+    "sideways": ("model/x.py", "from paretune import hardware"),
+    "sideways between modules": ("hardware.py", "from paretune.model import config"),
+    "ground floor sideways": ("clock.py", "from paretune import files"),
+    "the errors import something": ("errors.py", "from paretune import clock"),
+    "the lazy front door": ("engine/x.py", "from paretune import load"),
+    "no floor": ("helpers.py", ""),
+    "a folder without a floor": ("utils/x.py", ""),
+}
+ALLOWED = {
+    "down": ("engine/x.py", "from paretune import clock\nfrom paretune.model import config"),
+    "errors from the ground": ("clock.py", "from paretune.errors import UsageError"),
+    "inside one package": ("engine/x.py", "from paretune.engine.y import z\nfrom . import y"),
+    "sideways for types": ("recipe.py", "if TYPE_CHECKING:\n    from paretune.transforms.base import Context"),
+    "a name that only sounds like it": ("engine/x.py", "from tune import x\nimport paretunes.tune"),
+    "the version": ("engine/x.py", "from paretune import __version__"),
+    "main starts the command line": ("__main__.py", "from paretune.cli import app"),
+}
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A small house in which a line can be planted."""
+    root = tmp_path / "paretune"
+    (root / "__init__.py").parent.mkdir()
+    (root / "__init__.py").write_text("__version__ = '1'\n\n\ndef __getattr__(name):\n    from paretune import api\n")
+    for folder, module in (
+        ("tune", "goal"), ("engine", "y"), ("model", "config"), ("transforms", "base"), ("cli", "app")
+    ):
+        (root / folder).mkdir()
+        (root / folder / "__init__.py").touch()
+        (root / folder / f"{module}.py").touch()
+    for module in ("clock", "files", "errors", "hardware"):
+        (root / f"{module}.py").touch()
+
+    def plant(name: str, text: str) -> list[str]:
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+        return violations(root, FLOORS)
+
+    assert violations(root, FLOORS) == []
+    return plant
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_violation_is_caught(house, case):
+    name, text = PLANTED[case]
+    assert len(house(name, text)) == 1, text
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_what_is_allowed_passes(house, case):
+    assert house(*ALLOWED[case]) == []
+
+
+def test_one_clock():
+    bad = {
+        str(path.relative_to(SOURCE)): found
+        for path in modules(SOURCE).values()
+        if path.name != "clock.py" and (found := matches(path.read_text("utf-8"), CLOCKS))
+    }
+    assert bad == {}
+    assert matches((SOURCE / "clock.py").read_text("utf-8"), CLOCKS)  # the search finds the one that is there
+
+
+def test_no_pickle():
+    bad = {
+        str(path.relative_to(SOURCE)): found
+        for path in modules(SOURCE).values()
+        if (found := matches(path.read_text("utf-8"), PICKLES))
+    }
+    assert bad == {}
+    arrays = [p for p in modules(SOURCE).values() if re.search(r"allow_pickle\s*=\s*True", p.read_text("utf-8"))]
+    assert arrays == []
+
+
+@pytest.mark.parametrize(
+    ("source", "pattern"),
+    [
+        ("import time\ntime.sleep(1)", CLOCKS),
+        ("from time import perf_counter", CLOCKS),
+        ("import time\nnow = time.perf_counter_ns", CLOCKS),
+        ("import pickle", PICKLES),
+        ("from pickle import loads", PICKLES),
+        ("import torch\ntorch.load('x')", PICKLES),
+    ],
+)
+def test_the_searches_catch(source, pattern):
+    assert matches(source, pattern)
+
+
+def test_the_command_line_starts_without_torch():
+    names = ["paretune", "paretune.cli"] + ["paretune.__main__"] * (SOURCE / "__main__.py").is_file()
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, f"{name} imports torch"
+    assert "numpy" not in sys.modules, f"{name} imports numpy"
+"""
+    done = run(code, *names)
+    assert done.returncode == 0, done.stderr
+    assert run(code, "paretune.engine.cache").returncode != 0  # the check can fail
+
+
+def test_every_module_imports_without_the_test_extras():
+    names = [f"paretune.{m}".removesuffix(".") for m in modules(SOURCE)]
+    code = """
+import importlib, importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"transformers", "hypothesis", "pytest", "_pytest", "pytest_timeout"}:
+            raise ModuleNotFoundError(f"{name} is a test extra", name=name)
+
+sys.meta_path.insert(0, Refuse())
+try:
+    import transformers
+except ModuleNotFoundError:
+    pass
+else:
+    sys.exit("the extras are not blocked")
+bad = []
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        bad.append(f"{name}: {type(error).__name__}: {error}")
+sys.exit("\\n".join(bad) or None)
+"""
+    done = run(code, *names)
+    assert done.returncode == 0, done.stderr
+    assert len(names) > 40

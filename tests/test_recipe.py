@@ -1,0 +1,234 @@
+"""Recipes as data: files, hashes, order, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from paretune.engine.runners.compiled import CompileRunner
+from paretune.engine.runners.eager import EagerRunner
+from paretune.errors import UsageError
+from paretune.model import checkpoint
+from paretune.recipe import PRESETS, EngineOptions, Recipe, preset
+from paretune.registry import TRANSFORMS
+from paretune.transforms.attention import Attention
+from paretune.transforms.base import Context, Stage
+from paretune.transforms.int8 import Int8
+from paretune.transforms.precision import Precision
+
+EVERYTHING = Recipe(
+    (Attention("sdpa"), Precision("fp16"), Int8(embeddings=False)),
+    EngineOptions(runner="compile", compile_mode="freeze", threads=3),
+)
+RECIPES = {
+    "empty": Recipe(),
+    "all": EVERYTHING,
+    "threads": Recipe(engine=EngineOptions(threads=1)),
+    **{name: preset(name) for name in PRESETS},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_round_trips(name, tmp_path):
+    recipe = RECIPES[name]
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert Recipe.from_dict(json.loads(recipe.to_json())) == recipe
+    (tmp_path / "r.json").write_text(recipe.to_json())
+    (tmp_path / "r.toml").write_text(recipe.to_toml())
+    for file in ("r.json", "r.toml"):
+        read = Recipe.read(tmp_path / file)
+        assert read == recipe and read.hash == recipe.hash
+        assert preset(str(tmp_path / file)) == recipe
+
+
+def test_hash_is_the_same_in_every_process():
+    code = "from paretune.recipe import *; print(*[Recipe.from_dict(PRESETS[n]).hash for n in sorted(PRESETS)])"
+    ours = " ".join(preset(n).hash for n in sorted(PRESETS))
+    for seed in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == ours
+
+
+def test_hash_is_frozen():
+    """A change here makes every plan and journal that exists unreadable: raise SCHEMA_VERSION with it."""
+    assert Recipe().hash == "36dac4e9b26b"
+    assert EVERYTHING.hash == "16978550c8c5"
+
+
+def test_hash_sees_every_field():
+    changed = [
+        EVERYTHING,
+        Recipe(EVERYTHING.transforms[:2], EVERYTHING.engine),
+        Recipe((Attention("eager"), *EVERYTHING.transforms[1:]), EVERYTHING.engine),
+        Recipe((*EVERYTHING.transforms[:2], Int8()), EVERYTHING.engine),
+        *(
+            dataclasses.replace(EVERYTHING, engine=dataclasses.replace(EVERYTHING.engine, **change))
+            for change in ({"runner": "eager"}, {"compile_mode": "default"}, {"threads": 2}, {"threads": None})
+        ),
+    ]
+    assert len({r.hash for r in changed}) == len(changed)
+    assert Recipe((Precision("bfloat16"),)).hash == Recipe((Precision("bf16"),)).hash  # two names of one thing
+
+
+BAD = [
+    ({"transfroms": []}, "transfroms"),
+    ({"transforms": [{"name": "int8", "embedings": True}]}, "embedings"),
+    ({"transforms": [{"name": "int9"}]}, "int8"),
+    ({"transforms": [{"form": "sdpa"}]}, "name"),
+    ({"transforms": ["int8"]}, "name"),
+    ({"transforms": [{"name": 8}]}, "name"),
+    ({"transforms": [{"name": ["int8"]}]}, "name"),
+    ({"transforms": 3}, "transforms"),
+    ({"transforms": "int8"}, "transforms"),
+    ({"transforms": {"name": "int8"}}, "transforms"),
+    ({"transforms": [{"name": "int8", "embeddings": "yes"}]}, "embeddings"),
+    ({"transforms": [{"name": "int8", "embeddings": 1}]}, "embeddings"),
+    ({"transforms": [{"name": "attention", "form": "flsh"}]}, "flsh"),
+    ({"transforms": [{"name": "attention", "form": None}]}, "form"),
+    ({"transforms": [{"name": "precision", "dtype": "bf61"}]}, "bf61"),
+    ({"transforms": [{"name": "precision", "dtype": "fp32"}]}, "fp32"),
+    ({"engine": {"runer": "eager"}}, "runer"),
+    ({"engine": {"runner": "egaer"}}, "eager"),
+    ({"engine": {"runner": None}}, "runner"),
+    ({"engine": {"threads": "2"}}, "threads"),
+    ({"engine": {"threads": True}}, "threads"),
+    ({"engine": {"threads": 2.0}}, "threads"),
+    ({"engine": {"threads": 0}}, "threads"),
+    ({"engine": []}, "engine"),
+    ({"schema_version": 99}, "99"),
+    ([1, 2], "recipe"),
+    (3, "recipe"),
+    (None, "recipe"),
+]
+
+
+@pytest.mark.parametrize(("data", "named"), BAD, ids=[json.dumps(d) for d, _ in BAD])
+def test_wrong_recipes_name_what_is_wrong(data, named, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(data))
+    for attempt in (lambda: Recipe.from_dict(data), lambda: Recipe.read(path)):
+        with pytest.raises(UsageError, match=named) as failure:
+            attempt()
+        assert "\n" not in str(failure.value) and failure.value.cure
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("r.toml", "engine = ["), ("r.json", "{"), ("r.json", b"\xff\xfe"), ("r.toml", b"\xff\xfe")],
+)
+def test_damaged_files(file, content, tmp_path):
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=file):
+        Recipe.read(tmp_path / file)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UsageError, match="nowhere.toml"):
+        preset(str(tmp_path / "nowhere.toml"))
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UsageError, match=r"folder\.json"):
+        preset(str(tmp_path / "folder.json"))
+
+
+def test_unknown_preset_offers_the_nearest():
+    with pytest.raises(UsageError, match="'bf16'"):
+        preset("bf61")
+
+
+def test_absent_options_take_their_defaults():
+    assert Recipe.from_dict({}) == Recipe()
+    assert Recipe.from_dict({"engine": {"threads": None}}) == Recipe()
+    assert Recipe.from_dict({"transforms": [{"name": "int8"}]}).transforms == (Int8(embeddings=True),)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_and_run(name):
+    """On a model: every preset applies, and makes the runner that it names."""
+    recipe = preset(name)
+    config = checkpoint.gpt2_config().from_hf(
+        {"model_type": "gpt2", "vocab_size": 64, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 16}
+    )
+    runner = recipe.runner(recipe.apply(checkpoint.new(config), Context()))
+    assert type(runner) is (CompileRunner if recipe.engine.runner == "compile" else EagerRunner)
+    if isinstance(runner, CompileRunner):
+        assert runner.mode == recipe.engine.compile_mode
+    precisions = [t.dtype for t in recipe.transforms if isinstance(t, Precision)]
+    assert runner.dtype == checkpoint.DTYPES[precisions[0] if precisions else "fp32"]
+    assert torch.isfinite(EagerRunner(runner.model).forward(torch.tensor([[1, 2]]), runner_cache(runner))).all()
+
+
+def runner_cache(runner):
+    return EagerRunner(runner.model).new_cache(1, 4)
+
+
+def test_the_baseline_is_no_straw_man():
+    assert preset("baseline") == Recipe((Attention("sdpa"),))
+    assert preset("eager_attn") == Recipe()
+
+
+def test_every_transform_has_a_stage_and_the_order_is_enforced():
+    kinds = [Attention(), Precision(), Int8()]
+    assert {t.name for t in kinds} <= set(TRANSFORMS.names())
+    for pair in itertools.permutations(kinds, 2):
+        legal = pair[0].stage < pair[1].stage
+        if legal:
+            assert Recipe(pair).transforms == pair
+        else:
+            with pytest.raises(UsageError, match=f"{pair[0].title}.*cannot come before {pair[1].title}"):
+                Recipe(pair)
+    for t in kinds:
+        with pytest.raises(UsageError, match="one transform a stage"):
+            Recipe((t, t))
+    assert [s.name for s in sorted(Stage)] == ["PRUNE", "ATTENTION", "PRECISION", "QUANTIZE", "FUSE"]
+
+
+def test_names_are_short_and_tell_recipes_apart():
+    assert preset("bf16_int8").name == "sdpa + bf16 + int8, eager"
+    assert EVERYTHING.name == "sdpa + fp16 + int8-linear, compile(freeze) x3"
+    assert Recipe().name == "as loaded, eager"
+    distinct = set(RECIPES.values())
+    assert len({r.name for r in distinct}) == len(distinct)
+
+
+def test_more_parts_are_more_complex():
+    order = ["eager_attn", "baseline", "bf16", "bf16_int8"]
+    assert [preset(n).complexity for n in order] == [0, 1, 2, 3]
+    assert preset("baseline").complexity < preset("compile").complexity < preset("compile_freeze").complexity
+
+
+def test_changes_numbers():
+    changing = {n for n in PRESETS if preset(n).changes_numbers}
+    assert changing == {n for n in PRESETS if any(x in n for x in ("bf16", "fp16", "int8"))}
+
+
+def test_without_exact():
+    twin = EVERYTHING.without_exact()
+    assert twin.transforms == (Precision("fp16"), Int8(embeddings=False))
+    assert twin.engine == EngineOptions(runner="eager", threads=3)
+    assert preset("compile_max").without_exact() == Recipe()
+
+
+def test_requires_gives_the_first_reason(monkeypatch):
+    assert preset("compile_int8").requires("cpu") is None
+    monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")
+    assert "compiler" in preset("compile_int8").requires("cpu")
+    monkeypatch.setattr(Int8, "requires", lambda self, device: f"no int8 on {device}")
+    assert preset("compile_int8").requires("cpu") == "no int8 on cpu"
+    assert preset("baseline").requires("cpu") is None
+
+
+def test_apply_goes_in_order(monkeypatch):
+    seen = []
+    for kind in (Attention, Precision, Int8):
+        monkeypatch.setattr(kind, "apply", lambda self, model, ctx: [*model, self.name])
+    out = EVERYTHING.apply([], Context(progress=seen.append))
+    assert out == ["attention", "precision", "int8"]
+    assert seen == ["applying sdpa", "applying fp16", "applying int8-linear"]
