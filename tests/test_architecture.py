@@ -153,7 +153,16 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_drawing_was_read():
-    expected = {"clock": 0, "ops": 1, "hardware": 2, "recipe": 3, "engine": 4, "evaluate": 5, "cli": 9, "api": 9}
+    expected = {
+        "clock": 0,
+        "ops": 1,
+        "hardware": 2,
+        "recipe": 3,
+        "engine": 4,
+        "evaluate": 5,
+        "cli": 9,
+        "api": 9,
+    }
     assert {unit: FLOORS.get(unit) for unit in expected} == expected
     assert "paretune" not in FLOORS and not EVERYWHERE & {u for u, f in FLOORS.items() if f > 0}
 
@@ -197,7 +206,10 @@ ALLOWED = {
     "down": ("engine/x.py", "from paretune import clock\nfrom paretune.model import config"),
     "errors from the ground": ("clock.py", "from paretune.errors import UsageError"),
     "inside one package": ("engine/x.py", "from paretune.engine.y import z\nfrom . import y"),
-    "sideways for types": ("recipe.py", "if TYPE_CHECKING:\n    from paretune.transforms.base import Context"),
+    "sideways for types": (
+        "recipe.py",
+        "if TYPE_CHECKING:\n    from paretune.transforms.base import Context",
+    ),
     "a name that only sounds like it": ("engine/x.py", "from tune import x\nimport paretunes.tune"),
     "the version": ("engine/x.py", "from paretune import __version__"),
     "main starts the command line": ("__main__.py", "from paretune.cli import app"),
@@ -211,7 +223,11 @@ def house(tmp_path):
     (root / "__init__.py").parent.mkdir()
     (root / "__init__.py").write_text("__version__ = '1'\n\n\ndef __getattr__(name):\n    from paretune import api\n")
     for folder, module in (
-        ("tune", "goal"), ("engine", "y"), ("model", "config"), ("transforms", "base"), ("cli", "app")
+        ("tune", "goal"),
+        ("engine", "y"),
+        ("model", "config"),
+        ("transforms", "base"),
+        ("cli", "app"),
     ):
         (root / folder).mkdir()
         (root / folder / "__init__.py").touch()

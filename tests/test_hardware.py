@@ -150,9 +150,7 @@ def test_matrix_rate():
 def test_a_format_without_gain_and_instruction_is_emulated():
     judge = hardware.judge_dtype
     assert judge("bf16", 1.0, 0.2, has_instruction=False, lacks="x").emulated
-    assert judge(
-        "bf16", 0.5, 0.6, has_instruction=True
-    ).emulated  # it has the instruction and is slower anyway
+    assert judge("bf16", 0.5, 0.6, has_instruction=True).emulated  # it has the instruction and is slower anyway
     assert not judge("bf16", 1.8, 0.2, has_instruction=False, lacks="x").emulated
     assert not judge("bf16", 1.0, 1.0, has_instruction=True).emulated
     assert "without x" in judge("bf16", 1.0, 0.2, has_instruction=False, lacks="x").reason

@@ -71,7 +71,12 @@ def test_hash_sees_every_field():
         Recipe((*EVERYTHING.transforms[:2], Int8()), EVERYTHING.engine),
         *(
             dataclasses.replace(EVERYTHING, engine=dataclasses.replace(EVERYTHING.engine, **change))
-            for change in ({"runner": "eager"}, {"compile_mode": "default"}, {"threads": 2}, {"threads": None})
+            for change in (
+                {"runner": "eager"},
+                {"compile_mode": "default"},
+                {"threads": 2},
+                {"threads": None},
+            )
         ),
     ]
     assert len({r.hash for r in changed}) == len(changed)
@@ -131,7 +136,7 @@ def test_damaged_files(file, content, tmp_path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(UsageError, match="nowhere.toml"):
+    with pytest.raises(UsageError, match=r"nowhere\.toml"):
         preset(str(tmp_path / "nowhere.toml"))
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UsageError, match=r"folder\.json"):

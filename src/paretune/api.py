@@ -19,12 +19,14 @@ from paretune.engine.sampling import SamplingOptions
 from paretune.errors import UsageError
 from paretune.evaluate import texts
 from paretune.evaluate.perplexity import Perplexity, perplexity
+from paretune.files import ensure_folder
 from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import Recipe, preset
-from paretune.tune.plan import is_plan, read_plan
+from paretune.tune.plan import PLAN_FILE, is_plan, read_plan
 
 DEFAULT_CONFIG = "baseline"
+JOURNAL_FILE = "events.jsonl"
 DEFAULT_BENCH = ("baseline", "bf16", "int8")
 DEFAULT_CONTEXT = 1024  # tokens; GPT-2's published protocol
 
@@ -206,11 +208,12 @@ def evaluate(
     Args:
         text_file: UTF-8; default the embedded articles and stories that the search uses.
         context: tokens a window shows; default 1024, or what the model has.
-        stride: tokens a window advances; default `context` (no overlap).
+        stride: tokens a window advances; default half of `context`, `context` itself is no overlap.
     """
     text = texts.text_of("search") if text_file is None else texts.read_text(text_file)
     model = load(name, recipe, device)
-    longest: int = model.runner.config.n_positions
+    shape: Any = model.runner.config
+    longest: int = shape.n_positions
     context = min(DEFAULT_CONTEXT, longest) if context is None else context
     if context > longest:
         raise UsageError(f"context {context} exceeds the model's {longest}", "Use less")
@@ -218,7 +221,7 @@ def evaluate(
         model.runner,
         model._need_tokenizer().encode(text),
         context=context,
-        stride=context if stride is None else stride,
+        stride=max(1, context // 2) if stride is None else stride,
         n_bytes=len(text.encode("utf-8")),
         text_name="paretune-search" if text_file is None else Path(text_file).name,
         batch_size=batch_size,
@@ -232,7 +235,7 @@ def bench(
 
     Args:
         name: a model; of a plan, its own recipe is measured too, as `plan`.
-        configs: presets' names, recipe files or recipes; the first, or `baseline`, is what the others are compared with.
+        configs: presets, recipe files or recipes; the first, or `baseline`, is what the others are compared with.
         options: of `paretune.measure.bench.bench`: input_lens, output_lens, batch_sizes, budget_sec, ...
 
     Returns:
@@ -251,19 +254,47 @@ def bench(
     return measure.bench(folder, named, **options)
 
 
-def tune(name: str | Path, output_dir: str | Path, **options: Any) -> dict[str, Any]:
+def tune(
+    name: str | Path,
+    output_dir: str | Path,
+    *,
+    text: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    **goal: Any,
+) -> dict[str, Any]:
     """Finds the fastest recipe within a quality bound and writes a plan into `output_dir`.
 
     Args:
-        options: fields of `tune.goal.Goal` (objective, max_ppl_increase, budget_sec, ...), and text, resume, force,
-            quiet as the command has them.
+        text: a UTF-8 file for quality; default the embedded pieces.
+        resume: continue a run that was cut off.
+        goal: fields of `tune.goal.Goal`: objective, max_ppl_increase, budget_sec, ...
 
     Returns:
         what `paretune tune --json` prints.
-    """
-    from paretune.cli.tune import run
-    from paretune.tune.goal import Goal
 
-    fields = {f.name for f in dataclasses.fields(Goal)}
-    goal = Goal(**{k: v for k, v in options.items() if k in fields})
-    return run(str(name), Path(output_dir), goal, **{k: v for k, v in options.items() if k not in fields})
+    Raises:
+        UsageError: an unknown field, or a folder that holds an earlier run.
+    """
+    from paretune.tune import result
+    from paretune.tune.goal import Goal
+    from paretune.tune.search import Search
+
+    known = [f.name for f in dataclasses.fields(Goal)]
+    unknown = sorted(set(goal) - set(known))
+    if unknown:
+        raise UsageError(f"tune has no option {unknown[0]!r}", f"Known: {', '.join(known)}")
+    folder = Path(output_dir).expanduser()
+    earlier = any((folder / n).exists() for n in (PLAN_FILE, JOURNAL_FILE))
+    if earlier and not resume:
+        raise UsageError(f"{folder} holds an earlier run", "Pass resume=True to continue it, or another folder")
+    if resume and not (folder / JOURNAL_FILE).is_file():
+        raise UsageError(f"{folder} holds no run to continue", "Leave out `resume`")
+    ensure_folder(folder)
+    say = (lambda line: None) if quiet else native_build.say
+    file = None if text is None else Path(text)
+    search = Search(str(name), Goal(**goal), folder, text=file, resume=resume, say=say)
+    try:
+        return result.write(search.run(), folder)
+    finally:
+        search.journal.close()

@@ -27,9 +27,7 @@ _CAUSES = {
 
 def write_error(path: str | os.PathLike[str], error: OSError) -> ParetuneError:
     """The one-line form of a failed write."""
-    cause, cure = _CAUSES.get(
-        error.errno or 0, (error.strerror or str(error), "Choose another folder with -o")
-    )
+    cause, cure = _CAUSES.get(error.errno or 0, (error.strerror or str(error), "Choose another folder with -o"))
     return ParetuneError(f"cannot write {path}: {cause}", cure)
 
 

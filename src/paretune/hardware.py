@@ -35,9 +35,7 @@ TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8":
 STATE_TOLERANCE = 0.8  # a bandwidth under 80 % of the best seen is another state of the host
 EMULATED_GAIN, EMULATED_LOSS = 1.1, 0.8
 
-_SAME = (
-    "avx2 fma f16c avx512f avx512_bf16 avx512_vnni avx512_fp16 avx_vnni amx_bf16 amx_int8 amx_fp16 sve sve2"
-)
+_SAME = "avx2 fma f16c avx512f avx512_bf16 avx512_vnni avx512_fp16 avx_vnni amx_bf16 amx_int8 amx_fp16 sve sve2"
 _ARM = "asimd:neon asimddp:neon_dotprod asimdhp:neon_fp16 bf16:neon_bf16 i8mm:neon_i8mm"
 # The system's name of a processor feature -> ours.
 _FEATURES = {n: n for n in _SAME.split()} | dict(pair.split(":") for pair in _ARM.split())
@@ -89,9 +87,7 @@ def _gpus() -> list[dict[str, Any]]:
     import torch
 
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return [
-        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory} for p in found
-    ]
+    return [{"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_bytes": p.total_memory} for p in found]
 
 
 # ---- resources
@@ -357,10 +353,7 @@ def _product(name: str, m: int, n: int, k: int, device: str) -> Callable[[], Any
 
     generator = torch.Generator().manual_seed(0)
     if name == "int8":
-        ints = [
-            torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
-            for shape in ((m, k), (n, k))
-        ]
+        ints = [torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator) for shape in ((m, k), (n, k))]
         a, b = (t.to(device) for t in ints)
         return lambda: torch._int_mm(a, b.t())
     dtype = getattr(torch, TORCH_NAMES[name])
@@ -426,9 +419,7 @@ class DtypeSupport:
         return dataclasses.asdict(self)
 
 
-def judge_dtype(
-    name: str, decode: float, prefill: float, has_instruction: bool, lacks: str = ""
-) -> DtypeSupport:
+def judge_dtype(name: str, decode: float, prefill: float, has_instruction: bool, lacks: str = "") -> DtypeSupport:
     """The verdict on a format that works, from its speed ratios to fp32."""
     best = max(decode, prefill)
     emulated = best < EMULATED_LOSS or (best < EMULATED_GAIN and not has_instruction)
@@ -537,9 +528,7 @@ def ceilings(device: str = "cpu", quick: bool = False) -> Ceilings:
     import torch
 
     side, seconds = (512, 0.05) if quick else (1024, 0.2)
-    measured = {
-        name: matrix_rate(name, side if device == "cpu" else 4096, device, seconds) for name in TORCH_NAMES
-    }
+    measured = {name: matrix_rate(name, side if device == "cpu" else 4096, device, seconds) for name in TORCH_NAMES}
     rates = {name: rate for name, rate in measured.items() if rate}
     if device != "cpu":
         rows = tuple(_copy_sweep(device, quick))

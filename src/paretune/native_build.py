@@ -105,9 +105,7 @@ def cpu_info() -> tuple[str, frozenset[str]]:
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             query = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            name = subprocess.run(
-                query, capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
+            name = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
         if platform.machine() == "arm64":
             features |= {"asimd"}
     numbers = [
@@ -231,9 +229,7 @@ def _compile(source: Path, target: Path, command: str) -> None:
     try:
         full = [*_words(command), *flags(), "-I", str(source.parent), str(source), "-o", temporary]
         try:
-            done = subprocess.run(
-                full, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SEC, errors="replace"
-            )
+            done = subprocess.run(full, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SEC, errors="replace")
         except (OSError, subprocess.SubprocessError) as error:
             raise NativeUnavailable(f"{command} could not compile {source.name}: {error}", _CURE) from None
         if done.returncode != 0:

@@ -164,9 +164,7 @@ class Recipe:
 
     def without_exact(self) -> Recipe:
         """The reference twin: the same numbers, through reference forms and the eager runner."""
-        return Recipe(
-            tuple(t for t in self.transforms if not t.exact), EngineOptions(threads=self.engine.threads)
-        )
+        return Recipe(tuple(t for t in self.transforms if not t.exact), EngineOptions(threads=self.engine.threads))
 
 
 def _build(kind: type, values: Any, what: str) -> Any:

@@ -126,7 +126,7 @@ def test_rollback_is_exact(way):
         part = tokens[:, start:end]
         a, b = forward(part, straight, "all"), forward(part, guessing, "all")
         assert_close(a, b, atol=2e-5, rtol=1e-5)
-    # Positions 9 and 10 were computed in a step of another size: their last bits may differ. Roll them back too.
+    # Positions 9 and 10 came from a step of another size: their last bits may differ. Back before them.
     straight.truncate_(9)
     guessing.truncate_(9)
     for start, end in [(9, 10), (10, 13), (13, 14), (14, 20)]:
@@ -153,7 +153,7 @@ def test_rollback_per_row(way):
 
 
 def test_garbage_in_free_slots_never_leaks(way):
-    """Bit-equal with zeros and with garbage in what no row holds, also after rows part and after a rollback."""
+    """Bit-equal with zeros and with garbage in what no row holds, also in rows apart and after a rollback."""
     _, new_cache, forward = way
     tokens, seen = tokens_of(3), []
     for fill in (0.0, GARBAGE, -GARBAGE):

@@ -1,4 +1,4 @@
-"""Generation: the naive oracle's tokens, text that never leaks, requests that cannot be met, times that add up."""
+"""Generation: the naive oracle's tokens, text that never leaks, impossible requests, times that add up."""
 
 from __future__ import annotations
 
@@ -39,6 +39,15 @@ def prompts_of(lengths=LENGTHS, vocab=131):
     return [torch.randint(2, vocab, (n,), generator=g).tolist() for n in lengths]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads of one tiny product wait for each other on a busy machine: seconds become a minute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def runners(tiny_gpt2_folder, tiny_llama_folder, tiny_mistral_folder):
     folders = (tiny_gpt2_folder, tiny_llama_folder, tiny_mistral_folder)
@@ -74,11 +83,14 @@ def test_the_oracle_is_greedy_on_the_whole_sequence(tiny):
 
 
 def test_alone_equals_the_oracle(runner):
+    seen = set()
     for prompt in prompts_of():
         result = generate(runner, [prompt], 20, ignore_eos=True)
+        seen |= set(result.generations[0].tokens)
         assert_same_tokens(result.generations[0].tokens, *naive_generate(runner.model, prompt, 20))
         assert result.generations[0].prompt == prompt
         assert result.generations[0].finish_reason == "length" and result.generations[0].text == ""
+    assert len(seen) >= 5  # a model that always says the same would prove little
 
 
 def test_a_batch_of_unequal_prompts_equals_the_oracle(runner):
@@ -94,15 +106,11 @@ def test_up_to_the_last_position(gpt2):
     assert_same_tokens(tokens, *naive_generate(gpt2.model, prompt, 4))
 
 
-def first_new(tokens, at_least):
-    """Index of a token that has not been seen before it."""
-    return next(i for i in range(at_least, len(tokens)) if tokens[i] not in tokens[:i])
-
-
 def test_eos_ends_a_row_and_not_the_others(gpt2):
     prompts = prompts_of()
     expected = [naive_generate(gpt2.model, p, 20)[0] for p in prompts]
-    eos = expected[1][first_new(expected[1], 2)]
+    # A token that some rows say and others do not; which one depends on the processor's rounding.
+    eos = next(t for row in expected for t in reversed(row) if not all(t in other for other in expected))
     gpt2.config = dataclasses.replace(gpt2.config, eos_token_ids=(eos, 10**6))
     result = generate(gpt2, prompts, 20)
     reasons = [g.finish_reason for g in result.generations]
@@ -110,15 +118,19 @@ def test_eos_ends_a_row_and_not_the_others(gpt2):
         wanted = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
         assert generation.tokens == wanted  # the end token is among them
         assert generation.finish_reason == ("eos" if eos in tokens else "length")
-    assert reasons[1] == "eos" and set(reasons) == {"eos", "length"}
+    assert set(reasons) == {"eos", "length"}
     ignored = generate(gpt2, prompts, 20, ignore_eos=True)
     assert [g.tokens for g in ignored.generations] == expected
 
 
 def test_no_step_after_all_rows_are_done(gpt2):
-    prompt = prompts_of((5,))[0]
-    tokens = naive_generate(gpt2.model, prompt, 20)[0]
-    at = first_new(tokens, 2)
+    # What a random model says depends on the processor's rounding: look for a prompt with a token that comes late.
+    for prompt in prompts_of((5,) * 100):
+        tokens = naive_generate(gpt2.model, prompt, 20)[0]
+        at = max(tokens.index(t) for t in tokens)
+        if at >= 2:
+            break
+    assert at >= 2
     gpt2.config = dataclasses.replace(gpt2.config, eos_token_ids=(tokens[at],))
     assert generate(gpt2, [prompt], 20).timing.n_steps == at
 
@@ -137,11 +149,11 @@ def test_a_row_draws_what_it_draws_alone(gpt2, options):
     prompts, s = prompts_of(), 40
     batch = generate(gpt2, prompts, 15, SamplingOptions(**options, seed=s)).generations
     alone = [
-        generate(gpt2, [p], 15, SamplingOptions(**options, seed=s + i)).generations[0]
-        for i, p in enumerate(prompts)
+        generate(gpt2, [p], 15, SamplingOptions(**options, seed=s + i)).generations[0] for i, p in enumerate(prompts)
     ]
     assert [g.tokens for g in batch] == [g.tokens for g in alone]
-    assert batch[0].tokens != generate(gpt2, prompts[:1], 15, SamplingOptions(**options, seed=s + 9)).generations[0].tokens
+    other = generate(gpt2, prompts[:1], 15, SamplingOptions(**options, seed=s + 9)).generations[0]
+    assert other.tokens != batch[0].tokens
 
 
 def test_rows_of_one_prompt_differ_by_their_seeds(gpt2):
@@ -241,7 +253,17 @@ def test_streamed_text_is_the_text(pocket):
 
 @pytest.mark.parametrize(
     "stop",
-    ["dog said: n", " mat, and the dog", "🙂🙃", "東京 🙂", ".\n\nThe", "e", "T", "The end", "naïve café 東京"],
+    [
+        "dog said: n",
+        " mat, and the dog",
+        "🙂🙃",
+        "東京 🙂",
+        ".\n\nThe",
+        "e",
+        "T",
+        "The end",
+        "naïve café 東京",
+    ],
 )
 def test_stop_strings_over_several_tokens(pocket, stop):
     ids = pocket.encode(STORY)
@@ -264,12 +286,7 @@ words = st.lists(st.sampled_from(["a", "b", "ab", " ", "é", "🙂", "aab", "\n"
 @given(words, st.lists(st.text("ab é🙂", min_size=1, max_size=5), max_size=3))
 def test_no_part_of_a_stop_string_leaks(pocket, text, stops):
     ids = pocket.encode(text)
-    shown = []
-    generation, _ = (
-        generate(Scripted(ids), [[1]], len(ids), tokenizer=pocket, stop=stops, on_text=lambda r, p: shown.append(p))
-        .generations[0],
-        None,
-    )
+    generation, shown = stream(pocket, ids, stops)
     assert "".join(shown) == generation.text
     assert text.startswith(generation.text)
     assert not any(s in generation.text for s in stops)
@@ -285,7 +302,7 @@ def test_no_part_of_a_stop_string_leaks(pocket, text, stops):
 def test_each_row_streams_its_own_text(pocket):
     texts = ["One two three four.", "A quite different and rather longer sentence.", "No"]
     rows = [[*pocket.encode(t), 0] for t in texts]
-    shown = {i: "" for i in range(3)}
+    shown = dict.fromkeys(range(3), "")
 
     def on_text(row, piece):
         shown[row] += piece
@@ -303,7 +320,7 @@ def test_a_stop_string_before_half_a_character(pocket):
     assert len(smile) > 1 and pocket.decode(smile[:1]).endswith("\ufffd")
     generation, pieces = stream(pocket, ids)
     assert generation.text == "so it goes" + pocket.decode(smile[:1]) == "".join(pieces)
-    # A token whose text is a stop string and the first byte of the next character, as byte-level merges can make one.
+    # A token whose text is a stop string and the first byte of the next character: merges can make one.
     odd = SimpleNamespace(decode=lambda ids: "".join({5: "END\ufffd", 6: "go "}[i] for i in ids))
     generation, pieces = stream(odd, [6, 5], ["END"])
     assert generation.text == "go " == "".join(pieces) and generation.finish_reason == "stop"
@@ -375,7 +392,7 @@ def test_pocket(pocket_folder, pocket, form):
 def check_stories(runner, tokenizer):
     """Alone, as a batch and streamed, a trained model writes the oracle's tokens and sensible text."""
     texts = ["Once upon a time there was a little girl named Lily. She", "The", "One day, a big dog went to"]
-    prompts, n = [tokenizer.encode(t) for t in texts], 24
+    prompts, n = [tokenizer.encode(t) for t in texts], 16
     assert len({len(p) for p in prompts}) == 3
     expected = [naive_generate(runner.model, p, n) for p in prompts]
     shown = ["", "", ""]

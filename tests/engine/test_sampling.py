@@ -52,9 +52,7 @@ def test_exactly_k_survive_ties(logits, k, temperature):
 
 
 @quick
-@given(
-    any_logits, st.floats(0.05, 3), st.integers(0, 20), st.floats(0.01, 1, exclude_min=True), st.floats(0, 1)
-)
+@given(any_logits, st.floats(0.05, 3), st.integers(0, 20), st.floats(0.01, 1, exclude_min=True), st.floats(0, 1))
 def test_survivors_form_a_distribution(logits, temperature, k, p, m):
     options = SamplingOptions(temperature, top_k=k, top_p=p, min_p=m)
     ids, probabilities = survivors(logits, options)
@@ -143,7 +141,7 @@ def test_repetition_penalty_equals_transformers(penalty):
 def test_the_sampler_remembers_prompt_and_output():
     sampler = Sampler(SamplingOptions(repetition_penalty=2.0), [0, 0])
     logits = torch.tensor([4.0, 3.0, 2.5, 1.9])
-    # 4 -> 2 (prompt), then the chosen ones are halved in turn: 3 -> 1.5, 2.5 -> 1.25, then 2 of the first is the most
+    # 4 -> 2 (prompt), then the chosen: 3 -> 1.5, 2.5 -> 1.25; then the 2 is the most
     assert [sampler.choose(logits) for _ in range(4)] == [1, 2, 0, 0]
 
 

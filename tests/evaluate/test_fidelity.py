@@ -75,9 +75,7 @@ def made(nll: dict[str, np.ndarray], log_probs: np.ndarray | None = None) -> Sco
     for phase, values in nll.items():
         kept = np.arange(0 if log_probs is None else len(log_probs))
         kept_probs = np.zeros((0, V), np.float32) if log_probs is None else log_probs
-        parts[phase] = PhaseScores(
-            values.astype(np.float32), np.zeros(values.shape, np.int32), kept, kept_probs
-        )
+        parts[phase] = PhaseScores(values.astype(np.float32), np.zeros(values.shape, np.int32), kept, kept_probs)
     return Scores("made", "0", **parts)
 
 
@@ -322,9 +320,7 @@ def test_kl_is_zero_for_itself_and_matches_torch() -> None:
     both = torch.cat(expected)
     assert got.kl_mean == pytest.approx(float(both.mean()), rel=1e-4)
     assert got.kl_p99 == pytest.approx(float(both.quantile(0.99)), rel=1e-3)
-    few = compare(
-        score(ToyRunner(), rows, keep_positions=366), score(ToyRunner(noise=0.2), rows, keep_positions=366)
-    )
+    few = compare(score(ToyRunner(), rows, keep_positions=366), score(ToyRunner(noise=0.2), rows, keep_positions=366))
     assert few.kl_mean is not None and few.kl_p99 is None  # 366 samples do not carry a 99th percentile
 
 

@@ -26,9 +26,7 @@ def exactly(value: float, n: int) -> stats.Interval:
 class Fake:
     """A subject whose slice takes cost(subject) seconds of the fake clock. `log` is shared: who did what."""
 
-    def __init__(
-        self, name: str, cost: float | Callable[[Fake], float], log: list[str] | None = None
-    ) -> None:
+    def __init__(self, name: str, cost: float | Callable[[Fake], float], log: list[str] | None = None) -> None:
         self.name, self.cost, self.log = name, cost, log if log is not None else []
         self.n_samples = 0
         self.is_awake = True
@@ -103,9 +101,7 @@ def test_drift_that_fools_a_then_b_cancels():
     a_then_b = stats.speed_ratio(timings(Fake("a", drifting(0.2))), timings(Fake("b", drifting(0.2))))
     assert stats.verdict(a_then_b) == "slower"  # the same thing twice
 
-    samples = run_blocks(
-        [Fake("a", drifting(0.2)), Fake("b", drifting(0.2))], rng_seed=0, n_blocks=40
-    ).samples
+    samples = run_blocks([Fake("a", drifting(0.2)), Fake("b", drifting(0.2))], rng_seed=0, n_blocks=40).samples
     ratio = Blocks(samples).ratio("a", "b")
     assert stats.verdict(ratio) == "indistinguishable"
     assert ratio.low <= 1 <= ratio.high
@@ -165,9 +161,7 @@ def test_the_deadline_starts_no_new_sample(fake_clock):
     assert run.is_cut and len(run.samples) == 6 and clock.now() == 1.5
     assert not run_blocks([Fake("a", 0.25)], rng_seed=0, n_blocks=2, deadline_sec=99.0).is_cut
     # Only whole pairs count.
-    run = run_blocks(
-        [Fake(name, 0.25) for name in "ab"], rng_seed=0, n_blocks=9, deadline_sec=clock.now() + 1.2
-    )
+    run = run_blocks([Fake(name, 0.25) for name in "ab"], rng_seed=0, n_blocks=9, deadline_sec=clock.now() + 1.2)
     assert len(run.samples) == 5 and Blocks(run.samples).ratio("a", "b").n == 2
 
 
@@ -240,9 +234,7 @@ def test_samples_survive_json():
 def test_aa_resolution():
     rng = np.random.default_rng(0)
     log = rng.normal(0.0, 0.02, 30)
-    samples = [Sample("a", b, 0, 1.0) for b in range(30)] + [
-        Sample("b", b, 1, math.exp(x)) for b, x in enumerate(log)
-    ]
+    samples = [Sample("a", b, 0, 1.0) for b in range(30)] + [Sample("b", b, 1, math.exp(x)) for b, x in enumerate(log)]
     ratio = Blocks(samples).ratio("a", "b")
     resolution = Blocks(samples).aa_resolution("a", "b")
     assert resolution == pytest.approx(max(-math.log(ratio.low), math.log(ratio.high)))
@@ -321,10 +313,7 @@ def test_ratios_by_bandwidth_state():
 def test_no_states_on_a_steady_host_or_without_probes():
     host = Host(6, flip_per_slice=0.0)
     subjects = [host.subject("a", 0.2), host.subject("b", 0.2)]
-    assert (
-        Blocks(run_blocks(subjects, rng_seed=6, n_blocks=40, probe=host.probe).samples).by_state("a", "b")
-        is None
-    )
+    assert Blocks(run_blocks(subjects, rng_seed=6, n_blocks=40, probe=host.probe).samples).by_state("a", "b") is None
     assert Blocks(run_blocks(subjects, rng_seed=6, n_blocks=40).samples).by_state("a", "b") is None
 
 

@@ -104,9 +104,7 @@ def test_git_commit_of_a_checkout_only(tmp_path):
     assert environment.git_commit(package) == "def"
     (git / "HEAD").write_text("0123\n")
     assert environment.git_commit(package) == "0123"
-    installed = (
-        tmp_path / "site-packages" / "paretune"
-    )  # inside somebody's checkout, but not a checkout of ours
+    installed = tmp_path / "site-packages" / "paretune"  # inside somebody's checkout, but not a checkout of ours
     installed.mkdir(parents=True)
     assert environment.git_commit(installed) is None
 
@@ -140,9 +138,7 @@ GPT2 = SimpleNamespace(
 def test_flops_of_gpt2():
     # 84,934,656 weights in the blocks and 38,597,376 in the head; 12 layers x 4 x 768 FLOP a visible key.
     assert roofline.decode_flops(GPT2, 1024) == 2 * (84_934_656 + 38_597_376) + 36_864 * 1024
-    assert roofline.prefill_flops(GPT2, 1024) == (
-        2 * 84_934_656 * 1024 + 36_864 * 1024 * 1025 // 2 + 2 * 38_597_376
-    )
+    assert roofline.prefill_flops(GPT2, 1024) == (2 * 84_934_656 * 1024 + 36_864 * 1024 * 1025 // 2 + 2 * 38_597_376)
     assert roofline.prefill_flops(GPT2, 1) == roofline.decode_flops(GPT2, 1)
     every = roofline.prefill_flops(GPT2, 10, logits="all")
     assert every == sum(roofline.decode_flops(GPT2, n) for n in range(1, 11))

@@ -139,9 +139,7 @@ def test_fresh_config_is_read_by_transformers(tmp_path, family):
         torch.testing.assert_close(model(tokens), hf(tokens).logits)
 
 
-@pytest.mark.parametrize(
-    "scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 16)], ids=str
-)
+@pytest.mark.parametrize("scaling", [RopeScaling("linear", 4.0), RopeScaling("llama3", 8.0, 1.0, 4.0, 16)], ids=str)
 def test_fresh_config_keeps_its_rope_scaling(tmp_path, scaling):
     shape = {"vocab_size": 101, "n_positions": 64, "n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 32}
     shape |= {"head_dim": 16, "n_inner": 50, "activation": "silu", "norm_eps": 1e-5, "tied_head": True}
@@ -579,9 +577,7 @@ SHAPES = [("gpt2", k) for k in GPT2_SHAPES] + [("llama", k) for k in LLAMA_SHAPE
 
 
 @pytest.mark.parametrize(("family", "key"), SHAPES)
-@pytest.mark.parametrize(
-    "value", ["twelve", "2", [2], {"a": 1}, -4, 0, math.inf, math.nan, 2.5, True], ids=str
-)
+@pytest.mark.parametrize("value", ["twelve", "2", [2], {"a": 1}, -4, 0, math.inf, math.nan, 2.5, True], ids=str)
 def test_config_value_of_the_wrong_type_or_sign(folder_of, family, key, value):
     folder = folder_of(family)
     edit_config(folder, **{key: value})

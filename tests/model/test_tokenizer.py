@@ -294,9 +294,7 @@ def expected_chat(folder, messages=CONVERSATION):
     return hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize(
-    "template", [CHATML, LLAMA2, NAMESPACE, BREAK, TOJSON, GENERATION, DATE], ids=range(7)
-)
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, NAMESPACE, BREAK, TOJSON, GENERATION, DATE], ids=range(7))
 def test_chat_equals_transformers(chatty, template):
     folder = chatty(template)
     got = Tokenizer(folder).chat(CONVERSATION)

@@ -93,7 +93,7 @@ def test_names_from_outside_are_harmless() -> None:
     ("outcome", "winner", "badge", "sentence"),
     [
         ("baseline", "t0", "Keep the baseline", "Nothing beat the baseline beyond noise: keep it."),
-        ("none", None, "Nothing meets the limit", "No candidate met the quality limit"),
+        ("none", None, "Nothing reaches the goal", "No candidate reached"),
         ("interrupted", "t3", "Interrupted", "stopped before it was finished. Best so far: int8."),
         ("interrupted", None, "Interrupted", "Nothing has beaten the baseline so far."),
     ],
@@ -129,9 +129,7 @@ def test_the_objective_comes_first(objective: str) -> None:
 def _holes(value: Any) -> list[tuple[Any, Any]]:
     """Every place in a nested result: (container, key)."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value))
-    return [(value, k) for k, _ in items] + [
-        hole for _, v in items if isinstance(v, dict | list) for hole in _holes(v)
-    ]
+    return [(value, k) for k, _ in items] + [hole for _, v in items if isinstance(v, dict | list) for hole in _holes(v)]
 
 
 def test_any_field_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,7 @@ def test_loss_curve() -> None:
 
 def test_ids_of_two_pictures_differ() -> None:
     first, second = (
-        set(re.findall(rb'id="([^"]+)"', draw(make_result())))
-        for draw in (plots.pareto, plots.bandwidth_curve)
+        set(re.findall(rb'id="([^"]+)"', draw(make_result()))) for draw in (plots.pareto, plots.bandwidth_curve)
     )
     assert first and second and not first & second
 

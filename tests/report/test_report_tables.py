@@ -96,9 +96,7 @@ def test_csv_round_trip() -> None:
 def test_markdown_round_trip() -> None:
     rows = [{"name": "a|b <i>\n", "tpot_sec": 0.00123}, {"name": "c\\", "tpot_sec": None}]
     lines = to_markdown(rows).splitlines()
-    cells = [
-        [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:4]
-    ]
+    cells = [[c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:4]]
     assert cells == [["a|b &lt;i>", "1.23 ms"], ["c\\\\", "not measured"]]
     assert lines[1] == "|:---|---:|"
     assert any(line.startswith("- **TPOT**") for line in lines)

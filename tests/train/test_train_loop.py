@@ -137,9 +137,7 @@ def test_resume_after_a_crash_goes_back_to_the_last_checkpoint(tmp_path, straigh
         run(out, options, progress=stop_at(5, OSError))
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
     steps = []
-    model, _ = run(
-        out, replace(options, eval_every=1), resume=True, progress=lambda p: steps.append(p["step"])
-    )
+    model, _ = run(out, replace(options, eval_every=1), resume=True, progress=lambda p: steps.append(p["step"]))
     assert steps == [5, 6]
     assert_same(weights(model), straight[1])
 

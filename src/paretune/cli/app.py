@@ -39,6 +39,7 @@ for _name, (_target, _) in _VERBS.items():
 # The base of typer's errors, reached by the one name that every version exports (0.29 carries its own click).
 _TyperError: Any = typer.BadParameter.__mro__[2]
 _WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+MAX_LINE = 1000  # characters of an error
 _SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
@@ -78,9 +79,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import paretune
+        from paretune import __version__
 
-        print(f"paretune {paretune.__version__}")
+        print(f"paretune {__version__}")
         raise typer.Exit
 
 
@@ -191,6 +192,9 @@ def _silence_stdout() -> None:
 
 
 def _say(text: str, code: int) -> int:
+    line = " ".join(text.split())
+    if len(line) > MAX_LINE:  # a path or a value of thousands of characters; the cure stands at the end
+        line = f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
     with contextlib.suppress(OSError, ValueError):
-        print("paretune: " + " ".join(text.split()), file=sys.stderr, flush=True)
+        print(f"paretune: {line}", file=sys.stderr, flush=True)
     return code

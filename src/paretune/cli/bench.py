@@ -348,9 +348,10 @@ def _write(result: dict[str, Any], out: Path, formats: Any) -> None:
     for name in dict.fromkeys([*formats, "json"]):
         write_text(out / f"bench.{name}", _as(name, result))
     lead = [
-        f"{row['config']} decodes {_RESULTS.get(str(row.get('decode_verdict')), 'not compared')} "
-        f"({row['cell']}): {_speed_cell('decode')(row)} the speed of the baseline."
+        f"{row['config']} ({row['cell']}), {phase}: {_RESULTS.get(str(row.get(f'{phase}_verdict')), 'not compared')}, "
+        f"{_speed_cell(phase)(row)} the speed of the baseline."
         for row in result["rows"]
+        for phase in ("decode", "prefill")
         if row["role"] == "" and row["status"] == "measured"
     ]
     sections = [html.section(title, (), result["rows"], columns) for title, columns in _columns()]

@@ -92,11 +92,10 @@ def _embedded_models() -> list[dict[str, str]]:
     import json
     from pathlib import Path
 
-    import paretune
+    from paretune import registry
 
-    assert paretune.__file__ is not None
     models = []
-    for path in sorted((Path(paretune.__file__).parent / "assets").glob("*/config.json")):
+    for path in sorted((Path(registry.__file__).parent / "assets").glob("*/config.json")):
         c = json.loads(path.read_text("utf-8"))
         n_bytes = sum(f.stat().st_size for f in path.parent.glob("*.safetensors"))
         what = (

@@ -19,9 +19,7 @@ SHAPE_FLAGS = ("n_layer", "n_head", "n_embd", "n_positions")
 def train(
     model: Annotated[
         str,
-        typer.Argument(
-            help="Folder, hub id, `pocket`, or random weights: `new` with --n-layer .., `new:gpt2`."
-        ),
+        typer.Argument(help="Folder, hub id, `pocket`, or random weights: `new` with --n-layer .., `new:gpt2`."),
     ] = "pocket",
     text: Annotated[
         list[Path] | None, typer.Option(help="Text file, or folder of *.txt; may be given several times.")
@@ -42,9 +40,7 @@ def train(
     ] = None,
     weight_decay: Annotated[float, typer.Option(help="AdamW's decay, on matrices alone.")] = 0.1,
     clip: Annotated[float, typer.Option(help="Longest gradient (L2 norm).")] = 1.0,
-    dtype: Annotated[
-        str, typer.Option(help="fp32, bf16 (autocast) or auto: bf16 where it is faster here.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 (autocast) or auto: bf16 where it is faster here.")] = "auto",
     save_dtype: Annotated[str, typer.Option(help="Of the finished model: fp32, fp16 or bf16.")] = "fp16",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     heldout_fraction: Annotated[
@@ -53,13 +49,9 @@ def train(
     heldout: Annotated[
         list[str] | None, typer.Option(help="Hold out the text of this name instead; may be repeated.")
     ] = None,
-    eval_every: Annotated[
-        int, typer.Option(help="Score held-out text every so many updates; 0: first and last.")
-    ] = 0,
+    eval_every: Annotated[int, typer.Option(help="Score held-out text every so many updates; 0: first and last.")] = 0,
     eval_windows: Annotated[int, typer.Option(help="Held-out windows to score; 0: all.")] = 64,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Checkpoint every so many updates; 0: on Ctrl-C only.")
-    ] = 500,
+    checkpoint_every: Annotated[int, typer.Option(help="Checkpoint every so many updates; 0: on Ctrl-C only.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in -o.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the model.")] = False,
     seed: Annotated[int, typer.Option(help="Of the batches and of random weights.")] = 0,
@@ -93,9 +85,7 @@ def train(
         )
     hardware.set_threads(threads)
     tokenizer_folder = checkpoint.resolve(vocab_from if fresh else model)
-    config = (
-        _new_config(model, shape, tokenizer_folder) if fresh else checkpoint.read_config(tokenizer_folder)
-    )
+    config = _new_config(model, shape, tokenizer_folder) if fresh else checkpoint.read_config(tokenizer_folder)
     options = loop.TrainOptions(  # wrong flags fail here, before the text is read
         learning_rate=learning_rate,
         min_learning_rate=min_learning_rate,

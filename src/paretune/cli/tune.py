@@ -21,7 +21,9 @@ def tune(
     input_len: Annotated[int, typer.Option(help="Prompt tokens of the request that is made fast.")] = 128,
     output_len: Annotated[int, typer.Option(help="New tokens of that request.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text for quality; default: the project's own pieces.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text for quality; default: the project's own pieces.")
+    ] = None,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the plan.")] = Path("plan"),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; default: physical cores.")] = None,
@@ -72,25 +74,31 @@ def run(
     from paretune.errors import UsageError
     from paretune.files import ensure_folder
 
+    if resume and force:
+        raise UsageError("--resume and --force contradict each other", "Pass one of them")
     if dry_run:
         _show_space(model, goal)
         return {}
     folder = output_dir.expanduser()
-    _prepare(folder, resume, force)
+    _refuse_earlier_run(folder, resume, force)
     if resume and not (folder / "events.jsonl").is_file():
         raise UsageError(f"{folder} holds no run to continue", "Leave out --resume")
     from paretune import clock
     from paretune.tune import result as results
     from paretune.tune.search import Search
 
-    ensure_folder(folder)
     started = clock.now()
 
     def say(line: str) -> None:
         if not quiet:
             print(f"[{clock.now() - started:5.0f} s] {line}", file=sys.stderr, flush=True)
 
-    search = Search(model, goal, folder, text=text, resume=resume, say=say)
+    def prepare() -> None:  # when the model, the goal and the text are known to be right
+        if force:
+            _remove_earlier_run(folder)
+        ensure_folder(folder)
+
+    search = Search(model, goal, folder, text=text, resume=resume, say=say, prepare=prepare)
     try:
         out = search.run()
         say("writing the report")
@@ -99,26 +107,42 @@ def run(
         search.journal.close()
 
 
-OURS = ("events.jsonl", "samples.jsonl", "trials.jsonl", "plan.json", "report.json", "report.html", "logs", "scores", "model")
+OURS = (
+    "events.jsonl",
+    "samples.jsonl",
+    "trials.jsonl",
+    "plan.json",
+    "report.json",
+    "report.html",
+    "logs",
+    "scores",
+    "model",
+)
 
 
-def _prepare(folder: Path, resume: bool, force: bool) -> None:
+def _refuse_earlier_run(folder: Path, resume: bool, force: bool) -> None:
     from paretune.errors import UsageError
     from paretune.files import write_error
 
-    if not folder.exists() or resume:
-        return
-    there = [name for name in OURS if (folder / name).exists()]
-    if there and not force:
+    if folder.exists() and not folder.is_dir():
+        raise write_error(folder, NotADirectoryError(20, "it is a file"))
+    if not (resume or force) and any((folder / name).exists() for name in OURS):
         raise UsageError(
             f"{folder} holds an earlier run", "Pass --resume to continue it, --force to replace it, or another -o"
         )
+
+
+def _remove_earlier_run(folder: Path) -> None:
+    """Only what `tune` itself wrote: a folder of one of its names beside no run is the user's own."""
+    from paretune.files import write_error
+
+    was_run = any((folder / name).is_file() for name in ("events.jsonl", "plan.json"))
     try:
-        if not folder.is_dir():
-            raise NotADirectoryError(20, "it is a file")
-        for name in there:  # only what `tune` itself writes: a folder of the user's own files is left alone
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in [folder / name for name in OURS if (folder / name).exists()]:
+            if not path.is_dir():
+                path.unlink()
+            elif was_run:
+                shutil.rmtree(path)
     except OSError as error:
         raise write_error(folder, error) from None
 
@@ -127,9 +151,11 @@ def _show_space(model: str, goal: Any) -> None:
     from paretune.measure.workload import Workload
     from paretune.model import checkpoint
     from paretune.tune import space as spaces
+    from paretune.tune.search import check_device
 
     config = checkpoint.read_config(checkpoint.resolve(model))
     Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
+    check_device(goal.device)
     space = spaces.build(goal.device)
     print(f"baseline: {spaces.baseline().name}")
     print(f"{len(space.legal)} candidates:")
@@ -168,7 +194,11 @@ def _raise_for(result: dict[str, Any]) -> None:
     if result["outcome"] == "interrupted":
         raise KeyboardInterrupt
     if result["outcome"] == "none":
-        raise NoRecipeError(result["verdict"][-1].rstrip("."), "The best so far is written; lower --min-speedup")
+        wanted = result["goal"].get("min_speedup")
+        raise NoRecipeError(
+            f"no recipe reaches the asked speed-up of {wanted:g} within the quality bound",
+            "The best so far is written; lower --min-speedup",
+        )
     if result["winner_id"] is None and any("too noisy" in s for s in result["verdict"]):
         raise TooNoisyError(
             "this machine is too noisy now to judge", "Close other programs and run it again; the baseline is kept"

@@ -127,9 +127,7 @@ class _Recorder:
         wanted = (slots >= 0).nonzero().squeeze(-1)
         for part in wanted.split(64):  # 64 rows of 50,257 in fp32: 13 MB
             log_probs = torch.log_softmax(flat[part.to(flat.device)].float(), dim=-1)
-            self.log_probs[slots[part]] = log_probs.clamp(min=_LOWEST_LOG_PROB).to(
-                "cpu", self.log_probs.dtype
-            )
+            self.log_probs[slots[part]] = log_probs.clamp(min=_LOWEST_LOG_PROB).to("cpu", self.log_probs.dtype)
 
     def scores(self) -> PhaseScores:
         return PhaseScores(self.nll.cpu().numpy(), self.top1.cpu().numpy(), self.kept, self.log_probs.numpy())
@@ -379,9 +377,7 @@ class Exactness:
         return asdict(self) | {"margin": ppl.finite_or_none(self.margin)}
 
 
-def exactness(
-    reference_tokens: Sequence[int], variant_tokens: Sequence[int], margins: Sequence[float]
-) -> Exactness:
+def exactness(reference_tokens: Sequence[int], variant_tokens: Sequence[int], margins: Sequence[float]) -> Exactness:
     """Bit-equal tokens, a divergence at a tie, or different. Nothing is said of what follows it.
 
     Args:

@@ -33,9 +33,7 @@ class Runner(Protocol):
 
     def new_cache(self, batch_size: int, capacity: int, /) -> Any: ...
 
-    def forward(
-        self, tokens: torch.Tensor, cache: Any, /, logits: Literal["last", "all"] = ...
-    ) -> torch.Tensor: ...
+    def forward(self, tokens: torch.Tensor, cache: Any, /, logits: Literal["last", "all"] = ...) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -144,17 +142,13 @@ def perplexity(
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive", "Use 1 or more")
     if n_bytes < 1:
-        raise UsageError(
-            f"a text of {n_bytes} bytes has no bits per byte", "Give the length of the text in bytes"
-        )
+        raise UsageError(f"a text of {n_bytes} bytes has no bits per byte", "Give the length of the text in bytes")
     tokens = torch.as_tensor(token_ids, dtype=torch.int64).reshape(-1).cpu()
     n_tokens = tokens.numel()
     if n_tokens < context:
         raise ParetuneError(
             f"the text {text_name} has {n_tokens} tokens, fewer than one window of {context}",
-            f"Use a longer text, or --context {n_tokens} or smaller"
-            if n_tokens >= 2
-            else "Use a longer text",
+            f"Use a longer text, or --context {n_tokens} or smaller" if n_tokens >= 2 else "Use a longer text",
         )
 
     windows = rolling_windows(n_tokens, context, stride)

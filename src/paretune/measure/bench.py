@@ -19,7 +19,7 @@ from typing import IO, Any
 from paretune import clock, files, hardware, stats
 from paretune.errors import UsageError
 from paretune.measure import environment
-from paretune.measure.bench_rows import DEFINITIONS, Cell, Pass, Trial, make_row
+from paretune.measure.bench_rows import DEFINITIONS, MAX_AA, Cell, Pass, Trial, make_row
 from paretune.measure.interleave import Sample, SubjectError, run_blocks, warm_up
 from paretune.measure.session import TrialProcess
 from paretune.measure.workload import KINDS, MIN_SLICE_SEC, Workload
@@ -28,7 +28,6 @@ from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
 
 MIN_BLOCKS, MAX_BLOCKS, MIN_TIME_SEC = 8, 27, 3.0
-MAX_AA = 0.25  # an A/A half width above it: the machine is too noisy to judge
 LOAD_TIMEOUT_SEC = 900.0  # max-autotune compiles for minutes
 WARM_UP_SEC = 10.0
 CHECK_TOKENS, CHECK_STEPS = 32, 12  # of the exactness check before anything is timed
@@ -275,14 +274,15 @@ class _Run:
             processes: dict[str, TrialProcess] = {}
             for i, trial in enumerate(trials.values()):
                 self.say(f"{cell.title}: loading {trial.name}")
+                process = TrialProcess(trial.name, self.kinds[0], log=scratch / f"{i}.log")
+                stack.callback(process.close)
                 try:
-                    process = TrialProcess(trial.name, self.kinds[0], log=scratch / f"{i}.log")
-                    stack.callback(process.close)
                     trial.loaded = process.ask("load", LOAD_TIMEOUT_SEC, **self._request(cell, index, trial))
                     process.pause()
                     processes[trial.name] = process
                 except SubjectError as error:
                     trial.cause = str(error)
+                    process.close()  # it may still be awake and hold memory
             for k, kind in enumerate(self.kinds):
                 left = None if until is None else max(0.0, until - clock.now()) / (len(self.kinds) - k)
                 self._pass(cell, g, kind, processes, trials, None if left is None else clock.now() + left)
@@ -372,15 +372,17 @@ class _Run:
             trial.passes[kind] = result
         half_width = result.resolution(self.baseline, self.twin)
         ratio = result.blocks.ratio(self.baseline, self.twin, self.level)
-        word = stats.verdict(ratio, resolution=half_width)
+        word = result.verdict(self.baseline, self.twin, self.twin)
         known = half_width if half_width != float("inf") else None
         self.aa.append({**where, "half_width": known, "ratio": ratio.to_json(), "verdict": word})
 
     def _decided(self, result: Pass, alive: list[str], trials: dict[str, Trial]) -> bool:
-        """The twin is not asked: it is the yardstick."""
+        """The twin is not asked whether it is decided: it is the yardstick, and has to be one."""
         names = [n for n in alive if n not in (self.baseline, self.twin) and trials[n].cause is None]
         if trials[self.baseline].cause is not None:
             return True
+        if trials[self.twin].cause is None and result.resolution(self.baseline, self.twin) > MAX_AA:
+            return False
         return all(result.verdict(self.baseline, self.twin, name) != "undecided" for name in names)
 
 

@@ -15,6 +15,7 @@ from paretune.measure.workload import DECODE_SLICE
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
 
+MAX_AA = 0.25  # an A/A half width above it: the machine is too noisy to judge
 PHASES = {"ttft": "prefill", "tpot": "decode", "throughput": "throughput"}
 SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
 
@@ -70,8 +71,9 @@ class Pass:
         return self.blocks.aa_resolution(baseline, twin, self.level)
 
     def verdict(self, baseline: str, twin: str, name: str) -> stats.Verdict:
-        ratio = self.blocks.ratio(baseline, name, self.level)
-        return stats.verdict(ratio, resolution=self.resolution(baseline, twin))
+        ratio, resolution = self.blocks.ratio(baseline, name, self.level), self.resolution(baseline, twin)
+        # Everything is "indistinguishable" on a machine that cannot tell: that would be no finding.
+        return "undecided" if resolution > MAX_AA else stats.verdict(ratio, resolution=resolution)
 
 
 @dataclass
@@ -104,6 +106,10 @@ def make_row(
     status = "failed" if trial.cause else "measured" if any(len(trial.seconds(k)) for k in PHASES) else "not_reached"
     cause = trial.cause or ("" if status == "measured" else "the time budget ended before its turn")
     role = "baseline" if trial.name == baseline.name else "twin" if trial.name == twin else ""
+    late = []
+    if status == "measured":
+        missing = [PHASES[kind] for kind in trial.passes if not len(trial.seconds(kind))]
+        late = [f"{phase}: the time budget ended before its turn" for phase in missing]
     row: dict[str, Any] = {
         "config": trial.name,
         "recipe": trial.recipe.name,
@@ -132,7 +138,7 @@ def make_row(
         **_limits(trial, cell, config, ceilings),
         "threads": (loaded.get("threads") or {}).get("threads"),
         "proof": list(loaded.get("proof", ())),
-        "notes": [*loaded.get("notes", ()), *trial.notes],
+        "notes": [*loaded.get("notes", ()), *trial.notes, *late],
     }
     return row
 

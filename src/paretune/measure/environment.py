@@ -79,9 +79,7 @@ def git_commit(package: Path | None = None) -> str | None:
             return head
         name = head.removeprefix("ref:").strip()
         shared = git / "commondir"
-        folders = (
-            [git, (git / shared.read_text(encoding="utf-8").strip()).resolve()] if shared.is_file() else [git]
-        )
+        folders = [git, (git / shared.read_text(encoding="utf-8").strip()).resolve()] if shared.is_file() else [git]
         for folder in folders:
             if (folder / name).is_file():
                 return (folder / name).read_text(encoding="utf-8").strip()

@@ -218,9 +218,7 @@ def _awake(subject: Subject) -> Iterator[None]:
         subject.resume()  # inside the try: half resumed is also put back to sleep
         yield
     except SubjectError:
-        with contextlib.suppress(
-            SubjectError
-        ):  # a dead process cannot be paused either; the first cause counts
+        with contextlib.suppress(SubjectError):  # a dead process cannot be paused either; the first cause counts
             subject.pause()
         raise
     except BaseException:
@@ -292,9 +290,7 @@ class Blocks:
             return math.inf
         return max(abs(math.log(ratio.low)), abs(math.log(ratio.high)))
 
-    def by_state(
-        self, baseline: str, variant: str, level: float = stats.LEVEL
-    ) -> dict[int, stats.Interval] | None:
+    def by_state(self, baseline: str, variant: str, level: float = stats.LEVEL) -> dict[int, stats.Interval] | None:
         """The ratio in each bandwidth state of the host (0 low, 1 high), None where it has no states.
 
         The states are found over the probes of all subjects. A block counts for a state where all four
@@ -326,8 +322,6 @@ class Blocks:
     def _shared_blocks(self, baseline: str, variant: str) -> list[int]:
         return sorted(set(self._blocks_of(baseline)) & set(self._blocks_of(variant)))
 
-    def _paired(
-        self, baseline: str, variant: str, blocks: Sequence[int]
-    ) -> tuple[stats.FloatArray, stats.FloatArray]:
+    def _paired(self, baseline: str, variant: str, blocks: Sequence[int]) -> tuple[stats.FloatArray, stats.FloatArray]:
         sides = [[self.samples[name, block].value_sec for block in blocks] for name in (baseline, variant)]
         return np.array(sides[0], dtype=np.float64), np.array(sides[1], dtype=np.float64)

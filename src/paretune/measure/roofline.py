@@ -93,9 +93,7 @@ def prefill_flops(config: ShapeConfig, n_tokens: int, logits: Literal["last", "a
     """FLOP of a causal prefill of one row: half the square of scores, logits for the last token or all."""
     n_pairs = n_tokens * (n_tokens + 1) // 2
     n_logits = 1 if logits == "last" else n_tokens
-    return (
-        n_tokens * _block_flops(config) + _attention_flops(config, n_pairs) + n_logits * _head_flops(config)
-    )
+    return n_tokens * _block_flops(config) + _attention_flops(config, n_pairs) + n_logits * _head_flops(config)
 
 
 def quantity(value: float, unit: str) -> str:

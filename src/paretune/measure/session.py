@@ -53,7 +53,7 @@ class TrialProcess:
         try:
             self._process.stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
             self._process.stdin.flush()
-        except (BrokenPipeError, OSError):
+        except (OSError, ValueError):  # ValueError: closed after a time-out
             raise self._died() from None
 
     def receive(self, timeout_sec: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ A sample is a slice of at least `MIN_SLICE_SEC` at the same positions for every 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,12 +62,13 @@ class Bench:
     """
 
     def __init__(self, runner: Runner, workload: Workload, prompts: torch.Tensor | None = None) -> None:
-        workload.check(runner.config.n_positions)
+        config: Any = runner.config
+        workload.check(config.n_positions)
         self.runner, self.workload = runner, workload
         if prompts is None:
             generator = torch.Generator().manual_seed(workload.seed)
             shape = (workload.batch_size, workload.input_len)
-            prompts = torch.randint(0, runner.config.vocab_size, shape, generator=generator)
+            prompts = torch.randint(0, config.vocab_size, shape, generator=generator)
         self.prompts = prompts.to(runner.device)
         self.cache = runner.new_cache(workload.batch_size, workload.input_len + workload.output_len)
         self._first: torch.Tensor | None = None
@@ -114,6 +116,7 @@ class Bench:
 
     def _steps(self, n: int) -> None:
         step = self._first
+        assert step is not None, "no prompt was prefilled"
         for _ in range(n):
             chosen = argmax(self.runner.forward(step, self.cache, "last")[:, 0])
             step = torch.tensor(chosen, device=self.runner.device)[:, None]

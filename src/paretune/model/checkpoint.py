@@ -204,9 +204,7 @@ def save(model: nn.Module, folder: Path, tokenizer_from: Path | None = None) -> 
             tensors[f"{_hf_name(name, prefix)}.weight.{weight.format}.{part}"] = value.detach().contiguous()
     hf: dict[str, Any] = config.to_hf()
     hf.pop("torch_dtype", None)
-    hf["dtype"] = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix(
-        "torch."
-    )
+    hf["dtype"] = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     hf.pop("quantization_config", None)
     if formats:
         hf["quantization_config"] = {"quant_method": METHOD, "formats": formats}
@@ -264,9 +262,7 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 for name in f.keys():  # noqa: SIM118 - not a dict
                     yield name, f.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path} is truncated or damaged ({error})", "Download the model again"
-            ) from None
+            raise CheckpointError(f"{path} is truncated or damaged ({error})", "Download the model again") from None
 
 
 def _hf_name(name: str, prefix: str) -> str:
@@ -315,9 +311,7 @@ def _formats(config: ModelConfig) -> dict[str, str]:
         )
     formats = quantization.get("formats") if isinstance(quantization, dict) else None
     if not isinstance(formats, dict):
-        raise CheckpointError(
-            "config.json: quantization_config has no table of formats", "Save the model again"
-        )
+        raise CheckpointError("config.json: quantization_config has no table of formats", "Save the model again")
     return dict(formats)
 
 
@@ -333,9 +327,7 @@ def _swap_formats_(model: nn.Module, formats: dict[str, str], tensors: dict[str,
                 "The config.json belongs to another model",
             ) from None
         stem = f"{rename(module_name)}.weight.{format_name}."
-        parts = {
-            name.removeprefix(stem): tensors.pop(name) for name in list(tensors) if name.startswith(stem)
-        }
+        parts = {name.removeprefix(stem): tensors.pop(name) for name in list(tensors) if name.startswith(stem)}
         if not parts:
             raise CheckpointError(f"tensor {stem}* is missing", "Save the model again")
         old = holder.weight

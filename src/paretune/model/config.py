@@ -220,9 +220,7 @@ def _rope_scaling(scaling: Mapping[str, Any], where: str) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise CheckpointError(
-            f"{where}: rope scaling {kind!r} is not supported", "Supported: default, linear, llama3"
-        )
+        raise CheckpointError(f"{where}: rope scaling {kind!r} is not supported", "Supported: default, linear, llama3")
     out = RopeScaling(
         kind=kind,
         factor=_number(scaling, "factor"),
@@ -298,9 +296,7 @@ def _hf_activation(activation: str) -> str:
 
 def _activation(name: str, where: str) -> str:
     if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{where}: activation {name!r} is not supported", f"Supported: {', '.join(ACTIVATIONS)}"
-        )
+        raise CheckpointError(f"{where}: activation {name!r} is not supported", f"Supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 

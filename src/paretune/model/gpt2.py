@@ -105,7 +105,7 @@ class GPT2(nn.Module):
             cache: a `KVCache` (floor 4) begun for T tokens, or None: then `tokens` is all there is.
             logits: of every position, `[B, T, V]`, or of each row's last valid one, `[B, 1, V]`.
         """
-        B, T = tokens.size()
+        T = tokens.size(1)
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):

@@ -119,7 +119,7 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
         """Logits of the next token; arguments and result as `GPT2.forward`."""
-        B, T = tokens.size()
+        T = tokens.size(1)
         positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions
         x = self.embed_tokens(tokens)  # (B, T, C)
         # Angles in fp32 whatever the model's dtype: bf16 cannot tell position 257 from 258.

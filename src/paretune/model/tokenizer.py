@@ -78,15 +78,11 @@ class Tokenizer:
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None
         if not template:
-            raise UsageError(
-                "this model has no chat template", "Leave out --chat: it is a plain language model"
-            )
+            raise UsageError("this model has no chat template", "Leave out --chat: it is a plain language model")
         specials = {k: _token_text(v) for k, v in self.settings.items() if k.endswith("_token") and v}
         try:
             environment = _chat_environment()
-            return environment.from_string(template).render(
-                messages=messages, add_generation_prompt=True, **specials
-            )
+            return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **specials)
         except Exception as error:  # a template is a foreign program: it can raise anything
             raise UsageError(f"the chat template refuses this prompt: {error}", "Leave out --chat") from None
 
@@ -117,13 +113,9 @@ def _chat_environment():
         raise jinja2.TemplateError(message)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     env.filters["tojson"] = tojson  # jinja's own escapes < > & ' for HTML
     env.globals["raise_exception"] = refuse
     env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

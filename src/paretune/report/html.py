@@ -104,15 +104,7 @@ def _grid(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) ->
         cells = []
         for i, column in enumerate(chosen):
             text = column.text(row)
-            kind = (
-                "name"
-                if i == 0
-                else "num"
-                if column.numeric
-                else "cause"
-                if column.key == "cause"
-                else "text"
-            )
+            kind = "name" if i == 0 else "num" if column.numeric else "cause" if column.key == "cause" else "text"
             kind += " gone" if text in (NOT_MEASURED, "-", "") else ""
             cells.append(_cell(text, kind, column.title))
         lines.append({"cells": cells, "emphasis": row.get("role") in ("chosen", "best so far")})
@@ -194,9 +186,7 @@ def _machine(result: words.Result) -> list[tuple[str, str]]:
         if number(rate) is not None
     ]
     sweep = dig(result, "bandwidth", "sweep") or []
-    largest = max(
-        sweep, key=lambda p: (number(p.get("bytes")) or 0, number(p.get("n_threads")) or 0), default=None
-    )
+    largest = max(sweep, key=lambda p: (number(p.get("bytes")) or 0, number(p.get("n_threads")) or 0), default=None)
     if largest:
         size = format_value("bytes", largest.get("bytes"))
         pairs.append((f"read bandwidth at {size}, measured", format_rate(largest.get("bytes_per_sec"))))

@@ -114,12 +114,7 @@ def _scale_pareto(axes: Axes, points: Sequence[Row], limit: float | None) -> Non
 
     xs = [x for r in points for x in (r["loss"], r["ppl_increase_upper"]) if x is not None]
     xs += [limit] if limit is not None else []
-    ys = [
-        y
-        for r in points
-        for y in (r["speedup"], r["speedup_low"], r["speedup_high"])
-        if y is not None and y > 0
-    ]
+    ys = [y for r in points for y in (r["speedup"], r["speedup_low"], r["speedup_high"]) if y is not None and y > 0]
     step = limit if limit else max([abs(x) for x in xs] or [0]) or 0.01
     right, left = max(*xs, step), min(*xs, 0.0)
     if right > 6 * step:
@@ -210,9 +205,7 @@ def _label_pareto(
     if limit is not None:
         x = to_pixels((limit, 1.0))[0]
         look: dict[str, Any] = {"va": "top", "color": RED, "fontsize": 10}
-        text = axes.annotate(
-            f"limit {format_percent(limit)}", (x + 5, frame.y1 - 2), xycoords="figure points", **look
-        )
+        text = axes.annotate(f"limit {format_percent(limit)}", (x + 5, frame.y1 - 2), xycoords="figure points", **look)
         extent = text.get_window_extent(axes.figure.canvas.get_renderer())  # type: ignore[attr-defined]
         hard.append((extent.x0, extent.y0, extent.x1, extent.y1))
         soft.append((x - 1, frame.y0, x + 1, frame.y1))
@@ -257,9 +250,7 @@ def latency_bars(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
                 if row["role"] == "chosen" or row["within_bound"] is False:
                     name += f" ({row['judgement']})"
                 if axes is panels[0]:
-                    axes.text(
-                        0, i - 0.2, name, va="bottom", fontsize=10, fontweight="bold" if row["role"] else None
-                    )
+                    axes.text(0, i - 0.2, name, va="bottom", fontsize=10, fontweight="bold" if row["role"] else None)
                 axes.text((value or 0.0) + 0.015 * longest, i, format_sec(value), va="center", fontsize=10)
             axes.set_xlim(0, 1.25 * longest)
             axes.set_ylim(len(kept) - 0.5, -0.8)
@@ -319,19 +310,13 @@ def bandwidth_curve(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
             say_empty(figure, axes, "The read bandwidth was not measured.")
             return save(figure, fmt, "Read bandwidth: not measured")
         axes.set_xscale("log")
-        for i, (n_threads, line) in enumerate(
-            sorted(by_threads.items(), key=lambda item: number(item[0]) or 0)
-        ):
+        for i, (n_threads, line) in enumerate(sorted(by_threads.items(), key=lambda item: number(item[0]) or 0)):
             colour, marker = _LINE_STYLES[i % len(_LINE_STYLES)]
             line.sort()
-            legend = (
-                "one thread" if n_threads == 1 else f"{n_threads} threads" if n_threads else "all threads"
-            )
+            legend = "one thread" if n_threads == 1 else f"{n_threads} threads" if n_threads else "all threads"
             axes.plot(*zip(*line, strict=True), color=colour, marker=marker, ms=5, label=legend)
         axes.set_ylim(0, 1.18 * max(rate for line in by_threads.values() for _, rate in line))
-        marks = {
-            r["role"]: r["weights_bytes"] for r in trial_rows(result) if r["role"] and r["weights_bytes"]
-        }
+        marks = {r["role"]: r["weights_bytes"] for r in trial_rows(result) if r["role"] and r["weights_bytes"]}
         for role, size in marks.items():
             label = "weights of the baseline" if role == "baseline" else "weights of the chosen one"
             axes.axvline(size, color=INK if role == "baseline" else GREEN, lw=1.4, ls="--", label=label)

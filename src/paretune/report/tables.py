@@ -130,9 +130,7 @@ def as_column(column: Column | str) -> Column:
 
 def columns_of(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) -> list[Column]:
     """The columns asked for, or every key of the rows in order of appearance. Text is left-aligned."""
-    chosen: Iterable[Column | str] = (
-        columns if columns is not None else dict.fromkeys(k for r in rows for k in r)
-    )
+    chosen: Iterable[Column | str] = columns if columns is not None else dict.fromkeys(k for r in rows for k in r)
     out = []
     for given in chosen:
         column = as_column(given)
@@ -150,9 +148,7 @@ def _judgement(trial: Mapping[str, Any], role: str) -> str:
         return "baseline"
     status = trial.get("status")
     if status != "measured":
-        return {"failed": "failed", "invalid": "invalid", "not_reached": "not reached"}.get(
-            str(status), plain(status)
-        )
+        return {"failed": "failed", "invalid": "invalid", "not_reached": "not reached"}.get(str(status), plain(status))
     if role in ("chosen", "best so far"):
         return role
     if dig(trial, "quality", "within_bound") is False:
@@ -245,9 +241,7 @@ def _quality_cell(row: Row) -> str:
     if row.get("ppl_increase") is None:
         return "none (lossless)" if row.get("guarantee") == "lossless" else NOT_MEASURED
     middle, upper = (format_percent(row.get(k), signed=True) for k in ("ppl_increase", "ppl_increase_upper"))
-    return (
-        middle if row.get("ppl_increase_upper") is None or upper == middle else f"{middle}, at most {upper}"
-    )
+    return middle if row.get("ppl_increase_upper") is None or upper == middle else f"{middle}, at most {upper}"
 
 
 def _guarantee_cell(row: Row) -> str:
@@ -298,10 +292,7 @@ def to_markdown(rows: Sequence[Row], columns: Sequence[Column | str] | None = No
     lines.append("|" + "|".join("---:" if c.numeric else ":---" for c in chosen) + "|")
     lines += ["| " + " | ".join(cell(c.text(row)) for c in chosen) + " |" for row in rows]
     notes = definitions_of(chosen)
-    return (
-        "\n".join(lines + ([""] if notes else []) + [f"- **{t}**: {text}" for t, text in notes.items()])
-        + "\n"
-    )
+    return "\n".join(lines + ([""] if notes else []) + [f"- **{t}**: {text}" for t, text in notes.items()]) + "\n"
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) -> str:
@@ -316,9 +307,7 @@ def to_csv(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) -
 
 def _width(text: str) -> int:
     """Columns on a terminal: East Asian wide characters take two, combining ones none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
-    )
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def to_text(

@@ -21,14 +21,11 @@ DEFINITIONS: dict[str, str] = {
         "lower is better."
     ),
     "TPOT": (
-        "time per output token after the first: (whole request - TTFT) / (output tokens - 1). Median; lower "
-        "is better."
+        "time per output token after the first: (whole request - TTFT) / (output tokens - 1). Median; lower is better."
     ),
     "ITL": "inter-token latency: each single gap between two output tokens.",
     "Throughput": "output tokens per second, over all requests of the batch.",
-    "Weights": (
-        "bytes of the model as stored in memory, shared tensors counted once. 1 MB = 1,000,000 bytes."
-    ),
+    "Weights": ("bytes of the model as stored in memory, shared tensors counted once. 1 MB = 1,000,000 bytes."),
     "Peak memory": "largest resident memory of the whole process, libraries included.",
     "Perplexity": "how surprised the model is by real text. Lower is better.",
     "Quality loss": (
@@ -110,9 +107,7 @@ def format_bytes(value: Any) -> str:
 
 def format_rate(value: Any, unit: str = "B/s") -> str:
     """Something per second: "12.3 GB/s", "1.20 TFLOP/s"."""
-    return _scaled(
-        value, [(1.0, unit), (1e3, f"k{unit}"), (1e6, f"M{unit}"), (1e9, f"G{unit}"), (1e12, f"T{unit}")]
-    )
+    return _scaled(value, [(1.0, unit), (1e3, f"k{unit}"), (1e6, f"M{unit}"), (1e9, f"G{unit}"), (1e12, f"T{unit}")])
 
 
 def format_ratio(value: Any, low: Any = None, high: Any = None) -> str:

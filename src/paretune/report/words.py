@@ -66,18 +66,17 @@ def top_of(result: Result) -> dict[str, Any]:
         badge, tone = "Keep the baseline", "same"
         headline = "Nothing beat the baseline beyond noise: keep it."
     elif outcome == "none":
-        badge, tone = "Nothing meets the limit", "warn"
-        limit = number(dig(result, "goal", "max_ppl_increase"))
+        badge, tone = "Nothing reaches the goal", "warn"
+        limit, speed = number(dig(result, "goal", "max_ppl_increase")), number(dig(result, "goal", "min_speedup"))
         within = "" if limit is None else f" (perplexity may rise by at most {format_percent(limit)})"
-        headline = f"No candidate met the quality limit{within}."
+        asked = "" if speed is None else f" the speed-up of {speed:g} that was asked for"
+        headline = f"No candidate reached{asked or ' the goal'} within the quality limit{within}."
         if winner is not None:
-            said.append(f"The best so far, outside the limit, is {name_of(winner)}.")
+            said.append(f"The best so far is {name_of(winner)}.")
     elif outcome == "interrupted":
         badge, tone = "Interrupted: partial result", "warn"
         headline = "The search was stopped before it was finished."
-        headline += (
-            f" Best so far: {name_of(winner)}." if winner else " Nothing has beaten the baseline so far."
-        )
+        headline += f" Best so far: {name_of(winner)}." if winner else " Nothing has beaten the baseline so far."
         said.append("The numbers below are real, but more candidates could have followed.")
     else:
         badge, tone, headline = (
@@ -105,9 +104,7 @@ def _winner_headline(result: Result, winner: Trial | None) -> str:
 def goal_sentence(result: Result) -> str:
     """What was asked for, in one sentence."""
     goal = result.get("goal") or {}
-    objective = OBJECTIVES.get(
-        str(goal.get("objective")), plain(goal.get("objective") or "an unknown objective")
-    )
+    objective = OBJECTIVES.get(str(goal.get("objective")), plain(goal.get("objective") or "an unknown objective"))
     parts = [f"The goal was to improve {objective}"]
     if number(goal.get("max_ppl_increase")) is not None:
         limit = format_percent(goal["max_ppl_increase"])
@@ -158,9 +155,7 @@ def cards_of(result: Result) -> list[dict[str, str]]:
         speed = speedup_of(result, winner)
         low, high = number(speed.get("low")), number(speed.get("high"))
         interval = f"95 % interval: {low:.2f}x to {high:.2f}x" if low is not None and high is not None else ""
-        cards.append(
-            ("speed", _card("Speed-up over the baseline", format_ratio(speed.get("value")), interval))
-        )
+        cards.append(("speed", _card("Speed-up over the baseline", format_ratio(speed.get("value")), interval)))
         quality = quality_of(result, winner)
         increase, limit = number(quality.get("ppl_increase")), number(dig(result, "goal", "max_ppl_increase"))
         if increase is not None:
@@ -168,9 +163,7 @@ def cards_of(result: Result) -> list[dict[str, str]]:
             detail += f"; limit {format_percent(limit, signed=True)}" if limit is not None else ""
             cards.append(("quality", _card("Perplexity", format_percent(increase, signed=True), detail)))
         elif winner is not None and winner.get("label") == "lossless":
-            cards.append(
-                ("quality", _card("Quality", "unchanged", "shown to give the same output (lossless)"))
-            )
+            cards.append(("quality", _card("Quality", "unchanged", "shown to give the same output (lossless)")))
         else:
             cards.append(("quality", _card("Quality", "not measured", "")))
     for key, what in (("tpot", "Time per output token"), ("ttft", "Time to first token")):
@@ -198,21 +191,14 @@ def certainty_of(result: Result) -> list[str]:
     out = []
     aa = result.get("aa") or {}
     if number(aa.get("value")) is not None:
-        sentence = (
-            "Resolution: the baseline timed against itself through the same procedure gave"
-            f" {aa['value']:.3f}x"
-        )
+        sentence = f"Resolution: the baseline timed against itself through the same procedure gave {aa['value']:.3f}x"
         if number(aa.get("low")) is not None and number(aa.get("high")) is not None:
             sentence += f" [{aa['low']:.3f}, {aa['high']:.3f}]"
         half = number(aa.get("half_width"))
-        sentence += (
-            "" if half is None else f". Differences below {format_percent(half)} cannot be told apart here"
-        )
+        sentence += "" if half is None else f". Differences below {format_percent(half)} cannot be told apart here"
         out.append(sentence + ".")
     else:
-        out.append(
-            "Resolution: the baseline was not timed against itself, so the noise of this machine is unknown."
-        )
+        out.append("Resolution: the baseline was not timed against itself, so the noise of this machine is unknown.")
     out.append(
         "Method: in each block every candidate and the baseline are timed side by side in random order, so "
         "that slow drift and other programs hit all of them alike. Ranges are 95 % confidence intervals."
@@ -224,9 +210,7 @@ def certainty_of(result: Result) -> list[str]:
     states = dig(result, "bandwidth", "states")
     if states:
         low, high = (format_rate(states.get(k)) for k in ("low", "high"))
-        sentence = (
-            f"Memory speed: this machine switches between a slow state ({low}) and a fast state ({high})"
-        )
+        sentence = f"Memory speed: this machine switches between a slow state ({low}) and a fast state ({high})"
         by_state = dig(speedup_of(result, winner), "by_state")
         if by_state:
             slow, fast = (format_ratio(by_state.get(k)) for k in ("low", "high"))
@@ -252,9 +236,7 @@ def _confirmation_sentence(result: Result) -> str:
     if not confirmation:
         if result.get("winner_id") is None or result.get("winner_id") == result.get("baseline_id"):
             return "Confirmation: nothing had to be confirmed, because nothing was chosen over the baseline."
-        return (
-            "Confirmation: the choice was not measured again in fresh processes; take the speed-up with care."
-        )
+        return "Confirmation: the choice was not measured again in fresh processes; take the speed-up with care."
     n = number(confirmation.get("n_processes"))
     where = f"{format_number(n)} fresh processes" if n else "fresh processes"
     sentence = f"Confirmation: the choice was measured again in {where} on new prompts"

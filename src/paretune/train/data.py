@@ -160,9 +160,7 @@ def load_stream(documents: Sequence[Document], tokenizer_folder: Path, cache_dir
     assert documents, "no documents"
     digest = hashlib.sha256(f"paretune tokens {SCHEMA_VERSION} {tokenizer_hash(tokenizer_folder)}".encode())
     n_bytes = 0
-    for (
-        document
-    ) in documents:  # texts are read again to be encoded: all of them at once may not fit in memory
+    for document in documents:  # texts are read again to be encoded: all of them at once may not fit in memory
         raw = _read(document)
         n_bytes += len(raw)
         digest.update(hashlib.sha256(raw).digest())
@@ -193,9 +191,7 @@ def _read(document: Document) -> bytes:
     try:
         raw = document.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise ParetuneError(
-            f"cannot read {document.path}: {error.strerror}", "Check the file and its rights"
-        ) from None
+        raise ParetuneError(f"cannot read {document.path}: {error.strerror}", "Check the file and its rights") from None
     if not raw.strip():
         raise ParetuneError(f"{document.path} is empty", "Remove it, or pass other texts with --text")
     try:
@@ -316,9 +312,7 @@ class BatchSampler:
         self._position = position
 
 
-def heldout_batches(
-    tokens: np.ndarray, block_size: int, batch_size: int, n_windows: int = 0
-) -> Iterator[Tensor]:
+def heldout_batches(tokens: np.ndarray, block_size: int, batch_size: int, n_windows: int = 0) -> Iterator[Tensor]:
     """Windows with their last target, int64 `[B, block_size + 1]`; a shorter last one comes alone."""
     starts = np.arange(0, len(tokens) - 1, block_size)
     if 0 < n_windows < len(starts):
@@ -335,9 +329,7 @@ def check_length(tokens: np.ndarray, block_size: int) -> None:
     if len(tokens) <= block_size:
         raise ParetuneError(
             f"the training text has {len(tokens)} tokens, one block of {block_size} needs {block_size + 1}",
-            f"Use a longer text, or --block-size {len(tokens) - 1}"
-            if len(tokens) > 2
-            else "Use a longer text",
+            f"Use a longer text, or --block-size {len(tokens) - 1}" if len(tokens) > 2 else "Use a longer text",
         )
 
 
@@ -353,9 +345,7 @@ def find_checkpoint(out_dir: Path, resume: bool) -> Path | None:
     whole = (out_dir / "config.json").exists()
     if resume:
         why = "the run is finished" if whole else "it holds no checkpoint"
-        raise UsageError(
-            f"nothing to resume in {out_dir}: {why}", "Leave out --resume, in a new folder with -o"
-        )
+        raise UsageError(f"nothing to resume in {out_dir}: {why}", "Leave out --resume, in a new folder with -o")
     if found:
         raise UsageError(f"{out_dir} holds an unfinished run", "Go on with --resume, or choose another -o")
     if whole:
@@ -386,9 +376,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def damaged(folder: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"the checkpoint {folder} is damaged ({why})", "Start again in a new folder with -o"
-    )
+    return CheckpointError(f"the checkpoint {folder} is damaged ({why})", "Start again in a new folder with -o")
 
 
 def sha256(path: Path) -> str:

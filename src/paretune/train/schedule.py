@@ -98,9 +98,7 @@ def cosine(progress: float, floor: float) -> float:
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def learning_rate(
-    step: int, *, peak: float, steps: int, warmup_steps: int = 0, min_ratio: float = 0.05
-) -> float:
+def learning_rate(step: int, *, peak: float, steps: int, warmup_steps: int = 0, min_ratio: float = 0.05) -> float:
     """The learning rate of update `step`.
 
     Args:
@@ -144,9 +142,7 @@ def check_same(options: TrainOptions, text_key: str, state: Mapping[str, Any], f
 
 def auto_dtype(device: str, state: Mapping[str, Any] | None, real: Callable[[], bool] | bool | None) -> str:
     """What `dtype="auto"` means: the checkpoint's on a resume, else bf16 where it is faster than fp32."""
-    if (
-        state is not None
-    ):  # a second measurement could come out the other way, and the run would not be the same
+    if state is not None:  # a second measurement could come out the other way, and the run would not be the same
         return str(state.get("options", {}).get("dtype", "fp32"))
     if real is None:
         from paretune import hardware
@@ -156,9 +152,7 @@ def auto_dtype(device: str, state: Mapping[str, Any] | None, real: Callable[[], 
     return "bf16" if (real() if callable(real) else real) else "fp32"
 
 
-def check_fits(
-    model: nn.Module, options: TrainOptions, tokens: np.ndarray, heldout: np.ndarray | None
-) -> None:
+def check_fits(model: nn.Module, options: TrainOptions, tokens: np.ndarray, heldout: np.ndarray | None) -> None:
     """Proves, before any work, that model, texts and options go together.
 
     Raises:
@@ -168,9 +162,7 @@ def check_fits(
     config: Any = model.config
     other = [m.format for m in model.modules() if isinstance(m, Weight) and m.format != "dense"]
     if other:
-        raise UsageError(
-            f"the model holds {other[0]} weights, which carry no gradient", "Train the dense model"
-        )
+        raise UsageError(f"the model holds {other[0]} weights, which carry no gradient", "Train the dense model")
     if options.block_size > config.n_positions:
         raise UsageError(
             f"--block-size {options.block_size} exceeds the model's {config.n_positions} positions",

@@ -43,7 +43,7 @@ def parse_duration(text: str) -> float:
         if not parts or "".join(a + b for a, b in parts) != text:
             raise UsageError(f"{text!r} is no duration", "Write it as 90s, 5m or 1h30m")
         seconds = sum(float(a) * _UNITS[b] for a, b in parts)
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise UsageError(f"{text!r} is no duration", "It has to be above zero")
     return seconds
 
@@ -75,8 +75,15 @@ class Goal:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise UsageError(f"unknown objective {self.objective!r}", f"Known: {', '.join(OBJECTIVES)}")
-        if self.min_speedup is not None and self.min_speedup <= 0:
+        # Not a number fails each of these: it would run for the whole budget and then not fit into strict JSON.
+        if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
             raise UsageError(f"--min-speedup is {self.min_speedup}", "It has to be above 0")
+        if not 0 < self.budget_sec < math.inf:
+            raise UsageError(f"the budget is {self.budget_sec} s", "It has to be above 0")
+        if not 0 <= self.max_ppl_increase < math.inf:
+            raise UsageError(f"--max-ppl-increase is {self.max_ppl_increase}", "It has to be 0 or more")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"--threads is {self.threads}", "It has to be 1 or more")
 
     @property
     def sample_kind(self) -> str:

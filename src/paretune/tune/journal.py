@@ -6,6 +6,7 @@ that a kill cut in two is dropped on reading.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -35,18 +36,19 @@ class Journal:
         self.folder = folder
         self.events: list[dict[str, Any]] = _read_lines(folder / EVENTS) if resume else []
         self.samples: list[Sample] = []
-        if resume:
-            self.samples = [Sample.from_json(line) for line in _read_lines(folder / SAMPLES)]
+        # Without a head nobody knows whose samples they are.
+        sample_lines = _read_lines(folder / SAMPLES) if self.events else []
+        self.samples = [Sample.from_json(line) for line in sample_lines]
         plain = json.loads(json.dumps(key))
         if self.events and self.events[0].get("key") != plain:
             raise UsageError(
                 f"{folder} holds another run (its model, goal or version differ)", "Use the same flags, or --force"
             )
         # What an earlier run has used of the budget.
-        self.used_sec = max((e.get("elapsed_sec", 0.0) for e in self.events), default=0.0)
+        self.used_sec = max((line.get("elapsed_sec", 0.0) for line in (*self.events, *sample_lines)), default=0.0)
         self._started = clock.now()
         try:
-            for name, lines in ((EVENTS, self.events), (SAMPLES, [s.to_json() for s in self.samples])):
+            for name, lines in ((EVENTS, self.events), (SAMPLES, sample_lines)):
                 # Written again from what was read: a line cut in two by the kill is gone from the file too.
                 text = "".join(json.dumps(line) + "\n" for line in lines)
                 temporary = folder / f".{name}.{os.getpid()}.tmp"
@@ -73,7 +75,7 @@ class Journal:
 
     def add_sample(self, sample: Sample) -> None:
         self.samples.append(sample)
-        self._append(self._sample_file, sample.to_json())
+        self._append(self._sample_file, {**sample.to_json(), "elapsed_sec": round(self.elapsed_sec, 3)})
 
     def find(self, event: str, **match: Any) -> dict[str, Any] | None:
         """The last event of a kind whose fields match."""
@@ -86,8 +88,9 @@ class Journal:
         return [line for line in self.events if line["event"] == event]
 
     def close(self) -> None:
-        self._event_file.close()
-        self._sample_file.close()
+        for file in (self._event_file, self._sample_file):
+            with contextlib.suppress(OSError):  # a full disk was told when the line was written
+                file.close()
 
     def _append(self, file: Any, line: dict[str, Any]) -> None:
         try:

@@ -1,10 +1,10 @@
 """What `tune` returns: a folder with the chosen recipe, the evidence, and the machine it holds for.
 
-    plan.json      recipe, model, goal, outcome, confirmation, fingerprint of the machine
-    model/         the converted checkpoint, where conversion is not instant
-    trials.jsonl   one line a trial, failed and slower ones too
-    samples.jsonl  every raw sample, in the order they were taken
-    report.html    the same for people
+plan.json      recipe, model, goal, outcome, confirmation, fingerprint of the machine
+model/         the converted checkpoint, where conversion is not instant
+trials.jsonl   one line a trial, failed and slower ones too
+samples.jsonl  every raw sample, in the order they were taken
+report.html    the same for people
 """
 
 from __future__ import annotations
@@ -41,11 +41,9 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What to say before the plan runs here: that it was measured on another machine, say."""
-        made_on = self.data.get("hardware", {}).get("id")
+        made_on = (self.data.get("hardware") or {}).get("id")
         if made_on and made_on != hardware.fingerprint_id(hardware.fingerprint()):
-            return [
-                "this plan was measured on another machine: its speed is a guess here, run `paretune tune` again to know"
-            ]
+            return ["this plan was measured on another machine: its speed is a guess here, run `paretune tune` again"]
         return []
 
 
@@ -67,11 +65,17 @@ def read_plan(path: str | Path) -> Plan:
         data = json.loads(file.read_text("utf-8"))
         recipe, model = Recipe.from_dict(data["recipe"]), data["model"]
         source, inside = model["source"], model["folder"]
+        if data.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}")
+        if not (isinstance(source, str) and isinstance(inside, str | None)):
+            raise TypeError("the model is not named")
     except FileNotFoundError:
         raise UsageError(f"{path} holds no {PLAN_FILE}", "Pass a folder that `paretune tune` wrote") from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is damaged ({error})", "Run `paretune tune` again") from None
     folder = file.parent
     if inside:
+        if not (folder / inside).is_dir():
+            raise UsageError(f"the stored model {folder / inside} is gone", "Run `paretune tune` again")
         return Plan(folder, folder / inside, recipe, data)
     return Plan(folder, checkpoint.resolve(source), recipe, data)

@@ -152,7 +152,7 @@ class Race:
             self.stop(id)
 
     def alive(self, ids: Sequence[str]) -> list[str]:
-        return [i for i in ids if not self.trials[i].failure]
+        return [i for i in ids if i in self.trials and not self.trials[i].failure]
 
     # -- speed
 
@@ -169,6 +169,7 @@ class Race:
         known = self.journal.find("stage", stage=stage)
         if known:
             first, n_blocks = known["first"], known["n_blocks"]
+            ids = self.alive(known["trials"])  # a block is not filled up later with trials that were not in it
         else:
             first = 1 + max((s.block for s in self.journal.samples), default=-1)
             self.journal.record("stage", stage=stage, first=first, n_blocks=n_blocks, trials=list(ids))
@@ -193,6 +194,15 @@ class Race:
         for name, error in run.failures.items():
             self.fail(self.trials[name], str(error))
         return not run.is_cut
+
+    def is_whole(self, stage: str) -> bool:
+        """Whether every sample of a stage is in the journal (those of trials that failed aside)."""
+        known = self.journal.find("stage", stage=stage)
+        if not known:
+            return False
+        taken = {(s.block, s.subject) for s in self.journal.samples}
+        blocks = range(known["first"], known["first"] + known["n_blocks"])
+        return all((b, i) in taken for i in self.alive(known["trials"]) for b in blocks)
 
     def measured(self) -> Blocks:
         return Blocks(self.journal.samples)

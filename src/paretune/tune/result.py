@@ -12,6 +12,7 @@ import torch
 
 from paretune import stats
 from paretune.engine.load import load_recipe
+from paretune.evaluate.fidelity import Fidelity
 from paretune.files import ensure_folder, write_json, write_text
 from paretune.measure import roofline
 from paretune.measure.environment import header
@@ -92,7 +93,7 @@ def _trial(out: Outcome, state: TrialState) -> dict[str, Any]:
         "recipe": state.recipe.to_dict(),
         "status": "measured",
         "reason": None,
-        "label": _label(state.recipe),
+        "label": _label(state.recipe, out.qualities.get(state.id)),
     }
     if state.failure:
         return row | {"status": state.failure_kind, "reason": state.failure}
@@ -136,8 +137,8 @@ def _limits(out: Outcome, state: TrialState, times: dict[str, float]) -> dict[st
     precision = next((t.dtype for t in state.recipe.transforms if t.name == "precision"), None)  # type: ignore[attr-defined]
     rate = out.ceilings.matrix_rates.get(RATE_OF[precision])
     # What a step must read: the weights but for the embedding rows that are not looked up, and the keys and values.
-    kv = facts["kv_cache_bytes"] * (goal.input_len + 8) / max(goal.input_len + goal.output_len, 1)
-    n_bytes = roofline.decode_bytes(facts["weights_bytes"], int(kv))
+    kv = facts["kv_bytes_per_token"] * (goal.input_len + 8)
+    n_bytes = roofline.decode_bytes(facts["step_weights_bytes"], int(kv))
     bandwidth = out.ceilings.bandwidth_at(n_bytes)
     if goal.objective == "ttft":
         flops = roofline.prefill_flops(config, goal.input_len) * goal.batch_size
@@ -217,8 +218,12 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
             f"The baseline against itself differs by up to {out.resolution * 100:.0f} %: "
             "this machine is too noisy now to judge anything."
         )
+    elif out.kind == "interrupted":
+        said.append("The run was interrupted before anything was shown to beat the baseline: it is kept so far.")
     elif not result["space"]["n_measured"] > 1:
-        said.append("The budget was too short to measure any candidate: the baseline is kept. Allow more with --budget.")
+        said.append(
+            "The budget was too short to measure any candidate: the baseline is kept. Allow more with --budget."
+        )
     elif out.kind == "baseline":
         said.append("Nothing that keeps the quality beat the baseline beyond noise: keep it.")
     if out.kind == "none":
@@ -283,8 +288,11 @@ def _store_checkpoint(out: Outcome, chosen: TrialState | None, recipe: Recipe, f
     return "model"
 
 
-def _label(recipe: Recipe) -> str:
-    return "bounded" if recipe.changes_numbers else "lossless"
+def _label(recipe: Recipe, quality: Fidelity | None) -> str | None:
+    """Equality proven, quality measured within the bound, or nothing that could be promised."""
+    if not recipe.changes_numbers:
+        return "lossless"
+    return "bounded" if quality and quality.within_bound else None
 
 
 def _interval(interval: stats.Interval) -> dict[str, Any]:

@@ -9,6 +9,7 @@ far is written.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ import torch
 from paretune import hardware, stats
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import Fidelity, windows_of
+from paretune.evaluate.perplexity import count_blocks
 from paretune.evaluate.texts import read_text, text_of
+from paretune.measure.environment import versions
 from paretune.measure.interleave import Blocks
 from paretune.measure.workload import Workload
 from paretune.model import checkpoint
@@ -99,26 +102,44 @@ class Search:
         model: folder, hub id or `pocket`.
         text: file to evaluate on; None takes the project's own pieces.
         say: progress, a line at a time; never called while a sample is taken.
+        prepare: makes room in `folder`; called when everything else is known to be right.
     """
 
     def __init__(
-        self, model: str, goal: Goal, folder: Path, *, text: Path | None, resume: bool, say: Callable[[str], None]
+        self,
+        model: str,
+        goal: Goal,
+        folder: Path,
+        *,
+        text: Path | None,
+        resume: bool,
+        say: Callable[[str], None],
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         self.goal, self.say = goal, say
         model_folder = checkpoint.resolve(model)
         config = checkpoint.read_config(model_folder)
         checkpoint.weight_files(model_folder)
         Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
-        if goal.device != "cpu" and not torch.cuda.is_available():
-            raise UsageError(f"there is no device {goal.device!r} here", "Use --device cpu")
+        check_device(goal.device)
         self.tokenizer = Tokenizer(model_folder)
         self.text_name = "pieces" if text is None else Path(text).stem
         self.windows = self._windows(config, text)
-        key = {"model": str(model), "goal": goal.to_json(), "text": str(text or "")}
+        files = [p.stat() for p in checkpoint.weight_files(model_folder)]
+        key = {
+            "model": str(model),
+            "weights": [(f.st_size, f.st_mtime_ns) for f in files],
+            "goal": goal.to_json(),
+            "text": hashlib.sha256(b"".join(w.numpy().tobytes() for w in self.windows.values())).hexdigest(),
+            # Numbers of two machines, or of two versions, never share a row.
+            "machine": hardware.fingerprint_id(hardware.fingerprint()),
+            "versions": versions(),
+        }
+        space = spaces.build(goal.device)  # before the clock of the budget runs
+        prepare()
         self.journal = Journal(folder, key, resume)
         race = Race(goal, folder, model_folder, self.journal, say)
         race.check_prompt = self.windows["search"][0, :48].tolist()
-        space = spaces.build(goal.device)
         self.out = Outcome(goal, model, model_folder, config, space, race)
 
     def _windows(self, config: ModelConfig, text: Path | None) -> dict[str, torch.Tensor]:
@@ -136,7 +157,9 @@ class Search:
         out = {}
         for split, tokens in ids.items():
             n = len(tokens) // length
-            needed = math.ceil(MIN_WINDOWS * 128 / max(1, length // 2)) if length < WINDOW_LEN - 1 else MIN_WINDOWS
+            needed = MIN_WINDOWS
+            while min(count_blocks(needed, s) for s in (length // 2, length - 1 - length // 2)) < MIN_WINDOWS:
+                needed += 1
             if n < needed:
                 raise ParetuneError(
                     f"the text gives {n} windows of {length} tokens to {split} on, a bound needs {needed}",
@@ -173,7 +196,7 @@ class Search:
         base = spaces.baseline()
         race.add(BASELINE, base)
         race.add(TWIN, base)
-        race.start([BASELINE, TWIN])
+        race.start([i for i in (BASELINE, TWIN) if race.trials[i].facts is None])
         failure = race.trials[BASELINE].failure or race.trials[TWIN].failure
         if failure:
             raise ParetuneError(f"the baseline itself does not run: {failure}", "Try `paretune generate` on the model")
@@ -194,7 +217,7 @@ class Search:
             known = self.journal.find("wave", index=index)
             if known:
                 by_id = {c.id: c for c in self.out.space.legal}
-                wave = [by_id[i] for i in known["trials"]]
+                wave = [by_id[i] for i in known["trials"] if i in by_id]  # a compiler may be gone since
             else:
                 if self._left(SEARCH_SHARE) <= 0:
                     return
@@ -206,11 +229,15 @@ class Search:
                     return
                 self.journal.record("wave", index=index, trials=[c.id for c in wave])
             ids = [race.add(c.id, c.recipe).id for c in wave]
-            race.start(ids)
+            if not race.is_whole(f"wave {index}"):
+                race.start(ids)
             self.say(f"racing {len(race.alive(ids))} candidates against the baseline")
             race.blocks(
                 f"wave {index}", [BASELINE, TWIN, *ids], SCREEN_BLOCKS, self.goal.budget_sec * (SEARCH_SHARE + 0.05)
             )
+            if race.trials[BASELINE].failure:  # without it no block can be judged
+                cause = race.trials[BASELINE].failure
+                raise ParetuneError(f"the baseline failed: {cause}", "Free memory and try again")
             self._drop_losers()
             index += 1
 
@@ -272,6 +299,9 @@ class Search:
 
     def _gate(self) -> list[str]:
         """The best candidates whose paired quality is within the bound, at most `N_FINALISTS`."""
+        known = self.journal.find("finalists")
+        if known:  # decided by what had been measured then: a resumed run does not decide anew
+            return [i for i in known["trials"] if i in self.out.race.trials and self._quality(i) is not None]
         passed: list[str] = []
         for id in self._ranked():
             if len(passed) == N_FINALISTS or self._left(FINAL_SHARE) <= 0:
@@ -285,6 +315,7 @@ class Search:
                 passed.append(id)
             else:
                 self.out.race.stop(id)
+        self.journal.record("finalists", trials=passed)
         return passed
 
     def _quality(self, id: str) -> Fidelity | None:
@@ -304,13 +335,12 @@ class Search:
             for i, n in enumerate(FINAL_LOOKS):
                 level = stats.look_level(i, len(FINAL_LOOKS))
                 self.say(f"finals: {len(race.alive(finalists))} candidates, {n} blocks")
-                whole = race.blocks(
-                    f"final {i}", [BASELINE, TWIN, *finalists], n - done, FINAL_SHARE * goal.budget_sec
-                )
+                whole = race.blocks(f"final {i}", [BASELINE, TWIN, *finalists], n - done, FINAL_SHARE * goal.budget_sec)
                 done = n
                 if not whole or all(self.out.verdict(f, level) != "undecided" for f in race.alive(finalists)):
                     break
-        self.out.too_noisy = not goal.in_bytes and self.out.resolution > TOO_NOISY
+        # Without a resolution (too few blocks) it was the budget, not the noise.
+        self.out.too_noisy = not goal.in_bytes and TOO_NOISY < self.out.resolution < math.inf
         if self.out.too_noisy:
             return None
         return self._choose(race.alive(finalists), level)
@@ -346,7 +376,7 @@ class Search:
         while winner is not None:
             for id in list(self.out.race.trials):
                 self.out.race.stop(id)
-            confirmation = self._confirmed(winner)
+            confirmation, cause = self._confirmed(winner)
             if confirmation is not None:
                 self.out.kind, self.out.winner, self.out.confirmation = "winner", winner, confirmation
                 goal = self.goal
@@ -354,31 +384,34 @@ class Search:
                     self.out.kind = "none"
                 return
             name = self.out.race.trials[winner].recipe.name
-            self.out.notes.append(f"{name} won the finals but did not hold in fresh processes: not taken.")
+            self.out.notes.append(f"{name} won the finals but did not hold in fresh processes ({cause}): not taken.")
             better = [f for f in left if self.out.verdict(f) == "faster" and not self.out.race.trials[f].failure]
             winner = max(better, key=lambda i: self.out.ratio(i).value) if better and self._left(0.9) > 0 else None
             left = [f for f in left if f != winner]
-        self.out.kind = "none" if self.goal.min_speedup and self.goal.min_speedup > 1 else "baseline"
+        wanted = (self.goal.min_speedup or 0) > 1 and not self.out.too_noisy
+        self.out.kind = "none" if wanted else "baseline"
 
-    def _confirmed(self, winner: str) -> dict[str, Any] | None:
-        """The winner and the baseline in fresh processes, on fresh prompts and on text the search did not see."""
+    def _confirmed(self, winner: str) -> tuple[dict[str, Any] | None, str]:
+        """The winner and the baseline in fresh processes, on fresh prompts and unseen text; or why it does not hold."""
         race, goal = self.out.race, self.goal
         recipe = race.trials[winner].recipe
         pairs: list[tuple[Any, Any]] = []
         values: dict[str, list[float]] = {"ours": [], "base": []}
         quality: Fidelity | None = None
         for round in range(CONFIRM_ROUNDS):
-            if round and self._left(1.0) < race.trials[winner].start_sec + 20:
+            done = self.journal.find("stage", stage=f"confirm {winner} {round}")
+            if round and not done and self._left(1.0) < race.trials[winner].start_sec + 20:
                 self.out.notes.append("The budget allowed one confirmation round, not two.")
                 break
             base, ours = f"confirm-{winner}-{round}-baseline", f"confirm-{winner}-{round}"
             self.say(f"confirming {recipe.name} in fresh processes ({round + 1} of {CONFIRM_ROUNDS})")
             race.add(base, race.trials[BASELINE].recipe, seed=goal.seed + 1000 + round)
             race.add(ours, recipe, seed=goal.seed + 1000 + round)
-            race.start([base, ours])
             race.blocks(f"confirm {winner} {round}", [base, ours], CONFIRM_BLOCKS, None)
-            if race.trials[base].failure or race.trials[ours].failure:
-                return None
+            if failure := race.trials[ours].failure:
+                return None, failure
+            if failure := race.trials[base].failure:
+                return None, f"the baseline beside it failed: {failure}"
             blocks = race.measured()
             pairs.append(blocks.paired(base, ours))
             values["base"] += blocks.values(base).tolist()
@@ -394,9 +427,9 @@ class Search:
         speed = stats.speed_ratio(a, b)
         verdict = stats.verdict(speed, resolution=min(self.out.resolution, TOO_NOISY))
         if quality is None or not quality.within_bound:
-            return None
-        if not goal.in_bytes and not speed.low > 1:
-            return None
+            return None, quality.reason if quality else "it could not be scored"
+        if not goal.in_bytes and verdict != "faster":
+            return None, f"{speed.value:.2f} times as fast, {speed.low:.2f} to {speed.high:.2f}: {verdict}"
         facts, base_facts = sides[ours], sides[base]
         assert facts is not None and base_facts is not None
         median = {k: float(np.median(v)) for k, v in values.items()}
@@ -412,13 +445,19 @@ class Search:
             timed = goal.sample_kind == kind
             result[f"{kind}_sec"] = median["ours"] if timed else facts["side_sec"][kind]
             result[f"baseline_{kind}_sec"] = median["base"] if timed else base_facts["side_sec"][kind]
-        return result
+        return result, ""
 
     def _best_so_far(self) -> str | None:
         """For an interrupted run: the best row that is surely better and was gated."""
         passed = [i for i, q in self.out.qualities.items() if q.within_bound and i in self._rows()]
         sure = [i for i in passed if self.out.verdict(i) == "faster"]
         return max(sure, key=lambda i: self.out.ratio(i).value) if sure else None
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError where there is no such device."""
+    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
+        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
 
 
 def _surely_better(blocks: Blocks, best: str, other: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -94,7 +95,11 @@ def predicted_log_gain(candidate: Candidate, singles: Mapping[tuple[str, str | N
     Args:
         singles: measured log ratio of each change alone.
     """
-    return sum(singles.get(change, UNSEEN[change[0]]) for change in candidate.changes.items())
+    total = 0.0
+    for change in candidate.changes.items():
+        gain = singles.get(change, math.nan)  # NaN: not seen, or the deadline cut its first block
+        total += UNSEEN[change[0]] if math.isnan(gain) else gain
+    return total
 
 
 def next_wave(
@@ -120,17 +125,19 @@ def next_wave(
         alone = len(c.changes) == 1
         return (not alone, alone and c.choice[3] != "eager", -predicted_log_gain(c, singles) / (1 + cost(c) / 60))
 
-    chosen: list[Candidate] = []
-    spent = 0.0
-    for candidate in sorted(left, key=rank):
-        if len(chosen) == size:
-            break
-        hopeless = len(candidate.changes) > 1 and predicted_log_gain(candidate, singles) <= 0
-        if not hopeless and spent + cost(candidate) <= budget_sec:
-            chosen.append(candidate)
-            spent += cost(candidate)
+    def take(candidates: list[Candidate], most: int) -> list[Candidate]:
+        chosen: list[Candidate] = []
+        spent = 0.0
+        for candidate in candidates:
+            if len(chosen) < most and spent + cost(candidate) <= budget_sec:
+                chosen.append(candidate)
+                spent += cost(candidate)
+        return chosen
+
+    ordered = sorted(left, key=rank)
+    promising = [c for c in ordered if len(c.changes) == 1 or predicted_log_gain(c, singles) > 0]
     # Nothing promising is left: the rest is measured too while there is time.
-    return chosen or sorted(left, key=rank)[: min(size, 2)]
+    return take(promising, size) or take(ordered, min(size, 2))
 
 
 # Before anything was measured; replaced by what this run sees.

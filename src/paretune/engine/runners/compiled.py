@@ -50,17 +50,22 @@ class CompileRunner(Runner):
             return "torch.compile on a CPU needs a C++ compiler, and none was found"
         return None
 
+    @torch.inference_mode(False)
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         rounded = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         cache = super().new_cache(batch_size, rounded)
         cache.static = True
         return cache
 
-    # Frozen graphs need grad mode off, and inference tensors would add a guard failure against `no_grad` callers.
+    # Frozen graphs need grad mode off. Inference tensors would be compiled for once more, so that a caller in
+    # inference mode and one outside it share no graph: there are none in here.
+    @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
         assert cache.static, "this cache was made by another runner"
         K = tokens.size(1)
+        if tokens.is_inference():
+            tokens = tokens.clone()
         cache.begin_(K)
         if K == 1:
             out = self._decode(tokens, cache, logits)

@@ -11,9 +11,7 @@ from torch import Tensor
 from paretune.ops.attention.spec import AttentionSpec, LayerCache, visible
 
 
-def attention(
-    q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec
-) -> Tensor:
+def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Dense causal attention, every score in memory.
 
     Args:

@@ -8,9 +8,7 @@ from torch import Tensor
 from paretune.ops.attention.spec import AttentionSpec, LayerCache, visible
 
 
-def attention(
-    q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec
-) -> Tensor:
+def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """`scaled_dot_product_attention`; arguments and result as in `reference.attention`.
 
     Exact: equals the reference up to the order of additions. No score matrix in memory.

@@ -18,9 +18,7 @@ class AttentionSpec:
     """What is fixed for a layer."""
 
     scale: float  # scores are multiplied by it before the softmax
-    window: int | None = (
-        None  # a query at position p sees the keys p - window + 1 .. p; None sees all before it
-    )
+    window: int | None = None  # a query at position p sees the keys p - window + 1 .. p; None sees all before it
 
 
 class Visible(NamedTuple):

@@ -52,9 +52,7 @@ class Int8Rows(Weight):
         """
         w = values.detach().float()
         if not bool(torch.isfinite(w).all()):
-            raise ParetuneError(
-                "a weight holds NaN or infinity", "Repair the checkpoint before quantising it"
-            )
+            raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
         absmax = w.abs().amax(dim=1)
         scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))  # a zero row stays zero
         q = torch.round(w / scale[:, None]).clamp_(-127, 127).to(torch.int8)

@@ -1,0 +1,301 @@
+"""`bench` on a fake clock with fake processes of known cost: the known numbers, verdicts and rows come out."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, ClassVar
+
+import pytest
+
+from paretune import clock, hardware
+from paretune.errors import UsageError
+from paretune.measure import bench as measure
+from paretune.measure.bench_rows import Cell
+from paretune.measure.interleave import SubjectError
+from paretune.recipe import preset
+
+TTFT_SEC, TPOT_SEC = 0.1, 0.02
+WEIGHTS, KV_PER_TOKEN = 1_000_000, 1000
+
+
+class FakeProcess:
+    """A worker whose slices cost what `speed` says; the twin costs what the baseline does."""
+
+    speed: ClassVar[dict[str, float]] = {}
+    wobble: ClassVar[dict[str, list[float]]] = {}
+    fails_to_load: ClassVar[set[str]] = set()
+    dies_at: ClassVar[dict[str, int]] = {}
+    requests: ClassVar[list[dict[str, Any]]] = []
+    alive: ClassVar[list[str]] = []
+    most_alive: ClassVar[int] = 0
+    awake: ClassVar[set[str]] = set()
+
+    def __init__(self, name: str, kind: str, log: Any = None) -> None:
+        self.name, self.kind, self.n = name, kind, 0
+        FakeProcess.alive.append(name)
+        FakeProcess.awake.add(name)
+        FakeProcess.most_alive = max(FakeProcess.most_alive, len(FakeProcess.alive))
+
+    def ask(self, do: str, timeout_sec: float = 120.0, **request: Any) -> dict[str, Any]:
+        if do == "memory":
+            return {"rss_bytes": 10, "rss_peak_bytes": 20, "activation_peak_bytes": 3, "device_used_bytes": None}
+        assert do == "load"
+        FakeProcess.requests.append({"name": self.name, **request})
+        clock.sleep(1.0)
+        if self.name in self.fails_to_load:
+            raise SubjectError("out of memory")
+        return {
+            "load_sec": 3.0 if self.name == "int8" else 1.0,
+            "compile_sec": 0.0,
+            "weights_bytes": WEIGHTS + 50,
+            "step_weights_bytes": WEIGHTS,
+            "kv_bytes_per_token": KV_PER_TOKEN * request["workload"]["batch_size"],
+            "kv_cache_bytes": 4096,
+            "compute_dtype": "float32",
+            "proof": [f"{self.name} is what it says"],
+            "notes": ["bf16 is emulated here"] if self.name == "bf16" else [],
+            "threads": {"threads": 2, "inter_op_threads": 1, "usable_cores": 2},
+        }
+
+    def sample(self) -> float:
+        assert FakeProcess.awake == {self.name}, "one awake at a time"
+        self.n += 1
+        if self.n > self.dies_at.get(self.name, 10**9):
+            raise SubjectError("the process was killed")
+        clock.sleep(0.1)
+        factors = self.wobble.get(self.name, [1.0])
+        base = {"ttft": TTFT_SEC, "tpot": TPOT_SEC, "throughput": 0.025}[self.kind]
+        return base * factors[self.n % len(factors)] / self.speed.get(self.name, 1.0)
+
+    def pause(self) -> None:
+        FakeProcess.awake.discard(self.name)
+
+    def resume(self) -> None:
+        FakeProcess.awake.add(self.name)
+
+    def close(self) -> None:
+        if self.name in FakeProcess.alive:  # may be closed twice
+            FakeProcess.alive.remove(self.name)
+        FakeProcess.awake.discard(self.name)
+
+
+class FakeProbe:
+    kind, note = "fake", ""
+
+    def __init__(self, threads: int | None = None) -> None: ...
+
+    def __call__(self) -> float:
+        assert not FakeProcess.awake
+        return 1e10
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch):
+    fresh = {"speed": {}, "wobble": {}, "fails_to_load": set(), "dies_at": {}, "requests": [], "alive": []}
+    for name, value in {**fresh, "most_alive": 0, "awake": set()}.items():
+        monkeypatch.setattr(FakeProcess, name, value)
+    sweep = ({"bytes": 1 << 20, "threads": 2, "bytes_per_sec": 1e10},)
+    ceilings = hardware.Ceilings("cpu", "fake", 2, sweep, {"fp32": 1e11})
+    monkeypatch.setattr(measure, "TrialProcess", FakeProcess)
+    monkeypatch.setattr(hardware, "BandwidthProbe", FakeProbe)
+    monkeypatch.setattr(hardware, "ceilings", lambda device, quick: ceilings)
+    monkeypatch.setattr(hardware, "set_threads", lambda n: {"threads": n or 2})
+    with clock.use(clock.FakeClock()):
+        yield
+    assert not FakeProcess.alive, "every process is closed"
+
+
+def run(folder, names=("baseline", "int8"), **options) -> dict[str, Any]:
+    settings = {"input_lens": [16], "output_lens": [9], "batch_sizes": [1], "min_time_sec": 0.0} | options
+    result = measure.bench(folder, [(name, preset(name)) for name in names], **settings)
+    json.dumps(result, allow_nan=False)  # strict JSON, whatever was measured
+    return result
+
+
+def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["config"]: row for row in result["rows"]}
+
+
+def test_known_costs_give_the_known_numbers(tiny_gpt2_folder):
+    FakeProcess.speed = {"int8": 2.0, "bf16": 0.5}
+    result = run(tiny_gpt2_folder, ("baseline", "int8", "bf16"), batch_sizes=[4])
+    rows = by_name(result)
+    base, fast, slow = rows["baseline"], rows["int8"], rows["bf16"]
+    assert [row["config"] for row in result["rows"]] == ["baseline", "int8", "bf16", "baseline again"]
+    assert base["ttft_sec"] == pytest.approx(TTFT_SEC) and base["tpot_sec"] == pytest.approx(TPOT_SEC)
+    assert base["prefill_tokens_per_sec"] == pytest.approx(4 * 16 / TTFT_SEC)
+    assert base["decode_tokens_per_sec"] == pytest.approx(4 / TPOT_SEC)
+    assert base["throughput_tokens_per_sec"] == pytest.approx(4 * 9 / (TTFT_SEC + 8 * TPOT_SEC))
+    for phase in ("prefill", "decode"):
+        assert (base[f"{phase}_speedup"], base[f"{phase}_verdict"]) == (1.0, "baseline")
+        assert fast[f"{phase}_speedup"] == pytest.approx(2.0) and fast[f"{phase}_verdict"] == "faster"
+        assert slow[f"{phase}_speedup"] == pytest.approx(0.5) and slow[f"{phase}_verdict"] == "slower"
+        assert fast[f"{phase}_speedup_low"] == pytest.approx(2.0) == fast[f"{phase}_speedup_high"]
+    # 2 s more to load, 10 ms a step gained, 4 tokens a step: 800 tokens.
+    assert fast["break_even_tokens"] == pytest.approx(800, abs=1)
+    assert slow["break_even_tokens"] is None and base["break_even_tokens"] is None
+    # 8 steps after 16 tokens see 20.5 on average; the cache of 4 rows is read once a step.
+    n_bytes = WEIGHTS + 4 * KV_PER_TOKEN * (16 + 4.5)
+    assert base["mbu"] == pytest.approx(n_bytes / TPOT_SEC / 1e10)
+    assert "bound by" in base["bound_by"] and "bound by" in base["prefill_bound_by"]
+    assert (base["weights_bytes"], base["rss_peak_bytes"], base["activation_peak_bytes"]) == (WEIGHTS + 50, 20, 3)
+    assert base["threads"] == 2 and base["proof"] == ["baseline is what it says"]
+    assert slow["notes"] == ["bf16 is emulated here"]
+    assert base["decode_n"] == 8 and base["decode_p50_sec"] == pytest.approx(TPOT_SEC)
+    assert base["decode_p90_sec"] is None  # 8 slices do not carry it
+
+
+def test_the_twin_is_a_row_that_claims_nothing(tiny_gpt2_folder):
+    result = run(tiny_gpt2_folder, ("baseline",))
+    twin = by_name(result)["baseline again"]
+    assert twin["role"] == "twin" and twin["recipe"] == by_name(result)["baseline"]["recipe"]
+    assert {twin["decode_verdict"], twin["prefill_verdict"]} <= {"indistinguishable", "undecided"}
+    assert [(e["kind"], e["half_width"]) for e in result["aa"]] == [("ttft", 0.0), ("tpot", 0.0)]
+    assert result["too_noisy"] is False
+
+
+def test_no_claim_is_smaller_than_what_the_twin_differs_by(tiny_gpt2_folder):
+    # 5 % faster, on a machine that shows 10 % between two runs of the same thing.
+    FakeProcess.speed = {"int8": 1.05, "baseline again": 1.1}
+    row = by_name(run(tiny_gpt2_folder))["int8"]
+    assert row["decode_speedup"] == pytest.approx(1.05)
+    assert row["decode_verdict"] in ("indistinguishable", "undecided")
+
+
+def test_a_machine_without_resolution_is_too_noisy(tiny_gpt2_folder):
+    FakeProcess.wobble = {"baseline again": [1.0, 3.0, 0.4]}
+    result = run(tiny_gpt2_folder)
+    assert result["too_noisy"] is True
+    assert by_name(result)["int8"]["decode_n"] == 27  # it went on to the end
+
+
+def test_undecided_ones_get_more_blocks_and_decided_ones_stop(tiny_gpt2_folder):
+    FakeProcess.wobble = {"int8": [1.0, 1.06]}
+    assert by_name(run(tiny_gpt2_folder, min_blocks=8, max_blocks=20))["int8"]["decode_n"] > 8
+    FakeProcess.wobble = {}
+    assert by_name(run(tiny_gpt2_folder, min_blocks=8, max_blocks=20))["int8"]["decode_n"] == 8
+    slow_end = by_name(run(tiny_gpt2_folder, min_blocks=8, max_blocks=20, min_time_sec=60.0))
+    assert slow_end["int8"]["decode_n"] == 20  # decided, but not yet measured for long enough
+
+
+def test_a_config_that_does_not_load_is_a_row_and_the_run_goes_on(tiny_gpt2_folder):
+    FakeProcess.fails_to_load = {"bf16"}
+    FakeProcess.speed = {"int8": 2.0}
+    rows = by_name(run(tiny_gpt2_folder, ("baseline", "bf16", "int8")))
+    assert (rows["bf16"]["status"], rows["bf16"]["cause"]) == ("failed", "out of memory")
+    assert rows["bf16"]["tpot_sec"] is None and rows["bf16"]["decode_tokens_per_sec"] is None
+    assert rows["int8"]["decode_verdict"] == "faster"
+
+
+def test_a_config_that_dies_while_it_is_sampled_is_a_row(tiny_gpt2_folder):
+    FakeProcess.dies_at = {"int8": 10}  # in the first pass, after its warm-up
+    rows = by_name(run(tiny_gpt2_folder))
+    assert (rows["int8"]["status"], rows["int8"]["cause"]) == ("failed", "the process was killed")
+    assert rows["baseline"]["status"] == "measured" and rows["baseline"]["tpot_sec"] == pytest.approx(TPOT_SEC)
+
+
+def test_a_failed_baseline_leaves_times_without_ratios(tiny_gpt2_folder):
+    FakeProcess.fails_to_load = {"baseline"}
+    row = by_name(run(tiny_gpt2_folder))["int8"]
+    assert row["tpot_sec"] == pytest.approx(TPOT_SEC)
+    assert row["decode_speedup"] is None and row["decode_verdict"] is None
+
+
+def test_all_samples_are_kept_and_written_as_taken(tiny_gpt2_folder, tmp_path):
+    log = tmp_path / "samples.jsonl"
+    result = run(tiny_gpt2_folder, sample_log=log, input_lens=[8, 16])
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines == result["samples"]
+    assert len(lines) == 2 * 2 * 8 * 3  # cells, kinds, blocks, processes
+    keys = {(line["cell"], line["kind"], line["subject"], line["block"]) for line in lines}
+    assert len(keys) == len(lines)
+    assert {line["bandwidth_before"] for line in lines} == {1e10}
+    assert {w["config"] for w in result["warm_up"]} == {"baseline", "int8", "baseline again"}
+
+
+def test_the_log_on_a_path_that_cannot_be_written_is_one_line(tiny_gpt2_folder, tmp_path):
+    with pytest.raises(Exception, match="cannot write") as error:
+        run(tiny_gpt2_folder, sample_log=tmp_path / "no" / "folder.jsonl")
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_are_unique_per_cell_and_shared_within_it(tiny_gpt2_folder):
+    run(tiny_gpt2_folder, input_lens=[8, 16])
+    seeds: dict[int, set[int]] = {}
+    for request in FakeProcess.requests:
+        seeds.setdefault(request["workload"]["input_len"], set()).add(request["workload"]["seed"])
+        assert len(request["check_prompt"]) + 12 <= 64
+    assert [len(s) for s in seeds.values()] == [1, 1] and len(set.union(*seeds.values())) == 2
+
+
+def test_the_budget_ends_the_run_and_says_what_was_not_reached(tiny_gpt2_folder):
+    result = run(tiny_gpt2_folder, input_lens=[8, 16, 24], budget_sec=10.0)
+    assert clock.now() < 40
+    late = [row for row in result["rows"] if row["status"] == "not_reached"]
+    assert late and all("budget" in row["cause"] for row in late)
+    assert len(result["rows"]) == 3 * 3
+
+
+def test_memory_that_does_not_hold_all_makes_groups_around_the_baseline(tiny_gpt2_folder, monkeypatch):
+    FakeProcess.speed = {"int8": 2.0, "bf16": 0.5}
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: int(3.6 * measure.PROCESS_BYTES))
+    result = run(tiny_gpt2_folder, ("baseline", "int8", "bf16"))
+    assert FakeProcess.most_alive == 3
+    loaded = [r["name"] for r in FakeProcess.requests]
+    assert loaded == ["baseline", "baseline again", "int8", "baseline", "baseline again", "bf16"]
+    rows = by_name(result)
+    assert len(result["rows"]) == 4 and {e["group"] for e in result["aa"]} == {0, 1}
+    assert (rows["int8"]["decode_verdict"], rows["bf16"]["decode_verdict"]) == ("faster", "slower")
+    assert rows["bf16"]["group"] == 1
+
+
+@pytest.mark.parametrize(
+    ("available", "expected"),
+    [(100, [["a", "b", "c"]]), (48, [["a", "b"], ["c"]]), (1, [["a"], ["b"], ["c"]])],
+)
+def test_groups_of(available, expected):
+    assert measure.groups_of(["a", "b", "c"], each_bytes=10, extra_bytes=3, available=available) == expected
+
+
+def test_groups_of_the_baseline_alone():
+    assert measure.groups_of([], 10, 3, 100) == [[]]
+
+
+def test_a_sampled_throughput_counts_before_a_derived_one(tiny_gpt2_folder):
+    rows = by_name(run(tiny_gpt2_folder, kinds=("throughput",)))
+    assert rows["baseline"]["throughput_tokens_per_sec"] == pytest.approx(40)
+    assert rows["baseline"]["tpot_sec"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_lens": [60], "output_lens": [9]}, "exceed the context of 64"),
+        ({"input_lens": []}, "no workload"),
+        ({"kinds": ("latency",)}, "unknown kind"),
+        ({"min_blocks": 5, "max_blocks": 4}, "blocks"),
+        ({"names": ("int8", "int8")}, "twice"),
+        ({"names": ()}, "no configuration"),
+    ],
+)
+def test_wrong_arguments_fail_before_any_process_starts(tiny_gpt2_folder, options, message):
+    with pytest.raises(UsageError, match=message):
+        run(tiny_gpt2_folder, **options)
+    assert not FakeProcess.requests
+
+
+def test_the_first_config_is_the_baseline_where_none_has_the_name(tiny_gpt2_folder):
+    result = run(tiny_gpt2_folder, ("bf16", "int8"))
+    assert result["baseline"] == "bf16" and "bf16 again" in by_name(result)
+
+
+def test_a_cell_is_estimated_above_its_weights(tiny_gpt2_folder):
+    from paretune.model import checkpoint
+
+    config = checkpoint.read_config(tiny_gpt2_folder)
+    n = measure.n_parameters(config)
+    small, large = (measure.trial_bytes(config, n, Cell(8, 8, b)) for b in (1, 64))
+    assert measure.PROCESS_BYTES + 4 * n < small < large
+    low, high = measure.estimate_sec(2, 1, 2, 8, 27)
+    assert 0 < low < high and math.isfinite(high)

@@ -1,0 +1,192 @@
+"""Every legal combination is in the space once, and sooner or later each has its turn."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paretune import hardware
+from paretune.hardware import DtypeSupport
+from paretune.recipe import Recipe, preset
+from paretune.tune import space as spaces
+
+GOOD = DtypeSupport(True, False, 1.5, 1.5, "good")
+# Written out here, not taken from the module: what issue 2 lists as the first transforms and runners.
+ATTENTION = ["sdpa", "eager"]
+DTYPES = [None, "bf16", "fp16"]
+INT8 = [None, {"name": "int8", "embeddings": True}, {"name": "int8", "embeddings": False}]
+ENGINES = [
+    {"runner": "eager"},
+    *({"runner": "compile", "compile_mode": m} for m in ("default", "freeze", "max-autotune")),
+]
+
+
+def all_recipes():
+    for attention, dtype, int8, engine in itertools.product(ATTENTION, DTYPES, INT8, ENGINES):
+        transforms = [{"name": "attention", "form": attention}]
+        transforms += [{"name": "precision", "dtype": dtype}] if dtype else []
+        transforms += [int8] if int8 else []
+        yield Recipe.from_dict({"transforms": transforms, "engine": engine})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine that can do everything."""
+    support = {"fp32": GOOD, "bf16": GOOD, "fp16": GOOD}
+    monkeypatch.delenv("PARETUNE_NO_COMPILER", raising=False)
+    monkeypatch.setattr("paretune.native_build.compiler", lambda: "c++")
+    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
+    return support
+
+
+def test_every_legal_combination_once(machine):
+    space = spaces.build("cpu")
+    expected = {r.hash for r in all_recipes()} - {preset("baseline").hash}
+    ids = [c.id for c in space.legal]
+    assert len(expected) == 2 * 3 * 3 * 4 - 1
+    assert len(ids) == len(set(ids)) == len(expected)
+    assert set(ids) == expected
+    assert not space.illegal
+
+
+def test_baseline_is_no_candidate(machine):
+    space = spaces.build("cpu")
+    assert spaces.baseline() == preset("baseline")
+    assert spaces.baseline().hash not in {c.id for c in space.legal}
+    assert all(c.changes for c in space.legal)
+
+
+def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")
+    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
+    space = spaces.build("cpu")
+    assert len(space.legal) == 2 * 3 * 3 - 1
+    assert len(space.illegal) == 2 * 3 * 3 * 3
+    assert all("compile" in name and "compiler" in reason for name, reason in space.illegal)
+    assert all(c.recipe.engine.runner == "eager" for c in space.legal)
+
+
+def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
+    machine["fp16"] = DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here: no such kernel")
+    space = spaces.build("cpu")
+    assert len(space.legal) == 2 * 2 * 3 * 4 - 1
+    assert len(space.illegal) == 2 * 3 * 4
+    assert all("fp16" in name and "no such kernel" in reason for name, reason in space.illegal)
+    assert len({name for name, _ in space.illegal}) == len(space.illegal)
+
+
+def test_an_emulated_dtype_is_legal(machine):
+    machine["bf16"] = DtypeSupport(True, True, 0.3, 0.3, "bf16 is emulated here")
+    assert len(spaces.build("cpu").legal) == 71
+
+
+# -- the order
+
+
+def wave(space, tried=(), singles=None, start=None, budget=1e9, size=5):
+    return spaces.next_wave(space, set(tried), singles or {}, start or {}, budget, size)
+
+
+def test_changes_alone_come_first_and_cheap_ones_before_those_that_compile(machine):
+    space = spaces.build("cpu")
+    order = wave(space, size=71)
+    n_alone = sum(len(c.changes) == 1 for c in space.legal)
+    assert n_alone == 1 + 2 + 2 + 3
+    assert all(len(c.changes) == 1 for c in order[:n_alone])
+    assert all(len(c.changes) > 1 for c in order[n_alone:])
+    runners = [c.choice[3] for c in order[:n_alone]]
+    assert runners[:5] == ["eager"] * 5 and "eager" not in runners[5:]
+    compiled = [spaces.DEFAULT_START_SEC[r] for r in runners[5:]]
+    assert compiled == sorted(compiled)
+
+
+def test_what_was_measured_decides_which_combination_is_next(machine):
+    space = spaces.build("cpu")
+    tried = [c.id for c in space.legal if len(c.changes) == 1]
+    singles = {
+        ("attention", "eager"): -0.5,
+        ("precision", "bf16"): -0.5,
+        ("precision", "fp16"): 0.6,
+        ("quantize", "int8"): 0.1,
+        ("quantize", "int8-linear"): 0.5,
+        ("runner", "compile:default"): -0.5,
+        ("runner", "compile:freeze"): -0.5,
+        ("runner", "compile:max-autotune"): -0.5,
+    }
+    first = wave(space, tried, singles, size=1)[0]
+    assert first.changes == {"precision": "fp16", "quantize": "int8-linear"}
+    # Gains that are predicted to be losses wait until nothing better is left.
+    promising = wave(space, tried, singles, size=71)
+    assert all(spaces.predicted_log_gain(c, singles) > 0 for c in promising)
+
+
+def test_nothing_promising_is_left_so_the_rest_is_measured_too(machine):
+    space = spaces.build("cpu")
+    tried = [c.id for c in space.legal if len(c.changes) == 1]
+    singles = {change: -1.0 for c in space.legal for change in c.changes.items()}
+    rest = wave(space, tried, singles)
+    assert 1 <= len(rest) <= 5 and not {c.id for c in rest} & set(tried)
+
+
+def test_what_is_measured_for_want_of_better_respects_the_budget_too(machine):
+    space = spaces.build("cpu")
+    tried = [c.id for c in space.legal if len(c.changes) == 1 or c.choice[3] == "eager"]
+    singles = {change: -1.0 for c in space.legal for change in c.changes.items()}
+    rest = wave(space, tried, singles, start=dict.fromkeys(spaces.RUNNERS, 30.0), budget=40.0)
+    assert len(rest) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tried=st.sets(st.integers(0, 70)),
+    gains=st.lists(st.floats(-2, 2), min_size=8, max_size=8),
+    starts=st.lists(st.floats(0.5, 200), min_size=4, max_size=4),
+    budget=st.floats(0, 400),
+    size=st.integers(1, 8),
+)
+def test_a_wave_repeats_nothing_and_respects_size_and_budget(tried, gains, starts, budget, size):
+    space = full_space()
+    changes = sorted({change for c in space.legal for change in c.changes.items()})
+    singles = dict(zip(changes, gains, strict=True))
+    start = dict(zip(spaces.RUNNERS, starts, strict=True))
+    done = {space.legal[i].id for i in tried}
+    chosen = spaces.next_wave(space, done, singles, start, budget, size)
+    ids = [c.id for c in chosen]
+    assert len(set(ids)) == len(ids) <= size
+    assert not set(ids) & done
+    assert sum(start[c.choice[3]] for c in chosen) <= budget + 1e-9
+    possible = [c for c in space.legal if c.id not in done and start[c.choice[3]] <= budget]
+    assert bool(chosen) == bool(possible)
+
+
+@settings(max_examples=25, deadline=None)
+@given(gains=st.lists(st.floats(-3, 3), min_size=8, max_size=8), size=st.integers(1, 8))
+def test_with_time_enough_every_candidate_has_its_turn(gains, size):
+    space = full_space()
+    changes = sorted({change for c in space.legal for change in c.changes.items()})
+    singles = dict(zip(changes, gains, strict=True))
+    tried: list[str] = []
+    while chosen := spaces.next_wave(space, set(tried), singles, {}, 1e9, size):
+        tried += [c.id for c in chosen]
+    assert sorted(tried) == sorted(c.id for c in space.legal)
+
+
+def test_a_candidate_without_a_number_does_not_spoil_the_order(machine):
+    """A wave that the deadline cut in its first block leaves a ratio of NaN."""
+    space = spaces.build("cpu")
+    singles = {change: -0.5 for c in space.legal for change in c.changes.items()}
+    singles |= {("quantize", "int8"): math.nan, ("quantize", "int8-linear"): 0.9, ("precision", "fp16"): 0.6}
+    tried = [c.id for c in space.legal if len(c.changes) == 1]
+    first = wave(space, tried, singles, size=1)[0]
+    assert first.changes == {"precision": "fp16", "quantize": "int8-linear"}
+
+
+def full_space():
+    """The whole space without asking this machine (hypothesis runs it often)."""
+    choices = itertools.product(spaces.ATTENTION, spaces.PRECISION, spaces.QUANTIZE, spaces.RUNNERS)
+    return spaces.Space([spaces.Candidate(c, spaces.recipe_of(c)) for c in choices if c != spaces.BASELINE])
