@@ -158,21 +158,21 @@ def test_bench_hands_over(monkeypatch, int8_plan):
 
 
 def test_tune_hands_over(monkeypatch, tmp_path):
-    import paretune.tune.result
-    import paretune.tune.search
+    import paretune.tune.run
 
     seen = {}
 
     class Search:
         def __init__(self, *arguments, **options):
             seen.update(arguments=arguments, options=options)
+            options["prepare"]()
             self.journal = types.SimpleNamespace(close=lambda: seen.update(closed=True))
 
         def run(self):
             return "outcome"
 
-    monkeypatch.setattr(paretune.tune.search, "Search", Search)
-    monkeypatch.setattr(paretune.tune.result, "write", lambda out, folder: {"out": out, "folder": folder})
+    monkeypatch.setattr(paretune.tune.run, "Search", Search)
+    monkeypatch.setattr(paretune.tune.run.results, "write", lambda out, folder: {"out": out, "folder": folder})
     folder = tmp_path / "plan"
     got = paretune.tune("pocket", folder, objective="ttft", budget_sec=9, quiet=True)
     assert got == {"out": "outcome", "folder": folder} and seen["closed"] and folder.is_dir()

@@ -19,14 +19,12 @@ from paretune.engine.sampling import SamplingOptions
 from paretune.errors import UsageError
 from paretune.evaluate import texts
 from paretune.evaluate.perplexity import Perplexity, perplexity
-from paretune.files import ensure_folder
 from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import Recipe, preset
-from paretune.tune.plan import PLAN_FILE, is_plan, read_plan
+from paretune.tune.plan import is_plan, read_plan
 
 DEFAULT_CONFIG = "baseline"
-JOURNAL_FILE = "events.jsonl"
 DEFAULT_BENCH = ("baseline", "bf16", "int8")
 DEFAULT_CONTEXT = 1024  # tokens; GPT-2's published protocol
 
@@ -260,6 +258,7 @@ def tune(
     *,
     text: str | Path | None = None,
     resume: bool = False,
+    force: bool = False,
     quiet: bool = False,
     **goal: Any,
 ) -> dict[str, Any]:
@@ -268,6 +267,7 @@ def tune(
     Args:
         text: a UTF-8 file for quality; default the embedded pieces.
         resume: continue a run that was cut off.
+        force: replace an earlier run in the folder.
         goal: fields of `tune.goal.Goal`: objective, max_ppl_increase, budget_sec, ...
 
     Returns:
@@ -276,25 +276,19 @@ def tune(
     Raises:
         UsageError: an unknown field, or a folder that holds an earlier run.
     """
-    from paretune.tune import result
     from paretune.tune.goal import Goal
-    from paretune.tune.search import Search
+    from paretune.tune.run import run
 
     known = [f.name for f in dataclasses.fields(Goal)]
     unknown = sorted(set(goal) - set(known))
     if unknown:
         raise UsageError(f"tune has no option {unknown[0]!r}", f"Known: {', '.join(known)}")
-    folder = Path(output_dir).expanduser()
-    earlier = any((folder / n).exists() for n in (PLAN_FILE, JOURNAL_FILE))
-    if earlier and not resume:
-        raise UsageError(f"{folder} holds an earlier run", "Pass resume=True to continue it, or another folder")
-    if resume and not (folder / JOURNAL_FILE).is_file():
-        raise UsageError(f"{folder} holds no run to continue", "Leave out `resume`")
-    ensure_folder(folder)
-    say = (lambda line: None) if quiet else native_build.say
-    file = None if text is None else Path(text)
-    search = Search(str(name), Goal(**goal), folder, text=file, resume=resume, say=say)
-    try:
-        return result.write(search.run(), folder)
-    finally:
-        search.journal.close()
+    return run(
+        str(name),
+        Goal(**goal),
+        Path(output_dir),
+        text=None if text is None else Path(text),
+        resume=resume,
+        force=force,
+        say=(lambda line: None) if quiet else native_build.say,
+    )

@@ -15,8 +15,7 @@ from paretune.errors import UsageError
 from paretune.registry import RUNNERS, TRANSFORMS
 
 if TYPE_CHECKING:
-    from torch import nn
-
+    from paretune.model.base import LanguageModel
     from paretune.transforms.base import Context, Transform
 
 SCHEMA_VERSION = 1
@@ -151,13 +150,13 @@ class Recipe:
         """What the user should know before it runs here."""
         return [note for t in self.transforms for note in t.notes(device)]
 
-    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         for transform in self.transforms:
             ctx.progress(f"applying {transform.title}")
             model = transform.apply(model, ctx)
         return model
 
-    def runner(self, model: nn.Module) -> Any:
+    def runner(self, model: LanguageModel) -> Any:
         """The runner that executes the transformed model."""
         kind = RUNNERS.get(self.engine.runner)
         return kind(model, self.engine.compile_mode) if self.engine.runner == "compile" else kind(model)

@@ -216,6 +216,7 @@ def test_the_exit_codes_of_the_outcomes(tune, tmp_path, monkeypatch):
             "outcome": outcome,
             "winner_id": winner,
             "verdict": verdict,
+            "too_noisy": expected == 5,
             "kind": "tune",
             "goal": {"min_speedup": 3.0},
         }

@@ -176,9 +176,9 @@ def test_prove_refuses_graph_breaks(tiny_gpt2_folder, monkeypatch):
     loaded = load_recipe(tiny_gpt2_folder, recipe_of("sdpa"))
     _, probe = prove(loaded)
     fine = dataclasses.replace(probe, compiled=True)
-    monkeypatch.setattr(load, "observe", lambda runner: fine)
+    monkeypatch.setattr(load, "observe", lambda *_: fine)
     assert "0 graph breaks" in prove(loaded)[0][-1]
-    monkeypatch.setattr(load, "observe", lambda runner: dataclasses.replace(fine, graph_breaks=2))
+    monkeypatch.setattr(load, "observe", lambda *_: dataclasses.replace(fine, graph_breaks=2))
     with pytest.raises(NoEffectError, match="2 breaks"):
         prove(loaded)
 

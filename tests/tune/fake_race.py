@@ -48,7 +48,8 @@ class Machine:
         noise: standard deviation of the log of a timing.
         increase: log perplexity over the baseline by recipe name (default 0).
         weights: stored bytes by recipe name.
-        load_error, sample_error: cause by recipe name; `sample_error` may be (cause, after how many samples).
+        load_error: cause, or the error itself, by recipe name.
+        sample_error: (cause, after how many samples) by recipe name.
         on_sample: called with (trial id, count of all samples so far) before a sample is given.
     """
 
@@ -56,7 +57,7 @@ class Machine:
     noise: float = 0.005
     increase: dict[str, float] | Callable[[str, str], float] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
-    load_error: dict[str, str] = field(default_factory=dict)
+    load_error: dict[str, str | SubjectError] = field(default_factory=dict)
     sample_error: dict[str, tuple[str, int]] = field(default_factory=dict)
     on_sample: Callable[[str, int], None] | None = None
     on_ask: Callable[[str, str], None] | None = None
@@ -150,6 +151,9 @@ class FakeProcess:
         noise = math.exp(self.random.normal(0.0, self.machine.noise)) if self.machine.noise else 1.0
         return self.machine.cost_of(self.recipe, self.name) * noise
 
+    def _ready(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {}
+
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         recipe = Recipe.from_dict(request["recipe"])
         self.recipe, self.seed = recipe.name, request["workload"]["seed"]
@@ -157,8 +161,8 @@ class FakeProcess:
         sec = START_SEC[recipe.engine.runner]
         self.machine.clock.now_sec += sec
         if self.recipe in self.machine.load_error:
-            cause = self.machine.load_error[self.recipe]
-            raise SubjectError(cause)
+            error = self.machine.load_error[self.recipe]
+            raise error if isinstance(error, SubjectError) else SubjectError(error)
         weights = self.machine.weights.get(self.recipe, 28 * MB)
         return {
             "load_sec": 0.5,

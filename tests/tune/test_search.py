@@ -9,10 +9,12 @@ import pytest
 from fake_race import BASE, MB, Killed, Machine, install, is_confirmation, only, run, windows
 
 from paretune.errors import NoRecipeError, ParetuneError, TooNoisyError
+from paretune.measure.interleave import SubjectError
 from paretune.tune import result as results
 from paretune.tune import space as spaces
 from paretune.tune.goal import Goal
 from paretune.tune.race import BASELINE, TWIN
+from paretune.tune.search import CONFIRM_BLOCKS
 
 INT8 = ("sdpa", None, "int8", "eager")
 INT8_LINEAR = ("sdpa", None, "int8-linear", "eager")
@@ -291,16 +293,16 @@ def test_a_candidate_that_breaks_is_a_row_with_its_cause(monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "cause",
+    ("kind", "cause"),
     [
-        "int8 had no effect: 3 layers are not int8, h.0 first. Leave it out of the recipe",
-        "sdpa + int8, eager is not exact: token 3 differs, with a margin of 0.2. Report it as a bug",
-        "sdpa + int8, eager is off by 0.2 from fp32, its reference form by 0.01. Report it as a bug",
-        "the compiled graph has 2 breaks. Use the eager runner",
+        ("NoEffectError", "int8 had no effect: 3 layers are not int8, h.0 first. Leave it out of the recipe"),
+        ("NotExactError", "sdpa + int8, eager is not exact: token 3 differs. Report it as a bug"),
+        ("NoEffectError", "the compiled graph has 2 breaks. Use the eager runner"),
     ],
 )
-def test_a_transform_without_effect_is_no_trial(monkeypatch, tmp_path, six, cause):
-    machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}, load_error={name(INT8): cause}))
+def test_a_transform_without_effect_is_no_trial(monkeypatch, tmp_path, six, kind, cause):
+    error = SubjectError(cause, kind=kind)
+    machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}, load_error={name(INT8): error}))
     out = run(machine, tmp_path / "plan")
     assert out.winner is None
     result, _ = written(out, tmp_path / "plan")
@@ -749,7 +751,7 @@ def test_the_winner_had_its_samples_before_the_gate_and_again_after(monkeypatch,
     values = out.race.measured()
     assert len(values.values(id_of(INT8))) >= 14
     fresh = [n for n in values.subjects if is_confirmation(n)]
-    assert len(fresh) == 4 and all(len(values.values(n)) == 8 for n in fresh)
+    assert len(fresh) == 4 and all(len(values.values(n)) == CONFIRM_BLOCKS for n in fresh)
 
 
 def test_memory_for_few_makes_waves_small_and_reaches_all(monkeypatch, tmp_path, six):

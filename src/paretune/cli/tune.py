@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,43 +48,11 @@ def tune(
         threads=threads,
         seed=seed,
     )
-    result = run(model, output_dir, goal, text=text, resume=resume, force=force, dry_run=dry_run, quiet=quiet)
-    if json_output and result:
-        import json
-
-        print(json.dumps(result, indent=2))
-    elif result:
-        print(_summary(result, output_dir))
-    _raise_for(result)
-
-
-def run(
-    model: str,
-    output_dir: Path,
-    goal: Any,
-    *,
-    text: Path | None = None,
-    resume: bool = False,
-    force: bool = False,
-    dry_run: bool = False,
-    quiet: bool = False,
-) -> dict[str, Any]:
-    """The whole job; the Python API calls this too. Returns the result (empty after a dry run)."""
-    from paretune.errors import UsageError
-    from paretune.files import ensure_folder
-
-    if resume and force:
-        raise UsageError("--resume and --force contradict each other", "Pass one of them")
     if dry_run:
         _show_space(model, goal)
-        return {}
-    folder = output_dir.expanduser()
-    _refuse_earlier_run(folder, resume, force)
-    if resume and not (folder / "events.jsonl").is_file():
-        raise UsageError(f"{folder} holds no run to continue", "Leave out --resume")
+        return
     from paretune import clock
-    from paretune.tune import result as results
-    from paretune.tune.search import Search
+    from paretune.tune.run import run
 
     started = clock.now()
 
@@ -93,58 +60,14 @@ def run(
         if not quiet:
             print(f"[{clock.now() - started:5.0f} s] {line}", file=sys.stderr, flush=True)
 
-    def prepare() -> None:  # when the model, the goal and the text are known to be right
-        if force:
-            _remove_earlier_run(folder)
-        ensure_folder(folder)
+    result = run(model, goal, output_dir, text=text, resume=resume, force=force, say=say)
+    if json_output:
+        import json
 
-    search = Search(model, goal, folder, text=text, resume=resume, say=say, prepare=prepare)
-    try:
-        out = search.run()
-        say("writing the report")
-        return results.write(out, folder)
-    finally:
-        search.journal.close()
-
-
-OURS = (
-    "events.jsonl",
-    "samples.jsonl",
-    "trials.jsonl",
-    "plan.json",
-    "report.json",
-    "report.html",
-    "logs",
-    "scores",
-    "model",
-)
-
-
-def _refuse_earlier_run(folder: Path, resume: bool, force: bool) -> None:
-    from paretune.errors import UsageError
-    from paretune.files import write_error
-
-    if folder.exists() and not folder.is_dir():
-        raise write_error(folder, NotADirectoryError(20, "it is a file"))
-    if not (resume or force) and any((folder / name).exists() for name in OURS):
-        raise UsageError(
-            f"{folder} holds an earlier run", "Pass --resume to continue it, --force to replace it, or another -o"
-        )
-
-
-def _remove_earlier_run(folder: Path) -> None:
-    """Only what `tune` itself wrote: a folder of one of its names beside no run is the user's own."""
-    from paretune.files import write_error
-
-    was_run = any((folder / name).is_file() for name in ("events.jsonl", "plan.json"))
-    try:
-        for path in [folder / name for name in OURS if (folder / name).exists()]:
-            if not path.is_dir():
-                path.unlink()
-            elif was_run:
-                shutil.rmtree(path)
-    except OSError as error:
-        raise write_error(folder, error) from None
+        print(json.dumps(result, indent=2))
+    else:
+        print(_summary(result, output_dir))
+    _raise_for(result)
 
 
 def _show_space(model: str, goal: Any) -> None:
@@ -189,8 +112,6 @@ def _raise_for(result: dict[str, Any]) -> None:
     """The exit code of an outcome; what was found is written already."""
     from paretune.errors import NoRecipeError, TooNoisyError
 
-    if not result:
-        return
     if result["outcome"] == "interrupted":
         raise KeyboardInterrupt
     if result["outcome"] == "none":
@@ -199,7 +120,7 @@ def _raise_for(result: dict[str, Any]) -> None:
             f"no recipe reaches the asked speed-up of {wanted:g} within the quality bound",
             "The best so far is written; lower --min-speedup",
         )
-    if result["winner_id"] is None and any("too noisy" in s for s in result["verdict"]):
+    if result["winner_id"] is None and result["too_noisy"]:
         raise TooNoisyError(
             "this machine is too noisy now to judge", "Close other programs and run it again; the baseline is kept"
         )

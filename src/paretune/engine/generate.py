@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paretune import clock
 from paretune.engine.runners.base import Runner
 from paretune.engine.sampling import Sampler, SamplingOptions, argmax
 from paretune.errors import UsageError
+from paretune.model.base import LanguageModel
 from paretune.model.tokenizer import TextStream, Tokenizer
 
 
@@ -48,7 +49,7 @@ class GenerateResult:
 
 
 @torch.inference_mode()
-def naive_generate(model: nn.Module, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list[float]]:
+def naive_generate(model: LanguageModel, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list[float]]:
     """The oracle: greedy, no cache, the whole sequence again for every token.
 
     Returns:

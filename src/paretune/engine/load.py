@@ -11,7 +11,7 @@ from paretune import clock, hardware
 from paretune.engine.generate import naive_generate
 from paretune.engine.probe import Observation, observe
 from paretune.engine.runners.base import Runner
-from paretune.errors import NotExactError, UsageError
+from paretune.errors import NoEffectError, NotExactError, UsageError
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
 from paretune.transforms.base import Context
@@ -54,17 +54,18 @@ def load_recipe(
     return Loaded(folder, recipe, recipe.runner(model), clock.now() - started)
 
 
-def prove(loaded: Loaded) -> tuple[list[str], Observation]:
+def prove(loaded: Loaded, batch_size: int = 1, capacity: int = 0) -> tuple[list[str], Observation]:
     """Proof of effect of every transform and of the runner.
+
+    Args:
+        batch_size, capacity: of the cache that is probed with; a compiled runner has a graph for each.
 
     Raises:
         NoEffectError: a transform or the runner did nothing.
     """
-    probe = observe(loaded.runner)
+    probe = observe(loaded.runner, batch_size, capacity)
     said = [s for t in loaded.recipe.transforms for s in t.verify(loaded.runner.model, probe)]
     if probe.compiled:
-        from paretune.errors import NoEffectError
-
         if probe.graph_breaks:
             raise NoEffectError(f"the compiled graph has {probe.graph_breaks} breaks", "Use the eager runner")
         said.append("prefill and decode each run as one compiled graph, 0 graph breaks")
@@ -72,25 +73,28 @@ def prove(loaded: Loaded) -> tuple[list[str], Observation]:
 
 
 @torch.inference_mode()
-def check_exact(loaded: Loaded, prompt: list[int], n_tokens: int = 12) -> list[str]:
+def check_exact(loaded: Loaded, prompt: list[int], n_tokens: int = 12, *, shape: tuple[int, int] = (1, 0)) -> list[str]:
     """Holds what claims to be exact against its reference: reference attention, no cache, eager.
 
     In fp32 the greedy tokens are equal, or differ first at a tie. With rounded numbers (16 bits, int8) the logits may
     be off from the fp32 model by at most twice what the reference form of the same recipe is off.
 
+    Args:
+        shape: batch size and least capacity of the cache; a compiled runner has a graph for each. All rows are alike.
+
     Raises:
         NotExactError: they are not equal.
     """
+    batch_size, capacity = shape
     recipe, device = loaded.recipe, str(loaded.runner.device)
     twin = load_recipe(loaded.folder, recipe.without_exact(), device, check=False).runner.model
     runner = loaded.runner
     if not recipe.changes_numbers:
         expected, margins = naive_generate(twin, prompt, n_tokens)
-        cache = runner.new_cache(1, len(prompt) + n_tokens)
-        step, got = torch.tensor([prompt], device=runner.device), []
+        cache = runner.new_cache(batch_size, max(capacity, len(prompt) + n_tokens))
+        step = torch.tensor([prompt] * batch_size, device=runner.device)
         for i in range(n_tokens):
             token = int(runner.forward(step, cache, "last")[0, 0].argmax())
-            got.append(token)
             if token != expected[i]:
                 if margins[i] < TIE_MARGIN:
                     return [f"greedy tokens equal the reference up to a tie at token {i + 1} (margin {margins[i]:.1e})"]
@@ -98,23 +102,22 @@ def check_exact(loaded: Loaded, prompt: list[int], n_tokens: int = 12) -> list[s
                     f"{recipe.name} is not exact: token {i + 1} differs, with a margin of {margins[i]:.2g}",
                     "Report it as a bug; the recipe is not timed",
                 )
-            step = torch.tensor([[token]], device=runner.device)
+            step = torch.tensor([[token]] * batch_size, device=runner.device)
         return [f"{n_tokens} greedy tokens equal the reference's"]
     exact_model = checkpoint.load(loaded.folder, torch.float32).to(device)
-    tokens = torch.tensor([prompt], device=device)
-    truth = exact_model(tokens, None, "all").double()
-    cache = runner.new_cache(1, len(prompt) + 1)
+    tokens = torch.tensor([prompt] * batch_size, device=device)
     # Prefill most of the prompt and step through the rest, so that both phases are held to it.
     half = max(1, len(prompt) - n_tokens)
-    parts = [runner.forward(tokens[:, :half], cache, "all")]
-    parts += [runner.forward(tokens[:, i : i + 1], cache, "all") for i in range(half, len(prompt))]
-    ours = torch.cat(parts, dim=1).double()
+
+    def last_logits(runner: Runner) -> torch.Tensor:
+        cache = runner.new_cache(batch_size, max(capacity, len(prompt) + 1))
+        parts = [runner.forward(tokens[:, :half], cache, "last")]
+        parts += [runner.forward(tokens[:, i : i + 1], cache, "last") for i in range(half, len(prompt))]
+        return torch.cat(parts, dim=1).double()
+
+    truth = exact_model(tokens, None, "all")[:, half - 1 :].double()
     # The twin goes the same way (int8 kernels round activations by the number of rows).
-    twin_runner = recipe.without_exact().runner(twin)
-    twin_cache = twin_runner.new_cache(1, len(prompt) + 1)
-    parts = [twin_runner.forward(tokens[:, :half], twin_cache, "all")]
-    parts += [twin_runner.forward(tokens[:, i : i + 1], twin_cache, "all") for i in range(half, len(prompt))]
-    reference = torch.cat(parts, dim=1).double()
+    ours, reference = last_logits(runner), last_logits(recipe.without_exact().runner(twin))
     norm = truth.norm()
     error, allowed = float((ours - truth).norm() / norm), float((reference - truth).norm() / norm)
     if not error <= 2 * allowed + 1e-6:

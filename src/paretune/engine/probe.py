@@ -26,8 +26,11 @@ class Observation:
     runner: dict[str, object]  # Runner.describe()
 
 
-def observe(runner: Runner) -> Observation:
+def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observation:
     """Runs one prefill and one decode step under the profiler, after an unwatched round (compilation, first use).
+
+    Args:
+        batch_size, capacity: of the cache (at least what the probe needs).
 
     Raises:
         ParetuneError: the model gives NaN or infinity.
@@ -35,11 +38,11 @@ def observe(runner: Runner) -> Observation:
     from torch._dynamo.utils import counters
 
     breaks_before = sum(counters["graph_break"].values())
-    tokens = (torch.arange(PROMPT_LEN)[None] % runner.config.vocab_size).to(runner.device)
+    tokens = (torch.arange(PROMPT_LEN) % runner.config.vocab_size).repeat(batch_size, 1).to(runner.device)
     prompt_len = min(PROMPT_LEN, runner.config.n_positions - 1)
 
     def once() -> tuple[torch.Tensor, torch.dtype]:
-        cache = runner.new_cache(1, prompt_len + 1)
+        cache = runner.new_cache(batch_size, max(capacity, prompt_len + 1))
         runner.forward(tokens[:, :prompt_len], cache, "last")
         return runner.forward(tokens[:, :1], cache, "last"), cache.layers[0].k.dtype
 

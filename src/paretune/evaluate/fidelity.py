@@ -169,7 +169,7 @@ def score(
     half = length // 2
     n_scored = {"prefill": half, "decode": length - 1 - half}
     batch_size = min(batch_size, n)
-    cache = runner.new_cache(batch_size, length)
+    cache = runner.new_cache(batch_size, length - 1)  # the last token is a target only
     device = cache.lengths.device
     recorders: dict[str, _Recorder] = {}
     for start in range(0, n, batch_size):

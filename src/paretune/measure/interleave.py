@@ -25,7 +25,15 @@ MAX_WARM_UP_SEC = 30.0
 
 
 class SubjectError(ParetuneError):
-    """A subject that cannot go on: it crashed, ran out of memory or timed out."""
+    """A subject that cannot go on: it crashed, ran out of memory or timed out.
+
+    Args:
+        kind: the class of the error where the subject named one (`NoEffectError`), else empty.
+    """
+
+    def __init__(self, cause: str, cure: str = "", kind: str = "") -> None:
+        super().__init__(cause, cure)
+        self.kind = kind
 
 
 class Subject(Protocol):

@@ -33,14 +33,17 @@ class TrialProcess:
         self._log_path = log
         self._log = open(log, "wb") if log else subprocess.DEVNULL  # noqa: SIM115 - closed in `close`
         # Folders are given as absolute paths; nothing else of the parent is inherited but its environment.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            start_new_session=True,  # Ctrl-C in the terminal reaches the parent only
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                start_new_session=True,  # Ctrl-C in the terminal reaches the parent only
+            )
+        except OSError as error:
+            raise SubjectError(f"the process could not be started: {error.strerror}") from None
         self._pending = b""
 
     @property
@@ -65,7 +68,7 @@ class TrialProcess:
         line = self._read_line(timeout_sec)
         answer = json.loads(line)
         if not answer.pop("ok"):
-            raise SubjectError(answer["reason"])
+            raise SubjectError(answer["reason"], kind=answer.get("kind", ""))
         return answer
 
     def ask(self, do: str, timeout_sec: float = 120.0, **request: Any) -> dict[str, Any]:

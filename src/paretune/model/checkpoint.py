@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from paretune.errors import CheckpointError, ParetuneError, UsageError
 from paretune.files import write_json
+from paretune.model.base import LanguageModel
 from paretune.model.config import GPT2_SIZES, ModelConfig
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.dense import Dense
@@ -100,13 +101,13 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig.from_hf(hf, str(path))
 
 
-def build(config: ModelConfig) -> nn.Module:
+def build(config: ModelConfig) -> LanguageModel:
     """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return FAMILIES.get(config.family)(config)
 
 
-def new(config: ModelConfig, seed: int = 0) -> nn.Module:
+def new(config: ModelConfig, seed: int = 0) -> LanguageModel:
     """A model with random weights, fp32."""
     model = build(config).to_empty(device="cpu")
     _retie_(model)
@@ -136,7 +137,7 @@ def gpt2_config(size: str = "gpt2", n_positions: int = 1024) -> ModelConfig:
     )
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
+def load(folder: Path, dtype: torch.dtype | None = None) -> LanguageModel:
     """Loads a model for inference, each tensor as it is stored or cast to `dtype`.
 
     Raises:
@@ -182,7 +183,7 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     return model.eval()
 
 
-def save(model: nn.Module, folder: Path, tokenizer_from: Path | None = None) -> None:
+def save(model: LanguageModel, folder: Path, tokenizer_from: Path | None = None) -> None:
     """Writes `config.json`, `model.safetensors` and the tokenizer's files into `folder` (which exists).
 
     Dense layers are written in the stock layout (`transformers` reads them), others as their stored tensors.
@@ -269,14 +270,14 @@ def _hf_name(name: str, prefix: str) -> str:
     return name if name.startswith("lm_head.") else prefix + name
 
 
-def _renamer(model: nn.Module, tensors: dict[str, Tensor]):
+def _renamer(model: LanguageModel, tensors: dict[str, Tensor]):
     """Our name -> the stored name; checkpoints of the bare model lack the prefix."""
     prefix = model.hf_prefix
     prefixed = any(name.startswith(prefix) for name in tensors)
     return lambda name: _hf_name(name, prefix if prefixed else "")
 
 
-def _weight_holders(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]]:
+def _weight_holders(model: LanguageModel) -> Iterator[tuple[str, Linear | Embedding]]:
     """Layers with a `Weight`, each shared `Weight` once, under its first name (the embedding's)."""
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -285,7 +286,7 @@ def _weight_holders(model: nn.Module) -> Iterator[tuple[str, Linear | Embedding]
             yield name, module
 
 
-def _dense_slots(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+def _dense_slots(model: LanguageModel) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
     """Stock name -> the module and attribute that hold the tensor, for everything that is stored dense."""
     for name, module in _weight_holders(model):
         if isinstance(module.weight, Dense):
@@ -315,13 +316,14 @@ def _formats(config: ModelConfig) -> dict[str, str]:
     return dict(formats)
 
 
-def _swap_formats_(model: nn.Module, formats: dict[str, str], tensors: dict[str, Tensor], rename) -> None:
+def _swap_formats_(model: LanguageModel, formats: dict[str, str], tensors: dict[str, Tensor], rename) -> None:
     """Puts weights that are stored in another format into the tree, taking their tensors out of `tensors`."""
     for full_name, format_name in formats.items():
         module_name = full_name.removesuffix(".weight")
         try:
             holder = model.get_submodule(module_name)
-        except AttributeError:
+            assert isinstance(holder, Linear | Embedding)
+        except (AttributeError, AssertionError):
             raise CheckpointError(
                 f"quantization_config names {module_name}, which this model does not have",
                 "The config.json belongs to another model",
@@ -343,7 +345,7 @@ def _swap_formats_(model: nn.Module, formats: dict[str, str], tensors: dict[str,
                 module.weight = weight
 
 
-def _drop_redundant_(model: nn.Module, tensors: dict[str, Tensor], rename, expected: dict) -> None:
+def _drop_redundant_(model: LanguageModel, tensors: dict[str, Tensor], rename, expected: dict) -> None:
     """Removes what old exporters add: mask buffers, and one of two names for a tied matrix.
 
     Raises:
@@ -369,7 +371,7 @@ def _drop_redundant_(model: nn.Module, tensors: dict[str, Tensor], rename, expec
     del tensors[head]
 
 
-def _retie_(model: nn.Module) -> None:
+def _retie_(model: LanguageModel) -> None:
     if model.config.tied_head:
-        embedding = getattr(model, model.embedding_name)
-        getattr(model, model.head_name).weight = embedding.weight
+        embedding = model.embedding
+        model.head.weight = embedding.weight

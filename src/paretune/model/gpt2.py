@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
 from paretune.model.layers import (
     ACTIVATION_FUNCTIONS,
@@ -72,7 +73,7 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPT2(nn.Module):
+class GPT2(LanguageModel):
     """The language model.
 
     Args:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
 from paretune.model.layers import (
     ACTIVATION_FUNCTIONS,
@@ -98,11 +99,10 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Llama(nn.Module):
+class Llama(LanguageModel):
     """The language model; arguments as `GPT2`."""
 
     hf_prefix = "model."
-    hf_transposed: tuple[str, ...] = ()
     hf_ignored = (".rotary_emb.inv_freq",)
     embedding_name, head_name = "embed_tokens", "lm_head"
 

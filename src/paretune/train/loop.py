@@ -33,6 +33,7 @@ from paretune import clock
 from paretune.errors import ParetuneError, UsageError
 from paretune.files import ensure_folder, whole_folder, write_error, write_json
 from paretune.model import checkpoint
+from paretune.model.base import LanguageModel
 from paretune.train import data
 from paretune.train.data import BatchSampler, TokenStream
 from paretune.train.schedule import (
@@ -55,7 +56,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def train(
-    model: nn.Module,
+    model: LanguageModel,
     tokenizer: Path | None,
     train_tokens: TokenStream,
     heldout_tokens: TokenStream | None,
@@ -114,7 +115,7 @@ def train(
 
 @torch.no_grad()
 def heldout_loss(
-    model: nn.Module,
+    model: LanguageModel,
     tokens: np.ndarray,
     block_size: int,
     batch_size: int,
@@ -140,7 +141,7 @@ class _Run:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: LanguageModel,
         tokenizer: Path | None,
         train_tokens: TokenStream,
         heldout: TokenStream | None,
@@ -383,7 +384,7 @@ def _rng_state(device: str) -> dict[str, Tensor]:
     return state
 
 
-def _save_model(model: nn.Module, out_dir: Path, tokenizer: Path | None, dtype: str) -> None:
+def _save_model(model: LanguageModel, out_dir: Path, tokenizer: Path | None, dtype: str) -> None:
     """Writes the finished model into `out_dir` file by file, each whole, `config.json` last."""
     temporary = Path(tempfile.mkdtemp(prefix=".model-", dir=out_dir))
     try:

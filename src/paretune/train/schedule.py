@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 
 from paretune.errors import ParetuneError, UsageError
+from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 
 FREE_ON_RESUME = ("eval_every", "eval_windows", "checkpoint_every")  # they do not touch the weights
@@ -152,7 +153,7 @@ def auto_dtype(device: str, state: Mapping[str, Any] | None, real: Callable[[], 
     return "bf16" if (real() if callable(real) else real) else "fp32"
 
 
-def check_fits(model: nn.Module, options: TrainOptions, tokens: np.ndarray, heldout: np.ndarray | None) -> None:
+def check_fits(model: LanguageModel, options: TrainOptions, tokens: np.ndarray, heldout: np.ndarray | None) -> None:
     """Proves, before any work, that model, texts and options go together.
 
     Raises:
@@ -178,7 +179,7 @@ def check_fits(model: nn.Module, options: TrainOptions, tokens: np.ndarray, held
         raise ParetuneError("the held-out text has fewer than 2 tokens", "Hold out a longer text")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: LanguageModel, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: matrices (`*.weight.values`) decay, biases and norms do not; tied ones count once."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from paretune.model.base import LanguageModel
 from paretune.registry import ATTENTION
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, kernels_like
 
@@ -29,13 +30,13 @@ class Attention(Transform):
     def title(self) -> str:
         return self.form
 
-    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         function = ATTENTION.get(self.form)
         for module in attention_layers(model):
             module.attention = function
         return model
 
-    def verify(self, model: nn.Module, probe: Observation) -> list[str]:
+    def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         function = ATTENTION.get(self.form)
         layers = attention_layers(model)
         ensure(bool(layers), self, "the model has no attention layer")
@@ -49,6 +50,6 @@ class Attention(Transform):
         return [said]
 
 
-def attention_layers(model: nn.Module) -> list[nn.Module]:
+def attention_layers(model: LanguageModel) -> list[nn.Module]:
     """Modules that carry the attention seam."""
     return [m for m in model.modules() if hasattr(m, "attention") and hasattr(m, "spec")]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from paretune.errors import NoEffectError
+from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.base import Weight
 
@@ -76,11 +77,11 @@ class Transform:
         """What the user should know before it runs (an emulated dtype, say)."""
         return []
 
-    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         """Changes the model, in place where it can, and returns it."""
         raise NotImplementedError
 
-    def verify(self, model: nn.Module, probe: Observation) -> list[str]:
+    def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         """Proof of effect on the transformed model: sentences with figures for the report.
 
         Raises:
@@ -92,7 +93,7 @@ class Transform:
 Filter = Callable[[nn.Module, str], bool]
 
 
-def weight_holders(model: nn.Module, keep: Filter) -> list[tuple[str, Linear | Embedding]]:
+def weight_holders(model: LanguageModel, keep: Filter) -> list[tuple[str, Linear | Embedding]]:
     """Linear and embedding layers that pass the filter, with their fully qualified names."""
     return [
         (name, module)
@@ -101,7 +102,7 @@ def weight_holders(model: nn.Module, keep: Filter) -> list[tuple[str, Linear | E
     ]
 
 
-def swap_weights_(model: nn.Module, keep: Filter, make: Callable[[Weight], Weight]) -> list[str]:
+def swap_weights_(model: LanguageModel, keep: Filter, make: Callable[[Weight], Weight]) -> list[str]:
     """Replaces the weights of the layers that pass the filter; tied layers stay tied.
 
     Returns:

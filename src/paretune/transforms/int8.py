@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int8_rows import Int8Rows
@@ -37,15 +38,15 @@ class Int8(Transform):
     def title(self) -> str:
         return "int8" if self.embeddings else "int8-linear"
 
-    def _wanted(self, model: nn.Module):
-        head = getattr(model, model.head_name)
+    def _wanted(self, model: LanguageModel):
+        head = model.head
 
         def keep(module: nn.Module, name: str) -> bool:
             return self.embeddings or not (isinstance(module, Embedding) or module is head)
 
         return keep
 
-    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         keep = self._wanted(model)
         swap_weights_(
             model,
@@ -54,7 +55,7 @@ class Int8(Transform):
         )
         return model
 
-    def verify(self, model: nn.Module, probe: Observation) -> list[str]:
+    def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         holders = weight_holders(model, self._wanted(model))
         left = [n for n, m in holders if not isinstance(m.weight, Int8Rows)]
         ensure(not left, self, f"{len(left)} layers are not int8, {left[0] if left else ''} first")

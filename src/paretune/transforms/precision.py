@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
 
 from paretune import hardware
 from paretune.errors import UsageError
+from paretune.model.base import LanguageModel
 from paretune.model.checkpoint import DTYPE_ALIASES, dtype_of
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure
 
@@ -42,10 +42,10 @@ class Precision(Transform):
         support = hardware.dtype_support(device)[self.dtype]
         return [support.reason] if support.emulated else []
 
-    def apply(self, model: nn.Module, ctx: Context) -> nn.Module:
+    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         return model.to(dtype_of(self.dtype))
 
-    def verify(self, model: nn.Module, probe: Observation) -> list[str]:
+    def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         wanted = dtype_of(self.dtype)
         floating = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
         wrong = [n for n, p in floating if p.dtype != wanted]

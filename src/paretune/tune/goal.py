@@ -57,7 +57,7 @@ class Goal:
             weights, cache and activations; bytes of weights.
         max_ppl_increase: largest relative increase of perplexity over the baseline; its upper bound is held to it.
         min_speedup: what the winner has to reach at least; None asks for nothing.
-        budget_sec: for the search and the confirmation, measured from the first load.
+        budget_sec: for the search and the confirmation, once the machine is measured and the baseline runs.
         input_len, output_len, batch_size: the request that is made fast.
     """
 

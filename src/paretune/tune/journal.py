@@ -46,7 +46,7 @@ class Journal:
             )
         # What an earlier run has used of the budget.
         self.used_sec = max((line.get("elapsed_sec", 0.0) for line in (*self.events, *sample_lines)), default=0.0)
-        self._started = clock.now()
+        self._started: float | None = None
         try:
             for name, lines in ((EVENTS, self.events), (SAMPLES, sample_lines)):
                 # Written again from what was read: a line cut in two by the kill is gone from the file too.
@@ -64,7 +64,11 @@ class Journal:
     @property
     def elapsed_sec(self) -> float:
         """Seconds of the budget that are gone, earlier runs included."""
-        return self.used_sec + clock.now() - self._started
+        return self.used_sec + (0.0 if self._started is None else clock.now() - self._started)
+
+    def start_clock(self) -> None:
+        """From here on the budget is used up: the limits of the machine and the baseline are its precondition."""
+        self._started = clock.now()
 
     def record(self, event: str, **data: Any) -> dict[str, Any]:
         """Appends an event."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from paretune import clock, hardware
-from paretune.errors import ParetuneError
+from paretune.errors import NoEffectError, NotExactError, ParetuneError
 from paretune.evaluate.fidelity import Fidelity, Scores, compare
 from paretune.files import write_bytes
 from paretune.measure.interleave import Blocks, Sample, SubjectError, run_blocks
@@ -40,7 +41,6 @@ class TrialState:
     failure_kind: str = "failed"  # failed, invalid (no effect, not exact)
     start_sec: float = 0.0
     seed: int = 0
-    tags: dict[str, Any] = field(default_factory=dict)
 
 
 class Race:
@@ -69,28 +69,37 @@ class Race:
         return self.trials[id]
 
     def start(self, ids: Sequence[str]) -> None:
-        """Starts the processes that are not running yet, two at a time; a failure becomes a row."""
+        """Starts the processes that are not running yet; a failure becomes a row.
+
+        They import their libraries side by side and then load and warm up one by one: two that compute at once would
+        wait for each other's threads and spoil each other's load and compile times.
+        """
         waiting = [self.trials[i] for i in ids if not self.trials[i].failure and self.trials[i].process is None]
-        for at in range(0, len(waiting), 2):
-            pair = waiting[at : at + 2]
+        began = clock.now()
+        for state in waiting:
+            try:
+                self._spawn(state)
+            except SubjectError as error:
+                self.fail(state, error)
+        for state in waiting:
+            self._guard(state, lambda process: process.receive(START_TIMEOUT_SEC))
+            if state.process is not None:
+                state.process.pause()
+        import_sec = (clock.now() - began) / max(1, len(waiting))
+        for state in waiting:
+            if state.failure:
+                continue
+            self.say(f"starting {state.recipe.name}")
             began = clock.now()
-            for state in pair:
-                self.say(f"starting {state.recipe.name}")
-                state.process = TrialProcess(
-                    state.id, self.goal.sample_kind, self.folder / "logs" / f"{state.id}.log", WORKER
-                )
-                self._guard(state, lambda s: s.process.send("load", **self._load_request(s)))
-            for state in pair:
-                answer = self._guard(state, lambda s: s.process.receive(START_TIMEOUT_SEC))
-                if answer is not None and state.process is not None:
-                    state.tags["answer"] = answer
-                    state.process.pause()
-            for state in pair:  # alone, each warms up
-                if not state.failure:
-                    self._guard(state, self._warm)
-                    if state.facts is not None and not self.journal.find("loaded", trial=state.id):
-                        state.start_sec = clock.now() - began
-                        self.journal.record("loaded", trial=state.id, facts=state.facts, start_sec=state.start_sec)
+            self._guard(state, functools.partial(self._load, state))
+            if state.facts is not None and not self.journal.find("loaded", trial=state.id):
+                state.start_sec = import_sec + clock.now() - began
+                self.journal.record("loaded", trial=state.id, facts=state.facts, start_sec=state.start_sec)
+
+    def _spawn(self, state: TrialState) -> None:
+        log = self.folder / "logs" / f"{state.id}.log"
+        state.process = TrialProcess(state.id, self.goal.sample_kind, log, WORKER)
+        state.process.send("ready")
 
     def _load_request(self, state: TrialState) -> dict[str, Any]:
         g = self.goal
@@ -105,18 +114,20 @@ class Race:
             "is_checked": True,  # the space was asked `requires` once, on a quiet machine
         }
 
-    def _warm(self, state: TrialState) -> None:
-        process = state.process
-        assert process is not None
+    def _load(self, state: TrialState, process: TrialProcess) -> None:
         process.resume()
+        answer = process.ask("load", START_TIMEOUT_SEC, **self._load_request(state))
         warm = process.ask("warm", kind=self.goal.sample_kind, max_sec=WARM_UP_SEC)
         if state.facts is None:
             # Beside the objective: one sample each, shown but never compared.
             side = {kind: process.ask("sample", kind=kind)["sec"] for kind in ("ttft", "tpot")}
             memory = process.ask("memory")
+            notes = state.recipe.notes(self.goal.device)
+            if not warm["settled"]:
+                notes.append(f"its timings still drifted after {WARM_UP_SEC:.0f} s of warming up")
             state.facts = {
-                **state.tags.pop("answer"),
-                "notes": state.recipe.notes(self.goal.device),
+                **answer,
+                "notes": notes,
                 "memory": memory,
                 "side_sec": side,
                 "warm_settled": warm["settled"],
@@ -124,21 +135,23 @@ class Race:
             }
         process.pause()
 
-    def _guard(self, state: TrialState, act: Callable[[TrialState], Any]) -> Any:
-        """Runs `act`; what goes wrong with the trial is its row's cause."""
+    def _guard(self, state: TrialState, act: Callable[[TrialProcess], Any]) -> Any:
+        """Runs `act` on the trial's process; what goes wrong with it is its row's cause."""
         if state.failure:
             return None
+        assert state.process is not None
         try:
-            return act(state)
+            return act(state.process)
         except SubjectError as error:
-            self.fail(state, str(error))
+            self.fail(state, error)
             return None
 
-    def fail(self, state: TrialState, reason: str) -> None:
-        invalid = any(word in reason for word in ("had no effect", "is not exact", "is off by", "breaks"))
-        state.failure, state.failure_kind = reason, "invalid" if invalid else "failed"
-        self.journal.record("failed", trial=state.id, reason=reason, kind=state.failure_kind)
-        self.say(f"{state.recipe.name} failed: {reason}")
+    def fail(self, state: TrialState, error: SubjectError) -> None:
+        """Ends a trial; one that had no effect or is not exact is invalid, any other has failed."""
+        invalid = error.kind in (NoEffectError.__name__, NotExactError.__name__)
+        state.failure, state.failure_kind = str(error), "invalid" if invalid else "failed"
+        self.journal.record("failed", trial=state.id, reason=state.failure, kind=state.failure_kind)
+        self.say(f"{state.recipe.name} failed: {state.failure}")
         self.stop(state.id)
 
     def stop(self, id: str) -> None:
@@ -192,7 +205,7 @@ class Race:
             done=list(self.journal.samples),
         )
         for name, error in run.failures.items():
-            self.fail(self.trials[name], str(error))
+            self.fail(self.trials[name], error)
         return not run.is_cut
 
     def is_whole(self, stage: str) -> bool:
@@ -231,7 +244,7 @@ class Race:
             state.process.resume()
             answer = self._guard(
                 state,
-                lambda s: s.process.ask(
+                lambda process: process.ask(
                     "score",
                     timeout_sec=START_TIMEOUT_SEC,
                     windows=str(path.resolve()),

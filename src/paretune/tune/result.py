@@ -55,6 +55,7 @@ def result_of(out: Outcome) -> dict[str, Any]:
         },
         "goal": goal.to_json(),
         "outcome": out.kind,
+        "too_noisy": out.too_noisy,
         "winner_id": out.winner,
         "baseline_id": BASELINE,
         "aa": None if aa is None or not math.isfinite(aa.high) else {**_interval(aa), "half_width": out.resolution},
@@ -226,9 +227,28 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
         )
     elif out.kind == "baseline":
         said.append("Nothing that keeps the quality beat the baseline beyond noise: keep it.")
+        if open_ := _undecided(out):
+            best = max(open_, key=lambda i: out.ratio(i).value)
+            said.append(
+                f"{out.race.trials[best].recipe.name} looks {out.ratio(best).value:.2f} times as fast, but that is not "
+                "proved: allow more with --budget."
+            )
     if out.kind == "none":
         said.append(f"No recipe reaches the asked speed-up of {goal.min_speedup:g} within the quality bound.")
     return said + out.notes
+
+
+def _undecided(out: Outcome) -> list[str]:
+    """Candidates that look faster and were neither shown to be nor refused for their quality."""
+    if out.goal.in_bytes:
+        return []
+    blocks = out.race.measured()
+    refused = {i for i, quality in out.qualities.items() if not quality.within_bound}
+    ids = [
+        i for i, s in out.race.trials.items() if not s.failure and i in blocks.subjects and not i.startswith("confirm")
+    ]
+    ids = [i for i in ids if i not in refused | {BASELINE, TWIN} and out.ratio(i).value > 1 + out.resolution]
+    return [i for i in ids if out.verdict(i) in ("undecided", "faster")]
 
 
 def result_speed(out: Outcome, id: str) -> dict[str, Any]:

@@ -37,8 +37,8 @@ from paretune.tune.race import BASELINE, TWIN, Race, TrialState
 
 WAVE = 5  # candidates at once: a block then takes about two seconds
 SCREEN_BLOCKS = 6  # enough for a finite interval (stats.MIN_BLOCKS)
-FINAL_LOOKS = stats.looks(8, 27)  # blocks after which a final may end
-CONFIRM_ROUNDS, CONFIRM_BLOCKS = 2, 8
+FINAL_LOOKS = stats.looks(14, 40)  # blocks after which a final may end
+CONFIRM_ROUNDS, CONFIRM_BLOCKS = 2, 10
 N_FINALISTS = 3
 SEARCH_SHARE, FINAL_SHARE = 0.55, 0.75  # of the budget: the search ends, the finals end
 WINDOW_LEN = 257  # tokens: 128 scored in prefill, 128 in decode
@@ -200,6 +200,7 @@ class Search:
         failure = race.trials[BASELINE].failure or race.trials[TWIN].failure
         if failure:
             raise ParetuneError(f"the baseline itself does not run: {failure}", "Try `paretune generate` on the model")
+        self.journal.start_clock()
         self._waves()
         finalists = self._gate()
         winner = self._finals(finalists)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from paretune.engine.cache import KVCache
+from paretune.model.base import LanguageModel
 
 Logits = Literal["last", "all"]
 
@@ -22,10 +23,10 @@ class Runner:
     name: ClassVar[str]
     exact: ClassVar[bool] = True  # claims the reference's results, so it is checked before it is timed
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self.model = model
         self.config = model.config
-        embedding = getattr(model, model.embedding_name)
+        embedding = model.embedding
         self.dtype: torch.dtype = embedding.weight.compute_dtype
         self.device = next(iter(embedding.weight.to_tensors().values())).device
 

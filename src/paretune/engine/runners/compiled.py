@@ -16,6 +16,7 @@ from paretune import native_build
 from paretune.engine.cache import KVCache
 from paretune.engine.runners.base import Logits, Runner
 from paretune.errors import UsageError
+from paretune.model.base import LanguageModel
 
 # `freeze` folds the weights into the graph as constants (and may repack them: counted in the memory report).
 MODES: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ class CompileRunner(Runner):
 
     name = "compile"
 
-    def __init__(self, model: nn.Module, mode: str = "default") -> None:
+    def __init__(self, model: LanguageModel, mode: str = "default") -> None:
         super().__init__(model)
         if mode not in MODES:
             raise UsageError(f"unknown compile mode {mode!r}", f"Known: {', '.join(MODES)}")
@@ -84,7 +85,7 @@ class CompileRunner(Runner):
 class _Step(nn.Module):
     """A wrapper of its own per phase: `torch.compile` of one module twice would share its compiled code."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
