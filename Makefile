@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 .PHONY: tune test test-slow check gpu clean
 
 tune: $(STAMP)
-	$(VENV)/bin/paretune tune pocket --objective tpot --max-ppl-increase 1% --budget 4m -o runs/pocket --force
+	$(VENV)/bin/paretune tune pocket --objective tpot --max-ppl-increase 1% --budget 270s -o runs/pocket --force
 	$(VENV)/bin/paretune generate runs/pocket --prompt "The old man looked at the sea and" --max-new-tokens 60
 
 test: $(STAMP)

@@ -22,6 +22,7 @@ from paretune.tune.plan import PLAN_FILE, SCHEMA_VERSION
 from paretune.tune.race import BASELINE, TWIN, TrialState
 from paretune.tune.search import Outcome, baseline_recipe
 
+SIDE_LOSS = 1.3  # a single sample each: smaller differences may be noise
 INSTANT_SEC = 1.0  # a conversion that takes longer is stored with the plan
 RATE_OF = {None: "fp32", "bf16": "bf16", "fp16": "fp16"}
 
@@ -212,6 +213,7 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
         w, b = winner.facts["weights_bytes"], base.facts["weights_bytes"]
         if w != b:
             said.append(f"Its weights take {w / 1e6:.1f} MB instead of {b / 1e6:.1f} MB.")
+        said += _other_phase(out, winner, base)
         for note in winner.facts["notes"]:
             said.append(note if note.endswith(".") else note + ".")
     elif out.too_noisy:
@@ -236,6 +238,18 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
     if out.kind == "none":
         said.append(f"No recipe reaches the asked speed-up of {goal.min_speedup:g} within the quality bound.")
     return said + out.notes
+
+
+def _other_phase(out: Outcome, winner: TrialState, base: TrialState) -> list[str]:
+    """What the winner costs in the phase that was not asked for; taken once each, so only a large change is told."""
+    if winner is base or winner.facts is None or base.facts is None:
+        return []
+    told = []
+    for kind, what in (("ttft", "the first token"), ("tpot", "each later token")):
+        ours, theirs = winner.facts["side_sec"][kind], base.facts["side_sec"][kind]
+        if kind != out.goal.sample_kind and ours > SIDE_LOSS * theirs:
+            told.append(f"But {what} takes {ours / theirs:.1f} times as long ({ours * 1e3:.3g} ms).")
+    return told
 
 
 def _undecided(out: Outcome) -> list[str]:

@@ -40,9 +40,12 @@ SCREEN_BLOCKS = 6  # enough for a finite interval (stats.MIN_BLOCKS)
 FINAL_LOOKS = stats.looks(14, 40)  # blocks after which a final may end
 CONFIRM_ROUNDS, CONFIRM_BLOCKS = 2, 10
 N_FINALISTS = 3
-SEARCH_SHARE, FINAL_SHARE = 0.55, 0.75  # of the budget: the search ends, the finals end
+# Of the budget: the search, the quality gate, the finals have ended.
+SEARCH_SHARE, GATE_SHARE, FINAL_SHARE = 0.5, 0.62, 0.78
+SLICE_SEC = 0.45  # one slice with its probes, repeats and the change of processes, roughly
 WINDOW_LEN = 257  # tokens: 128 scored in prefill, 128 in decode
-MIN_WINDOWS, MAX_WINDOWS = 40, 64
+MIN_WINDOWS = 40
+MAX_WINDOWS = {"search": 40, "confirm": 48}  # many are scored in the search, one is confirmed
 TOO_NOISY = 0.25  # A/A half width above which no verdict is given
 MIN_BYTES_GAIN = 1.02
 
@@ -165,7 +168,7 @@ class Search:
                     f"the text gives {n} windows of {length} tokens to {split} on, a bound needs {needed}",
                     f"Pass a --text of at least {2 * needed * length} tokens",
                 )
-            out[split] = windows_of(tokens, length)[: max(needed, MAX_WINDOWS)]
+            out[split] = windows_of(tokens, length)[: max(needed, MAX_WINDOWS[split])]
         if max(int(w.max()) for w in out.values()) >= config.vocab_size:
             raise UsageError("the tokenizer gives tokens that the model does not know", "Use the model's own tokenizer")
         return out
@@ -220,12 +223,13 @@ class Search:
                 by_id = {c.id: c for c in self.out.space.legal}
                 wave = [by_id[i] for i in known["trials"] if i in by_id]  # a compiler may be gone since
             else:
-                if self._left(SEARCH_SHARE) <= 0:
+                room = self._room()
+                # A wave that starts has time for its blocks too, or its rows would say nothing.
+                left = self._left(SEARCH_SHARE) - SCREEN_BLOCKS * SLICE_SEC * (2 + room)
+                if left <= 0:
                     return
                 tried = set(race.trials)
-                wave = spaces.next_wave(
-                    self.out.space, tried, self._singles(), self._start_secs(), self._left(SEARCH_SHARE), self._room()
-                )
+                wave = spaces.next_wave(self.out.space, tried, self._singles(), self._start_secs(), left, room)
                 if not wave:
                     return
                 self.journal.record("wave", index=index, trials=[c.id for c in wave])
@@ -305,7 +309,7 @@ class Search:
             return [i for i in known["trials"] if i in self.out.race.trials and self._quality(i) is not None]
         passed: list[str] = []
         for id in self._ranked():
-            if len(passed) == N_FINALISTS or self._left(FINAL_SHARE) <= 0:
+            if len(passed) == N_FINALISTS or self._left(GATE_SHARE) <= 0:
                 break
             if self.out.ratio(id).high < 1 or self.out.verdict(id) == "slower":
                 continue
@@ -401,7 +405,7 @@ class Search:
         quality: Fidelity | None = None
         for round in range(CONFIRM_ROUNDS):
             done = self.journal.find("stage", stage=f"confirm {winner} {round}")
-            if round and not done and self._left(1.0) < race.trials[winner].start_sec + 20:
+            if round and not done and self._left(1.0) < race.trials[winner].start_sec:
                 self.out.notes.append("The budget allowed one confirmation round, not two.")
                 break
             base, ours = f"confirm-{winner}-{round}-baseline", f"confirm-{winner}-{round}"
@@ -439,7 +443,8 @@ class Search:
             "quality": quality.to_json(),
             "n_processes": len(pairs),
             "median_sec": median,
-            "note": f"{len(pairs)} fresh pairs of processes, fresh prompts, text that the search did not see",
+            "note": f"{len(pairs)} fresh {'pair' if len(pairs) == 1 else 'pairs'} of processes, fresh prompts, "
+            "text that the search did not see",
         }
         result["speedup"]["verdict"] = verdict
         for kind in ("ttft", "tpot"):

@@ -65,8 +65,8 @@ class CompileRunner(Runner):
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
         assert cache.static, "this cache was made by another runner"
         K = tokens.size(1)
-        if tokens.is_inference():
-            tokens = tokens.clone()
+        # Own memory with plain strides: a slice of a longer prompt would be compiled for once more.
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
         cache.begin_(K)
         if K == 1:
             out = self._decode(tokens, cache, logits)
