@@ -80,12 +80,28 @@ def compiler_version(command: str) -> str:
     return _version(command, os.environ.get("PATH", ""))
 
 
+# What PARETUNE_ISA takes away from this processor, so that slower paths can be tested and compared.
+_WITHOUT = {
+    "": (),
+    "avx2": ("-mno-avx512f",),
+    "portable": ("-mno-avx512f", "-mno-avx2", "-mno-fma", "-mno-f16c", "-mno-avx"),
+}
+
+
 def flags() -> tuple[str, ...]:
-    """The compiler flags, the same for every source."""
+    """The compiler flags of every source. `PARETUNE_ISA=avx2` or `portable` forces a slower path.
+
+    Raises:
+        NativeUnavailable: `PARETUNE_ISA` names none.
+    """
+    wanted = os.environ.get("PARETUNE_ISA", "")
+    if wanted not in _WITHOUT:
+        raise NativeUnavailable(f"PARETUNE_ISA is {wanted!r}", f"Known: {', '.join(k for k in _WITHOUT if k)}")
+    without = _WITHOUT[wanted] if platform.machine().lower() in ("x86_64", "amd64") else ()
     # Apple's compiler for Arm knows the processor by -mcpu alone.
     apple_arm = sys.platform == "darwin" and platform.machine() == "arm64"
     native = "-mcpu=native" if apple_arm else "-march=native"
-    return ("-O3", native, "-std=c++20", "-shared", "-fPIC", "-pthread")
+    return ("-O3", native, *without, "-std=c++20", "-shared", "-fPIC", "-pthread")
 
 
 @functools.cache
@@ -221,13 +237,19 @@ def _folder() -> Path:
     return _writable(cache_folder() / "native")
 
 
+def _own_flags(source: Path) -> list[str]:
+    """What a source asks for itself, in a line `// flags: ...` (part of the hash as all of its text)."""
+    lines = source.read_text("utf-8").splitlines()
+    return next((line.removeprefix("// flags:").split() for line in lines if line.startswith("// flags:")), [])
+
+
 def _compile(source: Path, target: Path, command: str) -> None:
     """Builds under a temporary name, then renames: processes that compile at once never see half a file."""
     say(f"compiling {source.name} with {command} (once)")
     handle, temporary = tempfile.mkstemp(prefix=f".{target.stem}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     try:
-        full = [*_words(command), *flags(), "-I", str(source.parent), str(source), "-o", temporary]
+        full = [*_words(command), *flags(), *_own_flags(source), "-I", str(source.parent), str(source), "-o", temporary]
         try:
             done = subprocess.run(full, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_SEC, errors="replace")
         except (OSError, subprocess.SubprocessError) as error:

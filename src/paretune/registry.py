@@ -64,6 +64,7 @@ TRANSFORMS.register("int8", "paretune.transforms.int8:Int8")
 
 RUNNERS.register("eager", "paretune.engine.runners.eager:EagerRunner")
 RUNNERS.register("compile", "paretune.engine.runners.compiled:CompileRunner")
+RUNNERS.register("native", "paretune.engine.runners.native:NativeRunner")
 
 ATTENTION.register("eager", "paretune.ops.attention.reference:attention")
 ATTENTION.register("sdpa", "paretune.ops.attention.sdpa:attention")

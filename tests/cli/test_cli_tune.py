@@ -58,9 +58,9 @@ def test_dry_run_shows_the_space_and_measures_nothing(tune, tmp_path):
     code, out, err = tune("pocket", "--dry-run", "-o", tmp_path / "plan")
     lines = out.splitlines()
     assert code == 0 and not err
-    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "71 candidates:"
-    names = [line.strip() for line in lines[2:73]]
-    assert len(set(names)) == 71 and "sdpa + bf16 + int8, compile(default)" in names
+    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "89 candidates:"
+    names = [line.strip() for line in lines[2:91]]
+    assert len(set(names)) == 89 and "sdpa + bf16 + int8, compile(default)" in names
     assert "Nothing was measured" in lines[-1] and "300 s" in lines[-1]
     assert not (tmp_path / "plan").exists()
 
@@ -69,7 +69,7 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
-    assert out.count("cannot run here") == 54 and "needs a C++ compiler" in out
+    assert out.count("cannot run here") == 72 and "needs a C++ compiler" in out
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import torch
 
 from paretune import clock, hardware, stats
 from paretune.engine.runners.compiled import CompileRunner
+from paretune.engine.runners.native import NativeRunner
 from paretune.evaluate.fidelity import PhaseScores, Scores
 from paretune.hardware import Ceilings, DtypeSupport
 from paretune.measure.interleave import SubjectError
@@ -29,7 +30,7 @@ from paretune.tune.goal import Goal
 from paretune.tune.search import Search
 
 BASE = "sdpa, eager"
-START_SEC = {"eager": 3.0, "compile": 12.0}
+START_SEC = {"eager": 3.0, "native": 3.0, "compile": 12.0}
 SLICE_SEC = 0.12
 DRAWS = stats._bootstrap_draws
 MB = 1_000_000
@@ -260,7 +261,8 @@ def install(monkeypatch, machine: Machine, n_draws: int = 200) -> Machine:
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": good)
     monkeypatch.setattr(hardware, "set_threads", lambda n=None: {"threads": 2})
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 64 << 30)
-    monkeypatch.setattr(CompileRunner, "requires", staticmethod(lambda device: None))
+    for runner in (CompileRunner, NativeRunner):
+        monkeypatch.setattr(runner, "requires", staticmethod(lambda device: None))
     monkeypatch.setattr("paretune.tune.journal.os.fsync", lambda fd: None)
     monkeypatch.setattr(Search, "_windows", lambda self, config, text: windows())
     monkeypatch.setattr("paretune.tune.search.Tokenizer", lambda folder: None)

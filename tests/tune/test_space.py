@@ -21,6 +21,7 @@ DTYPES = [None, "bf16", "fp16"]
 INT8 = [None, {"name": "int8", "embeddings": True}, {"name": "int8", "embeddings": False}]
 ENGINES = [
     {"runner": "eager"},
+    {"runner": "native"},
     *({"runner": "compile", "compile_mode": m} for m in ("default", "freeze", "max-autotune")),
 ]
 
@@ -39,6 +40,7 @@ def machine(monkeypatch):
     support = {"fp32": GOOD, "bf16": GOOD, "fp16": GOOD}
     monkeypatch.delenv("PARETUNE_NO_COMPILER", raising=False)
     monkeypatch.setattr("paretune.native_build.compiler", lambda: "c++")
+    monkeypatch.setattr("paretune.ops.native.program.library", lambda: None)
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
     return support
 
@@ -47,7 +49,7 @@ def test_every_legal_combination_once(machine):
     space = spaces.build("cpu")
     expected = {r.hash for r in all_recipes()} - {preset("baseline").hash}
     ids = [c.id for c in space.legal]
-    assert len(expected) == 2 * 3 * 3 * 4 - 1
+    assert len(expected) == 2 * 3 * 3 * 5 - 1
     assert len(ids) == len(set(ids)) == len(expected)
     assert set(ids) == expected
     assert not space.illegal
@@ -66,23 +68,24 @@ def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, mo
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
     space = spaces.build("cpu")
     assert len(space.legal) == 2 * 3 * 3 - 1
-    assert len(space.illegal) == 2 * 3 * 3 * 3
-    assert all("compile" in name and "compiler" in reason for name, reason in space.illegal)
+    assert len(space.illegal) == 2 * 3 * 3 * 4
+    assert all("compile" in name or "native" in name for name, _ in space.illegal)
+    assert all("compiler" in reason or "PARETUNE_NO_COMPILER" in reason for _, reason in space.illegal)
     assert all(c.recipe.engine.runner == "eager" for c in space.legal)
 
 
 def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
     machine["fp16"] = DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here: no such kernel")
     space = spaces.build("cpu")
-    assert len(space.legal) == 2 * 2 * 3 * 4 - 1
-    assert len(space.illegal) == 2 * 3 * 4
+    assert len(space.legal) == 2 * 2 * 3 * 5 - 1
+    assert len(space.illegal) == 2 * 3 * 5
     assert all("fp16" in name and "no such kernel" in reason for name, reason in space.illegal)
     assert len({name for name, _ in space.illegal}) == len(space.illegal)
 
 
 def test_an_emulated_dtype_is_legal(machine):
     machine["bf16"] = DtypeSupport(True, True, 0.3, 0.3, "bf16 is emulated here")
-    assert len(spaces.build("cpu").legal) == 71
+    assert len(spaces.build("cpu").legal) == 89
 
 
 # -- the order
@@ -94,16 +97,16 @@ def wave(space, tried=(), singles=None, start=None, budget=1e9, size=5):
 
 def test_cheap_changes_alone_come_first(machine):
     space = spaces.build("cpu")
-    order = wave(space, size=71)
-    assert sum(len(c.changes) == 1 for c in space.legal) == 1 + 2 + 2 + 3
-    assert all(len(c.changes) == 1 and c.choice[3] == "eager" for c in order[:5])
-    assert all(len(c.changes) > 1 or c.choice[3] != "eager" for c in order[5:])
+    order = wave(space, size=89)
+    assert sum(len(c.changes) == 1 for c in space.legal) == 1 + 2 + 2 + 4
+    assert all(len(c.changes) == 1 and c.choice[3] in ("eager", "native") for c in order[:6])
+    assert all(len(c.changes) > 1 or c.choice[3] not in ("eager", "native") for c in order[6:])
 
 
 def test_a_runner_is_looked_at_beside_the_combinations_of_cheap_changes(machine):
     """It starts slowly, and is not left for a budget that ends before: default before freeze before autotune."""
     space = spaces.build("cpu")
-    tried = [c.id for c in space.legal if len(c.changes) == 1 and c.choice[3] == "eager"]
+    tried = [c.id for c in space.legal if len(c.changes) == 1 and c.choice[3] in ("eager", "native")]
     gains = {"precision": 0.25, "quantize": 0.25, "attention": -0.1}
     singles = {change: gains[change[0]] for c in space.legal for change in c.changes.items() if change[0] in gains}
     chosen = wave(space, tried, singles, size=5)
@@ -121,6 +124,7 @@ def test_what_was_measured_decides_which_combination_is_next(machine):
         ("precision", "fp16"): 0.6,
         ("quantize", "int8"): 0.1,
         ("quantize", "int8-linear"): 0.5,
+        ("runner", "native"): -0.5,
         ("runner", "compile:default"): -0.5,
         ("runner", "compile:freeze"): -0.5,
         ("runner", "compile:max-autotune"): -0.5,
@@ -128,7 +132,7 @@ def test_what_was_measured_decides_which_combination_is_next(machine):
     first = wave(space, tried, singles, size=1)[0]
     assert first.changes == {"precision": "fp16", "quantize": "int8-linear"}
     # Gains that are predicted to be losses wait until nothing better is left.
-    promising = wave(space, tried, singles, size=71)
+    promising = wave(space, tried, singles, size=89)
     assert all(spaces.predicted_log_gain(c, singles) > 0 for c in promising)
 
 
@@ -150,9 +154,9 @@ def test_what_is_measured_for_want_of_better_respects_the_budget_too(machine):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tried=st.sets(st.integers(0, 70)),
-    gains=st.lists(st.floats(-2, 2), min_size=8, max_size=8),
-    starts=st.lists(st.floats(0.5, 200), min_size=4, max_size=4),
+    tried=st.sets(st.integers(0, 88)),
+    gains=st.lists(st.floats(-2, 2), min_size=9, max_size=9),
+    starts=st.lists(st.floats(0.5, 200), min_size=5, max_size=5),
     budget=st.floats(0, 400),
     size=st.integers(1, 8),
 )
@@ -172,7 +176,7 @@ def test_a_wave_repeats_nothing_and_respects_size_and_budget(tried, gains, start
 
 
 @settings(max_examples=25, deadline=None)
-@given(gains=st.lists(st.floats(-3, 3), min_size=8, max_size=8), size=st.integers(1, 8))
+@given(gains=st.lists(st.floats(-3, 3), min_size=9, max_size=9), size=st.integers(1, 8))
 def test_with_time_enough_every_candidate_has_its_turn(gains, size):
     space = full_space()
     changes = sorted({change for c in space.legal for change in c.changes.items()})

@@ -105,7 +105,7 @@ def evaluate(
             f"Use a longer text, or --context {len(ids)} or smaller" if len(ids) >= 4 else "Use a longer text",
         )
     out = None if output_dir is None else ensure_folder(output_dir.expanduser())
-    rows = batch_size or (EAGER_ROWS if recipe.engine.runner == "eager" else 1)
+    rows = batch_size or (EAGER_ROWS if recipe.engine.runner in ("eager", "native") else 1)
 
     result: dict[str, Any] = {
         **environment.header(),

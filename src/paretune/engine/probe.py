@@ -53,6 +53,7 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
     if not bool(torch.isfinite(logits).all()):
         raise ParetuneError("the model gives NaN or infinity", "Use a wider dtype, or check the weights")
     kernels = Counter(event.name for event in watched.events())
+    kernels.update(runner.kernels)
     sizes: dict[str, int] = {}
     storages = {t.untyped_storage().data_ptr(): t for t in [*runner.model.parameters(), *runner.model.buffers()]}
     for t in storages.values():

@@ -22,6 +22,7 @@ from paretune.errors import ParetuneError
 MAX_REPEATS = 2
 MAX_PROBE_CHANGE = 0.2
 MAX_WARM_UP_SEC = 30.0
+MAX_REPEATABLE_SEC = 1.0  # states last seconds: what the ends of a longer slice differ by says nothing of its middle
 
 
 class SubjectError(ParetuneError):
@@ -173,7 +174,7 @@ def run_blocks(
         rng_seed: with the block and the names it fixes the order.
         probe: measures the bandwidth in bytes/s (about 15 ms). It runs before and after each slice with every
             subject asleep; where the two differ by more than `max_probe_change` the slice is repeated, at
-            most `max_repeats` times, and the last one counts.
+            most `max_repeats` times, and the last one counts. One of more than `MAX_REPEATABLE_SEC` is not repeated.
         deadline_sec: the moment of `clock.now()` from which no slice is started.
         on_sample: called with each new sample when it is taken, before anything else happens: put it on
             disk there.
@@ -191,10 +192,12 @@ def run_blocks(
         n_repeated = 0
         while True:
             before = probe() if probe else None
+            began = clock.now()
             with _awake(subject):
                 value_sec = _timed(subject)
+            is_long = clock.now() - began > MAX_REPEATABLE_SEC
             after = probe() if probe else None
-            if n_repeated == max_repeats or not _differ(before, after, max_probe_change):
+            if n_repeated == max_repeats or is_long or not _differ(before, after, max_probe_change):
                 return Sample(subject.name, block, position, value_sec, before, after, n_repeated)
             n_repeated += 1
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from paretune.model.config import ModelConfig
 from paretune.model.layers import Embedding, Linear
+from paretune.ops.native.program import CannotLower, Program
 
 
 class LanguageModel(nn.Module):
@@ -39,6 +40,14 @@ class LanguageModel(nn.Module):
     def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
         """Logits of the next token; see `GPT2.forward`."""
         raise NotImplementedError
+
+    def lower(self, program: Program) -> None:
+        """Writes the forward step as a list of native operations.
+
+        Raises:
+            CannotLower: native code has no form of something in it.
+        """
+        raise CannotLower(f"{type(self).__name__} has no native form", "Use the eager runner")
 
     def initialize_(self, generator: torch.Generator) -> None:
         """Fills the parameters at random, as the architecture's paper does."""

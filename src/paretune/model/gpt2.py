@@ -9,7 +9,7 @@ Legend: B batch, T time (tokens), C width (n_embd), H heads, D head dimension, V
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from paretune.model.layers import (
     empty_linear,
 )
 from paretune.ops.attention.spec import AttentionFunction, AttentionSpec, LayerCache
+from paretune.ops.native.program import LOGITS, Program
 from paretune.registry import ATTENTION
 
 
@@ -114,6 +115,19 @@ class GPT2(LanguageModel):
         if logits == "last":
             x = x[:, -1:] if cache is None else cache.take_last(x)
         return self.lm_head(self.ln_f(x))
+
+    def lower(self, program: Program) -> None:
+        c = self.config
+        program.embed("x", self.wte.weight, self.wpe.weight)
+        blocks: list[Any] = list(self.h)
+        for i, block in enumerate(blocks):
+            attn, mlp = block.attn, block.mlp
+            program.linear(attn.c_attn, "x", "qkv", norm=block.ln_1)
+            program.attention("qkv", "mixed", i, attn.attention, attn.spec, c.n_head, c.n_head, c.head_dim)
+            program.linear(attn.c_proj, "mixed", "x", add=True)
+            program.linear(mlp.c_fc, "x", "inner", norm=block.ln_2, activation=c.activation)
+            program.linear(mlp.c_proj, "inner", "x", add=True)
+        program.linear(self.lm_head, "x", LOGITS, norm=self.ln_f, last_only=True)
 
     def initialize_(self, generator: torch.Generator) -> None:
         """GPT-2's own initialisation: normal, residual projections scaled by 1/sqrt(2 n_layer)."""

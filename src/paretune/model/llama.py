@@ -9,7 +9,7 @@ Legend: B batch, T time (tokens), C width (n_embd), H query heads, Hkv key/value
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from paretune.model.layers import (
     empty_linear,
 )
 from paretune.ops.attention.spec import AttentionFunction, AttentionSpec, LayerCache
+from paretune.ops.native.program import LOGITS, Program
 from paretune.registry import ATTENTION
 
 
@@ -131,6 +132,26 @@ class Llama(LanguageModel):
         if logits == "last":
             x = x[:, -1:] if cache is None else cache.take_last(x)
         return self.lm_head(self.norm(x))
+
+    def lower(self, program: Program) -> None:
+        c = self.config
+        q_width, kv_width = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+        width = q_width + 2 * kv_width
+        program.embed("x", self.embed_tokens.weight, rope=self._rope, head_dim=c.head_dim)
+        blocks: list[Any] = list(self.layers)
+        for i, block in enumerate(blocks):
+            attn, mlp = block.self_attn, block.mlp
+            heads = (c.n_head, c.n_kv_head, c.head_dim)
+            program.linear(attn.q_proj, "x", "qkv", norm=block.input_layernorm, columns=(0, width), barrier=False)
+            program.linear(attn.k_proj, "x", "qkv", same_input=True, columns=(q_width, width), barrier=False)
+            program.linear(attn.v_proj, "x", "qkv", same_input=True, columns=(q_width + kv_width, width))
+            program.attention("qkv", "mixed", i, attn.attention, attn.spec, *heads, rope=self._rope)
+            program.linear(attn.o_proj, "mixed", "x", add=True)
+            norm = block.post_attention_layernorm
+            program.linear(mlp.gate_proj, "x", "gate", norm=norm, activation=c.activation, barrier=False)
+            program.linear(mlp.up_proj, "x", "inner", same_input=True, gate="gate")
+            program.linear(mlp.down_proj, "inner", "x", add=True)
+        program.linear(self.lm_head, "x", LOGITS, norm=self.norm, last_only=True)
 
     def _apply(self, fn, recurse=True):
         # Not a buffer, because `model.to(bfloat16)` must not round it; it still follows the model's device.

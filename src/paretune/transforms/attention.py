@@ -43,10 +43,13 @@ class Attention(Transform):
         ensure(all(m.attention is function for m in layers), self, "some layers kept another function")
         said = f"all {len(layers)} layers run {self.form} attention"
         if self.form == "sdpa" and not probe.compiled:
-            seen = kernels_like(probe, ["scaled_dot_product", "_flash_attention", "_efficient_attention"])
+            seen = kernels_like(
+                probe, ["scaled_dot_product", "_flash_attention", "_efficient_attention", "native::attention"]
+            )
             ensure(bool(seen), self, "the profile of one step shows no fused attention kernel")
             fused = [k for k in seen if "flash" in k or "efficient" in k or "cudnn" in k]
-            said += f" ({fused[0] if fused else 'the unfused math form'} in the profile)"
+            native = ["native::attention"] if "native::attention" in seen else []
+            said += f" ({[*fused, *native, 'the unfused math form'][0]} in the profile)"
         return [said]
 
 

@@ -65,7 +65,7 @@ class Int8(Transform):
         # One byte a value and four a row, nothing else: no dequantised copy is kept.
         ensure(n_bytes <= n_values + 4 * sum(w.out_features for w in unique), self, f"{n_bytes} bytes are stored")
         said = [f"{len(holders)} layers hold int8 rows: {n_bytes:,} bytes for {n_values:,} weights"]
-        kernel = Int8Rows.kernel
+        kernel = "native::int8" if "native::int8" in probe.kernels else Int8Rows.kernel
         if not probe.compiled and next(model.parameters()).device.type == "cpu":
             ensure(bool(kernel and probe.kernels.get(kernel)), self, f"the profile of one step shows no {kernel}")
             said.append(f"{kernel} ran {probe.kernels[kernel]} times in one prefill and one decode step")

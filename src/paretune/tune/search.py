@@ -35,7 +35,7 @@ from paretune.tune.goal import Goal
 from paretune.tune.journal import Journal
 from paretune.tune.race import BASELINE, TWIN, Race, TrialState
 
-WAVE = 5  # candidates at once: a block then takes about two seconds
+WAVE = 6  # candidates at once: a block then takes about two seconds
 SCREEN_BLOCKS = 6  # enough for a finite interval (stats.MIN_BLOCKS)
 FINAL_LOOKS = stats.looks(14, 40)  # blocks after which a final may end
 CONFIRM_ROUNDS, CONFIRM_BLOCKS = 2, 10

@@ -11,7 +11,7 @@ from paretune.recipe import Recipe, preset
 ATTENTION = ("sdpa", "eager")
 PRECISION = (None, "bf16", "fp16")
 QUANTIZE = (None, "int8", "int8-linear")
-RUNNERS = ("eager", "compile:default", "compile:freeze", "compile:max-autotune")
+RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
 FAMILIES = ("attention", "precision", "quantize", "runner")
 Choice = tuple[str, str | None, str | None, str]
 BASELINE: Choice = ("sdpa", None, None, "eager")
@@ -126,7 +126,7 @@ def next_wave(
     left = [c for c in space.legal if c.id not in tried and cost(c) <= budget_sec]
 
     def rank(c: Candidate) -> tuple[bool, float]:
-        is_cheap_single = len(c.changes) == 1 and c.choice[3] == "eager"
+        is_cheap_single = len(c.changes) == 1 and c.choice[3] in ("eager", "native")
         return (not is_cheap_single, -predicted_log_gain(c, singles) / (1 + cost(c) / 60))
 
     def take(candidates: list[Candidate], most: int) -> list[Candidate]:
@@ -149,4 +149,10 @@ def next_wave(
 
 
 # Before anything was measured; replaced by what this run sees.
-DEFAULT_START_SEC = {"eager": 7.0, "compile:default": 45.0, "compile:freeze": 50.0, "compile:max-autotune": 90.0}
+DEFAULT_START_SEC = {
+    "eager": 7.0,
+    "native": 7.0,
+    "compile:default": 45.0,
+    "compile:freeze": 50.0,
+    "compile:max-autotune": 90.0,
+}

@@ -21,7 +21,7 @@ def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     windows = torch.from_numpy(np.load(request["windows"]))
     runner = trial.loaded.runner
     # A compiled decode graph has a fixed batch: it is scored as it was timed.
-    batch_size = EAGER_ROWS if runner.name == "eager" else request["batch_size"]
+    batch_size = EAGER_ROWS if runner.name in ("eager", "native") else request["batch_size"]
     started = clock.now()
     scores = fidelity.score(
         runner,

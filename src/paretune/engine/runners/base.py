@@ -52,6 +52,11 @@ class Runner:
         """One step: `tokens[B, K] -> [B, 1, V]` ("last") or `[B, K, V]` ("all"); the cache holds K more after it."""
         raise NotImplementedError
 
+    @property
+    def kernels(self) -> dict[str, int]:
+        """Kernels of a step that no profiler sees, with counts."""
+        return {}
+
     def describe(self) -> dict[str, object]:
         """What really runs, for the report."""
         return {"runner": self.name}

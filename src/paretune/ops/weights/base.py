@@ -52,6 +52,11 @@ class Weight(nn.Module):
         """Builds the weight around stored tensors without copying them."""
         raise NotImplementedError
 
+    def native(self) -> tuple[str, Tensor, Tensor | None] | None:
+        """What native code reads: a name in `ops.native.program.FORMATS`, the values `[out, in]`, scales `[out]` or
+        None. None where it cannot read this format."""
+        return None
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of all stored tensors, each storage counted once."""

@@ -36,6 +36,11 @@ class Dense(Weight):
     def dequantize(self) -> Tensor:
         return self.values
 
+    def native(self) -> tuple[str, Tensor, Tensor | None] | None:
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        name = names.get(self.values.dtype)
+        return None if name is None else (name, self.values, None)
+
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.values.dtype

@@ -68,6 +68,9 @@ class Int8Rows(Weight):
     def dequantize(self) -> Tensor:
         return (self.q.float() * self.scale[:, None]).to(self.compute_dtype)
 
+    def native(self) -> tuple[str, Tensor, Tensor | None] | None:
+        return "int8", self.q, self.scale
+
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.compute.dtype

@@ -1,0 +1,288 @@
+"""The list of operations that a model lowers itself to, and the native code that walks it (`step.cpp`).
+
+A model's `lower(program)` reads like its `forward`: it names buffers (rows of fp32, one row a token) and says what goes
+from which into which. Weights are used as they are stored: nothing is copied but norms and biases.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretune import native_build
+from paretune.errors import ParetuneError
+from paretune.ops.attention.spec import AttentionSpec
+from paretune.ops.weights.base import Weight
+from paretune.registry import ATTENTION
+
+FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "quick_gelu": 3, "relu": 4, "silu": 5}
+EXACT_ATTENTION = ("eager", "sdpa")  # the native form computes the same sums
+LOGITS = "logits"
+
+_EMBED, _LINEAR, _ATTENTION = 1, 2, 3
+_LAYER_NORM, _RMS_NORM, _SAME_INPUT = 1, 2, 3
+_STORE, _ADD, _ACTIVATE, _GATE = 0, 1, 2, 3
+
+
+class CannotLower(ParetuneError):
+    """A module that native code cannot run; the message names it."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("format", c_int32),
+        ("n_out", c_int32),
+        ("n_in", c_int32),
+    ]
+
+
+def _fields(names: str, kind: Any = c_int32) -> list[Any]:
+    return [(name, kind) for name in names.split()]
+
+
+class _Op(ctypes.Structure):
+    _fields_ = [
+        *_fields("code in_ out out_offset matrix matrix2 norm epilogue activation other last_only has_barrier"),
+        *_fields("layer n_head n_kv_head head_dim window"),
+        *_fields("eps scale", c_float),
+        *_fields("gamma beta bias rope", c_void_p),
+    ]
+
+
+class Step(ctypes.Structure):
+    """One step: `B` sequences of `K` tokens on a cache; pointers as in `step.cpp`."""
+
+    _fields_ = _fields("tokens lengths last k v logits", c_void_p) + _fields("B K capacity cache_format all_logits")
+
+
+def library() -> ctypes.CDLL:
+    """The compiled code, built on first use.
+
+    Raises:
+        NativeUnavailable: it cannot be built here.
+    """
+    lib: Any = native_build.load("step")
+    if not hasattr(lib, "is_declared"):
+        lib.paretune_isa.restype = ctypes.c_char_p
+        lib.paretune_program.restype = c_void_p
+        lib.paretune_program.argtypes = [POINTER(_Op), c_int32, POINTER(_Matrix), c_int32, POINTER(c_int32)] + [
+            c_int32
+        ] * 3
+        lib.paretune_program_free.argtypes = [c_void_p]
+        lib.paretune_program_free.restype = None
+        lib.paretune_step.argtypes = [c_void_p, POINTER(Step)]
+        lib.paretune_products.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
+        lib.paretune_products.restype = None
+        for which, ours in enumerate((_Op, _Matrix, Step)):
+            assert lib.paretune_sizes(which) == ctypes.sizeof(ours), f"{ours.__name__} differs from step.cpp"
+        lib.is_declared = True
+    return lib
+
+
+def isa() -> str:
+    """The instruction set that the code was compiled for: avx512, avx2 or portable."""
+    return library().paretune_isa().decode()
+
+
+class Program:
+    """Operations in order. `x` is the residual stream by custom; any other name is a buffer too."""
+
+    def __init__(self) -> None:
+        self._ops: list[_Op] = []
+        self._matrices: list[_Matrix] = []
+        self._matrix_index: dict[int, int] = {}
+        self._widths: list[int] = []
+        self._buffers: dict[str, int] = {}
+        self._kept: list[Any] = []  # what native code points into
+        self.kernels: Counter[str] = Counter()  # what a step runs, for the proof of effect
+        self.n_vocab = 0
+
+    # -- what models call
+
+    def embed(
+        self, target: str, table: Weight, positions: Weight | None = None, rope: Tensor | None = None, head_dim: int = 0
+    ) -> None:
+        """Looks tokens up, adds learned positions, or prepares rotary angles (`rope`: `[head_dim / 2]` frequencies)."""
+        op = self._op(_EMBED, out=self._buffer(target, table.in_features), matrix=self._matrix(table))
+        op.matrix2 = -1 if positions is None else self._matrix(positions)
+        if rope is not None:
+            op.rope, op.head_dim = self._floats(rope), head_dim
+
+    def linear(
+        self,
+        layer: Any,
+        source: str,
+        target: str,
+        *,
+        norm: nn.Module | None = None,
+        same_input: bool = False,
+        add: bool = False,
+        activation: str | None = None,
+        gate: str | None = None,
+        columns: tuple[int, int] | None = None,
+        last_only: bool = False,
+        barrier: bool = True,
+    ) -> None:
+        """`target = layer(norm(source))`.
+
+        Args:
+            layer: a `Linear`.
+            norm: layer or RMS norm of the source.
+            same_input: take what the operation before read (and normalised).
+            add: to the target, instead of replacing it.
+            activation: a key of `ACTIVATIONS`, after the bias.
+            gate: multiply with this buffer, which has the target's shape and was written without a barrier in between.
+            columns: (first, all): write a part of a wider buffer.
+            last_only: only each row's last valid token, unless all logits are wanted.
+            barrier: False where no other thread's part is read next.
+        """
+        weight: Weight = layer.weight
+        first, width = columns or (0, weight.out_features)
+        op = self._op(_LINEAR, in_=self._buffers[source], matrix=self._matrix(weight), barrier=barrier)
+        op.out_offset, op.last_only = first, last_only
+        if target == LOGITS:
+            op.out, self.n_vocab = -1, weight.out_features
+        else:
+            op.out = self._buffer(target, width)
+        op.bias = None if layer.bias is None else self._floats(layer.bias)
+        assert sum((add, activation is not None, gate is not None)) <= 1
+        op.epilogue = _ADD if add else _ACTIVATE if activation else _GATE if gate else _STORE
+        if activation:
+            if activation not in ACTIVATIONS:
+                raise CannotLower(f"native code has no activation {activation}", "Use the eager runner")
+            op.activation = ACTIVATIONS[activation]
+        if gate:
+            op.other = self._buffers[gate]
+        if same_input:
+            op.norm = _SAME_INPUT
+        elif norm is not None:
+            op.norm = _LAYER_NORM if isinstance(norm, nn.LayerNorm) else _RMS_NORM
+            op.eps = float(norm.eps)  # type: ignore[arg-type]
+            op.gamma = self._floats(norm.weight)  # type: ignore[arg-type]
+            bias = getattr(norm, "bias", None)
+            op.beta = None if bias is None else self._floats(bias)
+
+    def attention(
+        self,
+        source: str,
+        target: str,
+        layer: int,
+        function: Any,
+        spec: AttentionSpec,
+        n_head: int,
+        n_kv_head: int,
+        head_dim: int,
+        rope: Tensor | None = None,
+    ) -> None:
+        """Stores the keys and values of `source` (columns: queries, keys, values) and attends to all that is visible.
+
+        Raises:
+            CannotLower: `function` is not exact attention.
+        """
+        if function not in [ATTENTION.get(name) for name in EXACT_ATTENTION]:
+            name = next((n for n in ATTENTION.names() if ATTENTION.get(n) is function), "?")
+            raise CannotLower(f"layer {layer}: native code has no attention form {name!r}", "Use the eager runner")
+        op = self._op(_ATTENTION, in_=self._buffers[source], out=self._buffer(target, n_head * head_dim))
+        op.layer, op.n_head, op.n_kv_head, op.head_dim = layer, n_head, n_kv_head, head_dim
+        op.scale, op.window = spec.scale, spec.window or 0
+        op.rope = None if rope is None else self._floats(rope)
+        self.kernels["native::attention"] += 1
+
+    # -- building
+
+    def build(self, max_rows: int, n_threads: int) -> CompiledProgram:
+        """Makes the team and the buffers."""
+        lib = library()
+        ops = (_Op * len(self._ops))(*self._ops)
+        matrices = (_Matrix * len(self._matrices))(*self._matrices)
+        widths = (c_int32 * len(self._widths))(*self._widths)
+        counts = (len(ops), matrices, len(matrices), widths, len(widths), max_rows, n_threads)
+        handle = lib.paretune_program(ops, *counts)
+        if not handle:
+            raise ParetuneError("no memory or threads for the native program", "Free memory, or use the eager runner")
+        buffer_bytes = 4 * max_rows * sum(self._widths)
+        return CompiledProgram(handle, self._kept, self.kernels, self.n_vocab, buffer_bytes)
+
+    def _op(self, code: int, *, barrier: bool = True, **fields: int) -> _Op:
+        op = _Op(code=code, has_barrier=barrier, **fields)
+        self._ops.append(op)
+        return op
+
+    def _buffer(self, name: str, width: int) -> int:
+        if name not in self._buffers:
+            self._buffers[name] = len(self._widths)
+            self._widths.append(width)
+        assert self._widths[self._buffers[name]] == width, f"buffer {name} has two widths"
+        return self._buffers[name]
+
+    def _matrix(self, weight: Weight) -> int:
+        if id(weight) not in self._matrix_index:
+            native = weight.native()
+            if native is None:
+                raise CannotLower(f"native code has no weight format {weight.format}", "Use the eager runner")
+            name, data, scale = native
+            data = data.detach()
+            assert data.is_contiguous() and data.device.type == "cpu"
+            self._kept += [weight, data, scale]
+            self._matrices.append(
+                _Matrix(
+                    data.data_ptr(),
+                    None if scale is None else scale.data_ptr(),
+                    FORMATS[name],
+                    weight.out_features,
+                    weight.in_features,
+                )
+            )
+            self._matrix_index[id(weight)] = len(self._matrices) - 1
+        index = self._matrix_index[id(weight)]
+        kind = next(k for k, v in FORMATS.items() if v == self._matrices[index].format)
+        self.kernels[f"native::{kind}"] += 1
+        return index
+
+    def _floats(self, tensor: Tensor) -> int:
+        values = tensor.detach().float().contiguous()
+        self._kept.append(values)
+        return values.data_ptr()
+
+
+class CompiledProgram:
+    """A program with its threads and buffers; they go when it goes."""
+
+    def __init__(
+        self, handle: int, kept: Sequence[Any], kernels: Counter[str], n_vocab: int, buffer_bytes: int
+    ) -> None:
+        self._handle: int | None = handle
+        self._kept, self.kernels = kept, kernels
+        self.n_vocab, self.buffer_bytes = n_vocab, buffer_bytes
+        self._library = library()
+
+    def step(self, step: Step) -> None:
+        status = self._library.paretune_step(self._handle, ctypes.byref(step))
+        if status == 2:
+            raise IndexError("a token is not in the vocabulary")
+        assert status == 0, "more rows than the program was made for"
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.paretune_program_free(self._handle)
+            self._handle = None
+
+
+def products(weight: Weight, x: Tensor) -> Tensor:
+    """`x[M, in] @ W.T` through the native kernel alone, fp32: for tests against `Weight.dequantize`."""
+    program = Program()
+    matrix = program._matrices[program._matrix(weight)]
+    x = x.float().contiguous()
+    out = torch.empty(x.size(0), weight.out_features)
+    library().paretune_products(ctypes.byref(matrix), x.data_ptr(), x.size(0), out.data_ptr())
+    return out
