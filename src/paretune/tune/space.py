@@ -14,6 +14,7 @@ QUANTIZE = (None, "int8", "int8-linear")
 RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
 FAMILIES = ("attention", "precision", "quantize", "runner")
 Choice = tuple[str, str | None, str | None, str]
+SAME_ATTENTION = "native code runs the same attention whatever the form: a duplicate"
 BASELINE: Choice = ("sdpa", None, None, "eager")
 
 # Log gain that a change nobody has measured yet is credited with, so that each is looked at once, cheap ones first.
@@ -82,6 +83,8 @@ def build(device: str) -> Space:
                         continue
                     candidate = Candidate(choice, recipe_of(choice))
                     reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
+                    if r == "native" and a != BASELINE[0]:
+                        reason = reason or SAME_ATTENTION
                     if reason:
                         space.illegal.append((candidate.recipe.name, reason))
                     else:
