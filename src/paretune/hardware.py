@@ -75,6 +75,12 @@ def instruction_sets() -> list[str]:
     return sorted({ours for theirs, ours in _FEATURES.items() if theirs in features})
 
 
+def has_instruction(dtype: Any) -> bool:
+    """Whether the processor multiplies matrices of this `torch.dtype` (bf16, fp16) by itself, without detour."""
+    name = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype))
+    return name is not None and bool(set(instruction_sets()).intersection(_NEEDS[name]))
+
+
 def has_cuda() -> bool:
     import torch
 

@@ -12,6 +12,7 @@ import torch
 from paretune import native_build
 from paretune.engine.runners.eager import EagerRunner
 from paretune.engine.runners.native import MAX_ROWS, NativeRunner
+from paretune.errors import UsageError
 from paretune.model import checkpoint
 from paretune.model.layers import ACTIVATION_FUNCTIONS
 from paretune.ops.native.program import ACTIVATIONS, CannotLower, products
@@ -142,12 +143,48 @@ def test_many_tokens_a_step_are_bit_equal_to_single_ones_and_roll_back(folder):
     assert torch.equal(native.forward(tokens[:, 7:11], cache, "all"), together[:, 7:11])
 
 
-def test_longer_steps_go_through_pytorch_on_the_same_cache(folder):
+def test_long_steps_of_plain_weights_go_through_pytorch_on_the_same_cache(folder):
     eager, native = runners_of(folder)
+    assert native.describe()["longer_steps"] == "PyTorch"
     tokens = torch.randint(0, 131, (1, MAX_ROWS + 9), generator=torch.Generator().manual_seed(2))
     pieces = [MAX_ROWS + 1] + [1] * 8
     torch.testing.assert_close(logits_of(native, tokens, pieces), logits_of(eager, tokens, pieces))
     assert native.n_native_steps == 8
+
+
+def test_long_steps_of_other_weights_go_in_chunks_with_the_same_bits(folder):
+    _, native = runners_of(folder, Int8())
+    native.prefill = "native"  # as it is chosen for 16 bits on a processor that lacks them
+    tokens = torch.randint(0, 131, (3, 50), generator=torch.Generator().manual_seed(2))
+    single = logits_of(native, tokens, [1] * 50)
+    assert torch.equal(logits_of(native, tokens, [50]), single)
+    # Rows of unequal length, each ending in another chunk; the padding is not held.
+    cache = native.new_cache(3, 55)
+    cache.stage_([50, 1, 17])
+    got = native.forward(tokens, cache)
+    assert cache.host_lengths == (50, 1, 17)
+    assert torch.equal(got, torch.stack([single[0, 49:50], single[1, :1], single[2, 16:17]]))
+    step = native.forward(torch.tensor([[5], [6], [7]]), cache)
+    alone = native.new_cache(1, 55)
+    native.forward(tokens[2:, :17], alone)
+    assert torch.equal(native.forward(torch.tensor([[7]]), alone), step[2:])
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_who_prefills_is_decided_by_the_processor_and_said(tiny_gpt2_folder, monkeypatch, has_it):
+    monkeypatch.setattr("paretune.hardware.has_instruction", lambda dtype: has_it)
+    for transforms, expected in (((), "PyTorch"), ((Int8(),), "PyTorch"), ((Precision("bf16"),), None)):
+        _, native = runners_of(tiny_gpt2_folder, *transforms)
+        assert native.describe()["longer_steps"] == (expected or ("PyTorch" if has_it else "native"))
+
+
+def test_a_long_step_that_does_not_fit_leaves_the_cache_alone(tiny_gpt2_folder):
+    _, native = runners_of(tiny_gpt2_folder, Int8())
+    native.prefill = "native"
+    cache = native.new_cache(1, 40)
+    with pytest.raises(UsageError, match="do not fit"):
+        native.forward(torch.zeros(1, 41, dtype=torch.int64), cache)
+    assert cache.host_lengths == (0,)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -105,18 +105,32 @@ class KVCache:
         assert len(n_new) == self.batch_size
         self._staged = list(n_new)
 
-    def begin_(self, K: int) -> None:
-        """Fixes positions and visible extent of a step of K tokens.
+    def take_staged_(self, K: int) -> list[int]:
+        """What `stage_` left for a step of K tokens, taken away; K a row where it left nothing.
 
         Raises:
-            UsageError: the cache is too short.
+            UsageError: the cache is too short for the whole step (before any part of it runs).
         """
+        staged, self._staged = self._staged, None
+        self._check_room(K)
+        return staged or [K] * self.batch_size
+
+    def _check_room(self, K: int) -> None:
         longest = max(self._host_lengths)
         if longest + K > self.capacity:
             raise UsageError(
                 f"{longest} + {K} tokens do not fit into a cache of {self.capacity}",
                 "Ask for fewer new tokens or a shorter prompt",
             )
+
+    def begin_(self, K: int) -> None:
+        """Fixes positions and visible extent of a step of K tokens.
+
+        Raises:
+            UsageError: the cache is too short.
+        """
+        self._check_room(K)
+        longest = max(self._host_lengths)
         self._n_new = self._staged or [K] * self.batch_size
         self._staged = None
         assert all(0 <= n <= K for n in self._n_new)
