@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 
 tune: $(STAMP)
 	$(VENV)/bin/paretune tune pocket --objective tpot --max-ppl-increase 1% --budget 270s -o runs/pocket --force
-	$(VENV)/bin/paretune generate runs/pocket --prompt "The old man looked at the sea and" --max-new-tokens 60
+	$(VENV)/bin/paretune generate runs/pocket --prompt "The old man looked at the sea and" --max-new-tokens 60 --temperature 0.8 --top-p 0.95 --seed 1
 
 test: $(STAMP)
 	$(PY) -m pytest -m "not slow and not gpu"

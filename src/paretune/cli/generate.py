@@ -114,7 +114,7 @@ def generate(
         )
     finally:
         if streaming:
-            print()
+            print(flush=True)
     ran = _ran(loaded)
     if json_output:
         print(json.dumps(_object(texts, result, recipe, ran, tokenize_sec, seed), indent=2, allow_nan=False))
