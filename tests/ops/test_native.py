@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from paretune import native_build
+from paretune.engine.load import load_recipe, prove
 from paretune.engine.runners.eager import EagerRunner
 from paretune.engine.runners.native import MAX_ROWS, NativeRunner
-from paretune.errors import UsageError
+from paretune.errors import NoEffectError, UsageError
 from paretune.model import checkpoint
 from paretune.model.layers import ACTIVATION_FUNCTIONS
 from paretune.ops.native.program import ACTIVATIONS, CannotLower, products
 from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int8_rows import Int8Rows
+from paretune.recipe import preset
 from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context
 from paretune.transforms.int8 import Int8
 from paretune.transforms.precision import Precision
+from paretune.tune import space as spaces
 
 pytestmark = pytest.mark.skipif(native_build.unavailable_reason() is not None, reason="no C++ compiler")
 
@@ -219,6 +222,57 @@ def test_a_strange_token_is_an_error_and_no_crash(tiny_gpt2_folder):
             native.forward(torch.tensor([[token]]), native.new_cache(1, 4))
 
 
+def test_a_batch_that_is_not_the_caches_is_refused_and_any_integer_type_is_read(tiny_gpt2_folder):
+    _, native = runners_of(tiny_gpt2_folder)
+    with pytest.raises(AssertionError, match="2 x 1 tokens on a cache of 1 rows"):
+        native.forward(torch.tensor([[1], [2]]), native.new_cache(1, 4))
+    with pytest.raises(AssertionError):
+        native.forward(torch.zeros(1, 0, dtype=torch.int64), native.new_cache(1, 4))
+    tokens = torch.tensor([[3, 0, 7]])
+    wanted = native.forward(tokens, native.new_cache(1, 4))
+    assert torch.equal(native.forward(tokens.int(), native.new_cache(1, 4)), wanted)
+
+
+def test_other_weights_are_noticed(tiny_gpt2_folder):
+    eager, native = runners_of(tiny_gpt2_folder)
+    tokens = torch.tensor([[3, 0, 7]])
+    native.forward(tokens, native.new_cache(1, 4))
+    layer = native.model.h[1].mlp.c_fc
+    layer.weight = Dense(layer.weight.values * 2)
+    got = native.forward(tokens, native.new_cache(1, 4))
+    torch.testing.assert_close(got, eager.forward(tokens, eager.new_cache(1, 4)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_has_a_team_of_its_own(tiny_gpt2_folder):
+    _, native = runners_of(tiny_gpt2_folder)
+    token = torch.tensor([[3]])
+    native.forward(token, native.new_cache(1, 4))
+    child = os.fork()
+    if child == 0:
+        ok = native.forward(token, native.new_cache(1, 4)).isfinite().all()
+        os._exit(0 if ok else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_too_many_sequences_are_not_proved(tiny_gpt2_folder):
+    """They run, in PyTorch: a row named native would be a lie."""
+    loaded = load_recipe(tiny_gpt2_folder, preset("native"))
+    assert "whole steps run in native code" in " ".join(prove(loaded, MAX_ROWS)[0])
+    loaded = load_recipe(tiny_gpt2_folder, preset("native"))
+    with pytest.raises(NoEffectError, match="33 sequences"):
+        prove(loaded, MAX_ROWS + 1)
+    space = spaces.build("cpu", MAX_ROWS + 1)
+    assert MAX_ROWS == spaces.MAX_NATIVE_BATCH
+    assert not any(c.recipe.engine.runner == "native" for c in space.legal)
+
+
+def test_working_memory_is_counted(tiny_gpt2_folder):
+    _, native = runners_of(tiny_gpt2_folder)
+    widths = native.config.n_embd * 5 + native.config.n_inner
+    assert native.buffer_bytes >= 4 * MAX_ROWS * widths
+
+
 def test_what_has_no_native_form_is_named(tiny_gpt2_folder):
     model = checkpoint.load(tiny_gpt2_folder)
     model.h[1].attn.attention = lambda q, k, v, cache, spec: q
@@ -286,4 +340,5 @@ print(program.isa())
         env={**os.environ, "PARETUNE_ISA": path},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in (path, "portable")  # a processor without AVX2 has only the plain code
+    has_avx2 = {"avx2", "fma"} <= native_build.cpu_info()[1]
+    assert done.stdout.strip() == (path if has_avx2 else "portable")

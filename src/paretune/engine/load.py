@@ -65,6 +65,10 @@ def prove(loaded: Loaded, batch_size: int = 1, capacity: int = 0) -> tuple[list[
     """
     probe = observe(loaded.runner, batch_size, capacity)
     said = [s for t in loaded.recipe.transforms for s in t.verify(loaded.runner.model, probe)]
+    if loaded.runner.name == "native":
+        if not loaded.runner.kernels:
+            raise NoEffectError(f"no step of {batch_size} sequences ran in native code", "Use the eager runner")
+        said.append(f"whole steps run in native code ({probe.runner['isa']})")
     if probe.compiled:
         if probe.graph_breaks:
             raise NoEffectError(f"the compiled graph has {probe.graph_breaks} breaks", "Use the eager runner")

@@ -115,7 +115,7 @@ class Trial:
             weights_bytes=self.weights_bytes,
             kv_cache_bytes=self.bench.cache.nbytes,
             # Without the reset the peak is the one of loading: then nothing is known of the activations.
-            activation_peak_bytes=max(0, peak - resting) if is_reset else None,
+            activation_peak_bytes=max(0, peak - resting) + self.loaded.runner.buffer_bytes if is_reset else None,
             device=str(self.loaded.runner.device),
         )
         return parts.to_json()

@@ -63,7 +63,7 @@ class Race:
             loaded, failed = self.journal.find("loaded", trial=id), self.journal.find("failed", trial=id)
             if loaded:
                 state.facts, state.start_sec = loaded["facts"], loaded["start_sec"]
-            if failed:
+            if failed and id not in (BASELINE, TWIN):  # without these nothing goes on: a resumed run tries them again
                 state.failure, state.failure_kind = failed["reason"], failed["kind"]
             self.trials[id] = state
         return self.trials[id]
@@ -190,6 +190,8 @@ class Race:
         missing = [i for i in ids for b in range(first, first + n_blocks) if (b, i) not in taken]
         if not missing:
             return True
+        if deadline_sec is not None and self.journal.elapsed_sec >= deadline_sec:
+            return False
         self.start(ids)
         subjects = [self.trials[i].process for i in self.alive(ids)]
         if self.probe is None:

@@ -223,10 +223,8 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
         )
     elif out.kind == "interrupted":
         said.append("The run was interrupted before anything was shown to beat the baseline: it is kept so far.")
-    elif not result["space"]["n_measured"] > 1:
-        said.append(
-            "The budget was too short to measure any candidate: the baseline is kept. Allow more with --budget."
-        )
+    elif not result["space"]["n_measured"] > 1 or (not out.goal.in_bytes and math.isinf(out.resolution)):
+        said.append("The budget was too short to judge any candidate: the baseline is kept. Allow more with --budget.")
     elif out.kind == "baseline":
         said.append("Nothing that keeps the quality beat the baseline beyond noise: keep it.")
         if open_ := _undecided(out):
@@ -257,11 +255,12 @@ def _undecided(out: Outcome) -> list[str]:
     if out.goal.in_bytes:
         return []
     blocks = out.race.measured()
-    refused = {i for i, quality in out.qualities.items() if not quality.within_bound}
+    refused = out.refused | {i for i, quality in out.qualities.items() if not quality.within_bound}
+    least = out.resolution if math.isfinite(out.resolution) else stats.DELTA
     ids = [
         i for i, s in out.race.trials.items() if not s.failure and i in blocks.subjects and not i.startswith("confirm")
     ]
-    ids = [i for i in ids if i not in refused | {BASELINE, TWIN} and out.ratio(i).value > 1 + out.resolution]
+    ids = [i for i in ids if i not in refused | {BASELINE, TWIN} and out.ratio(i).value > 1 + least]
     return [i for i in ids if out.verdict(i) in ("undecided", "faster")]
 
 

@@ -66,6 +66,7 @@ class Outcome:
     qualities: dict[str, Fidelity] = field(default_factory=dict)
     confirmation: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # won the finals and did not hold
     too_noisy: bool = False
 
     @property
@@ -138,7 +139,7 @@ class Search:
             "machine": hardware.fingerprint_id(hardware.fingerprint()),
             "versions": versions(),
         }
-        space = spaces.build(goal.device)  # before the clock of the budget runs
+        space = spaces.build(goal.device, goal.batch_size)  # before the clock of the budget runs
         prepare()
         self.journal = Journal(folder, key, resume)
         race = Race(goal, folder, model_folder, self.journal, say)
@@ -234,12 +235,11 @@ class Search:
                     return
                 self.journal.record("wave", index=index, trials=[c.id for c in wave])
             ids = [race.add(c.id, c.recipe).id for c in wave]
-            if not race.is_whole(f"wave {index}"):
+            deadline = self.goal.budget_sec * (SEARCH_SHARE + 0.05)
+            if not race.is_whole(f"wave {index}") and self.journal.elapsed_sec < deadline:
                 race.start(ids)
             self.say(f"racing {len(race.alive(ids))} candidates against the baseline")
-            race.blocks(
-                f"wave {index}", [BASELINE, TWIN, *ids], SCREEN_BLOCKS, self.goal.budget_sec * (SEARCH_SHARE + 0.05)
-            )
+            race.blocks(f"wave {index}", [BASELINE, TWIN, *ids], SCREEN_BLOCKS, deadline)
             if race.trials[BASELINE].failure:  # without it no block can be judged
                 cause = race.trials[BASELINE].failure
                 raise ParetuneError(f"the baseline failed: {cause}", "Free memory and try again")
@@ -269,7 +269,12 @@ class Search:
         return [
             i
             for i, s in race.trials.items()
-            if i not in (BASELINE, TWIN) and not i.startswith("confirm") and not s.failure and i in blocks.subjects
+            if i not in (BASELINE, TWIN)
+            and not i.startswith("confirm")
+            and not s.failure
+            and i in blocks.subjects
+            # The deadline may have cut a first block before the baseline's turn: that compares with nothing.
+            and len(blocks.paired(BASELINE, i)[0])
         ]
 
     def _singles(self) -> dict[tuple[str, str | None], float]:
@@ -367,6 +372,9 @@ class Search:
             equal = [i for i in better if out.ratio(i).value * MIN_BYTES_GAIN > out.ratio(best).value]
         else:
             equal = [i for i in better if i == best or not _surely_better(blocks, best, i)]
+        wanted = out.goal.min_speedup or 0.0  # a simpler recipe that misses it is no equal of one that reaches it
+        if out.ratio(best).value >= wanted:
+            equal = [i for i in equal if out.ratio(i).value >= wanted]
         simplest = min(equal, key=lambda i: (out.race.trials[i].recipe.complexity, -out.ratio(i).value))
         if simplest != best:
             names = (out.race.trials[simplest].recipe.name, out.race.trials[best].recipe.name)
@@ -382,19 +390,27 @@ class Search:
             for id in list(self.out.race.trials):
                 self.out.race.stop(id)
             confirmation, cause = self._confirmed(winner)
-            if confirmation is not None:
-                self.out.kind, self.out.winner, self.out.confirmation = "winner", winner, confirmation
-                goal = self.goal
-                if goal.min_speedup and confirmation["speedup"]["value"] < goal.min_speedup:
-                    self.out.kind = "none"
-                return
             name = self.out.race.trials[winner].recipe.name
-            self.out.notes.append(f"{name} won the finals but did not hold in fresh processes ({cause}): not taken.")
+            if confirmation is not None:
+                out, wanted = self.out, self.goal.min_speedup or 0
+                value = confirmation["speedup"]["value"]
+                if out.confirmation is None or value > out.confirmation["speedup"]["value"]:
+                    out.winner, out.confirmation = winner, confirmation
+                out.kind = "winner" if value >= wanted else "none"
+                if out.kind == "winner":
+                    return
+                out.notes.append(f"{name} reached {value:.2f}x in fresh processes, not the {wanted:g}x asked for.")
+            else:
+                self.out.refused.add(winner)
+                self.out.notes.append(
+                    f"{name} won the finals but did not hold in fresh processes ({cause}): not taken."
+                )
             better = [f for f in left if self.out.verdict(f) == "faster" and not self.out.race.trials[f].failure]
             winner = max(better, key=lambda i: self.out.ratio(i).value) if better and self._left(0.9) > 0 else None
             left = [f for f in left if f != winner]
-        wanted = (self.goal.min_speedup or 0) > 1 and not self.out.too_noisy
-        self.out.kind = "none" if wanted else "baseline"
+        if self.out.confirmation is None:
+            wanted = (self.goal.min_speedup or 0) > 1 and not self.out.too_noisy
+            self.out.kind = "none" if wanted else "baseline"
 
     def _confirmed(self, winner: str) -> tuple[dict[str, Any] | None, str]:
         """The winner and the baseline in fresh processes, on fresh prompts and unseen text; or why it does not hold."""

@@ -14,6 +14,7 @@ QUANTIZE = (None, "int8", "int8-linear")
 RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
 FAMILIES = ("attention", "precision", "quantize", "runner")
 Choice = tuple[str, str | None, str | None, str]
+MAX_NATIVE_BATCH = 32  # `engine.runners.native.MAX_ROWS`, written again so that listing the space imports no torch
 SAME_ATTENTION = "native code runs the same attention whatever the form: a duplicate"
 BASELINE: Choice = ("sdpa", None, None, "eager")
 
@@ -65,7 +66,7 @@ def baseline() -> Recipe:
     return recipe
 
 
-def build(device: str) -> Space:
+def build(device: str, batch_size: int = 1) -> Space:
     """All combinations; those that cannot run on `device` go aside with the reason."""
     space = Space()
     reasons: dict[tuple[str, str | None], str | None] = {}
@@ -85,6 +86,8 @@ def build(device: str) -> Space:
                     reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
                     if r == "native" and a != BASELINE[0]:
                         reason = reason or SAME_ATTENTION
+                    if r == "native" and batch_size > MAX_NATIVE_BATCH:
+                        reason = reason or f"native steps hold {MAX_NATIVE_BATCH} sequences at most"
                     if reason:
                         space.illegal.append((candidate.recipe.name, reason))
                     else:

@@ -57,6 +57,11 @@ class Runner:
         """Kernels of a step that no profiler sees, with counts."""
         return {}
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of working memory that the runner keeps between steps."""
+        return 0
+
     def describe(self) -> dict[str, object]:
         """What really runs, for the report."""
         return {"runner": self.name}

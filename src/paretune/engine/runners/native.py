@@ -18,6 +18,7 @@ from paretune import hardware, native_build
 from paretune.engine.cache import KVCache
 from paretune.engine.runners.base import Logits, Runner
 from paretune.model.base import LanguageModel
+from paretune.model.layers import Embedding, Linear
 from paretune.ops.native import program as native
 
 MAX_ROWS = 32
@@ -30,14 +31,22 @@ class NativeRunner(Runner):
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
-        program = native.Program()
-        model.lower(program)
         self.n_threads = torch.get_num_threads()
-        self._program = program.build(MAX_ROWS, self.n_threads)
+        self._lower()
         is_fast_in_pytorch = self.dtype == torch.float32 or hardware.has_instruction(self.dtype)
         self.prefill = "PyTorch" if is_fast_in_pytorch else "native"
         self._pointers: weakref.WeakKeyDictionary[KVCache, tuple[Any, Any]] = weakref.WeakKeyDictionary()
         self.n_native_steps = 0
+
+    def _lower(self) -> None:
+        program = native.Program()
+        self.model.lower(program)
+        self._program = program.build(MAX_ROWS, self.n_threads)
+        self._weights_at = self._weight_pointers()
+
+    def _weight_pointers(self) -> list[int]:
+        weights = [m.weight.native() for m in self.model.modules() if isinstance(m, Linear | Embedding)]
+        return [w[1].data_ptr() for w in weights if w is not None]
 
     @staticmethod
     def requires(device: str) -> str | None:
@@ -57,6 +66,12 @@ class NativeRunner(Runner):
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
         B, K = tokens.shape
+        assert cache.batch_size == B and K >= 1, f"{B} x {K} tokens on a cache of {cache.batch_size} rows"
+        assert len(cache.layers) == self.config.n_layer and cache.device.type == "cpu"
+        tokens = tokens.to("cpu", torch.int64)
+        # A forked child has no team; a model that was moved or given other weights since has others.
+        if not self._program.is_usable or (K > 1 and self._weight_pointers() != self._weights_at):
+            self._lower()
         is_long = B * K > MAX_ROWS
         if is_long and self.prefill == "native" and B <= MAX_ROWS:
             return self._in_chunks(tokens, cache, logits)
@@ -69,6 +84,8 @@ class NativeRunner(Runner):
         """A long step as several short ones; the same bits, since sums do not depend on the rows of a step."""
         B, K = tokens.shape
         n_new = cache.take_staged_(K)
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self._program.n_vocab:
+            raise IndexError("a token is not in the vocabulary")  # before any chunk is held
         chunk = MAX_ROWS // B
         parts = []
         last = torch.empty(B, 1, self._program.n_vocab)
@@ -108,6 +125,10 @@ class NativeRunner(Runner):
         self._program.step(step)
         self.n_native_steps += 1
         return out
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self._program.buffer_bytes
 
     def _cache_pointers(self, cache: KVCache) -> tuple[Any, Any]:
         if cache not in self._pointers:

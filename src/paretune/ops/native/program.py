@@ -7,6 +7,8 @@ from which into which. Weights are used as they are stored: nothing is copied bu
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_void_p
@@ -80,6 +82,8 @@ def library() -> ctypes.CDLL:
         ] * 3
         lib.paretune_program_free.argtypes = [c_void_p]
         lib.paretune_program_free.restype = None
+        lib.paretune_program_bytes.argtypes = [c_void_p]
+        lib.paretune_program_bytes.restype = ctypes.c_int64
         lib.paretune_step.argtypes = [c_void_p, POINTER(Step)]
         lib.paretune_products.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
         lib.paretune_products.restype = None
@@ -210,8 +214,7 @@ class Program:
         handle = lib.paretune_program(ops, *counts)
         if not handle:
             raise ParetuneError("no memory or threads for the native program", "Free memory, or use the eager runner")
-        buffer_bytes = 4 * max_rows * sum(self._widths)
-        return CompiledProgram(handle, self._kept, self.kernels, self.n_vocab, buffer_bytes)
+        return CompiledProgram(handle, self._kept, self.kernels, self.n_vocab)
 
     def _op(self, code: int, *, barrier: bool = True, **fields: int) -> _Op:
         op = _Op(code=code, has_barrier=barrier, **fields)
@@ -258,22 +261,38 @@ class Program:
 class CompiledProgram:
     """A program with its threads and buffers; they go when it goes."""
 
-    def __init__(
-        self, handle: int, kept: Sequence[Any], kernels: Counter[str], n_vocab: int, buffer_bytes: int
-    ) -> None:
+    def __init__(self, handle: int, kept: Sequence[Any], kernels: Counter[str], n_vocab: int) -> None:
         self._handle: int | None = handle
-        self._kept, self.kernels = kept, kernels
-        self.n_vocab, self.buffer_bytes = n_vocab, buffer_bytes
+        self._kept, self.kernels, self.n_vocab = kept, kernels, n_vocab
         self._library = library()
+        self._lock = threading.Lock()  # ctypes lets other Python threads run meanwhile; there is one team
+        self._process = os.getpid()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether its threads are in this process: a forked child has none of them."""
+        return self._process == os.getpid()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self._library.paretune_program_bytes(self._handle)
 
     def step(self, step: Step) -> None:
-        status = self._library.paretune_step(self._handle, ctypes.byref(step))
+        """Runs one step.
+
+        Raises:
+            IndexError: a token is not in the vocabulary.
+            ParetuneError: no memory.
+        """
+        with self._lock:
+            status = self._library.paretune_step(self._handle, ctypes.byref(step))
         if status == 2:
             raise IndexError("a token is not in the vocabulary")
-        assert status == 0, "more rows than the program was made for"
+        if status:
+            raise ParetuneError("the native step ran out of memory or got more rows than it is made for", "Free memory")
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None):
+        if getattr(self, "_handle", None) and self.is_usable:
             self._library.paretune_program_free(self._handle)
             self._handle = None
 

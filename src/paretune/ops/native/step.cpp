@@ -140,10 +140,17 @@ struct Program {
       s.input.resize(static_cast<std::size_t>(rows) * widest);
       s.query.resize(head_dim);
     }
-    for (int t = 1; t < n; ++t) threads.emplace_back([this, t] { serve(t); });
+    try {
+      for (int t = 1; t < n; ++t) threads.emplace_back([this, t] { serve(t); });
+    } catch (...) {
+      stop();  // no destructor runs for an object that was not finished
+      throw;
+    }
   }
 
-  ~Program() {
+  ~Program() { stop(); }
+
+  void stop() {
     is_over.store(true);
     ticket.fetch_add(1);
     { std::lock_guard<std::mutex> lock(mutex); }
@@ -161,7 +168,7 @@ struct Program {
         if (++looks % 256 != 0 || std::chrono::steady_clock::now() - from < kSpin) continue;
         std::unique_lock<std::mutex> lock(mutex);
         n_parked.fetch_add(1);
-        wake.wait(lock, [&] { return ticket.load(std::memory_order_acquire) != seen; });
+        wake.wait(lock, [&] { return ticket.load() != seen; });
         n_parked.fetch_sub(1);
       }
       ++seen;
@@ -351,10 +358,18 @@ void* paretune_program(const Op* ops, int n_ops, const Matrix* matrices, int n_m
 
 void paretune_program_free(void* program) { delete static_cast<Program*>(program); }
 
-// 0, or 1: more rows than the program was made for, or no memory; 2: a token that is not in the vocabulary.
+std::int64_t paretune_program_bytes(const void* program) {
+  const Program& p = *static_cast<const Program*>(program);
+  std::size_t n = p.rope.size();
+  for (const auto& buffer : p.buffers) n += buffer.size();
+  for (const Scratch& s : p.scratch) n += s.input.size() + s.scores.size() + s.query.size();
+  return static_cast<std::int64_t>(n * sizeof(float));
+}
+
+// 0, or 1: no rows or more than the program was made for, or no memory; 2: a token that is not in the vocabulary.
 int paretune_step(void* program, const Step* step) {
   Program& p = *static_cast<Program*>(program);
-  if (step->B * step->K > p.max_rows) return 1;
+  if (step->B < 1 || step->K < 1 || step->B * step->K > p.max_rows) return 1;
   const std::int64_t n_vocab = p.matrices[p.ops.front().matrix].n_out;
   for (int i = 0; i < step->B * step->K; ++i)
     if (step->tokens[i] < 0 || step->tokens[i] >= n_vocab) return 2;
