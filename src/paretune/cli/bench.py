@@ -61,7 +61,7 @@ def bench(
 ) -> None:
     """Measures configurations against a baseline in interleaved blocks: TTFT, TPOT, memory, with intervals."""
     from paretune import hardware
-    from paretune.errors import TooNoisyError, UsageError
+    from paretune.errors import ParetuneError, TooNoisyError, UsageError
     from paretune.files import ensure_folder
     from paretune.measure import bench as measure
     from paretune.model import checkpoint
@@ -74,6 +74,8 @@ def bench(
     ]
     min_time_sec = 0.0 if min_time in ("0", "0s") else parse_duration(min_time)
     budget_sec = parse_duration(max_time) if max_time else None
+    if formats and len(formats) > 1 and output_dir is None:
+        raise UsageError("several formats cannot be told apart on standard output", "Add -o FOLDER, or ask for one")
     if min_blocks < 1:
         raise UsageError(f"--min-blocks is {min_blocks}", "It has to be 1 or more")
     max_blocks = max(max_blocks, min_blocks)
@@ -117,6 +119,8 @@ def bench(
         print(as_text(result), end="")
     if out is not None and not quiet:
         _say(f"written: {out}")
+    if all(row["status"] == "not_reached" for row in result["rows"]):
+        raise ParetuneError("the time ended before anything was measured", "Allow more with --max-time")
     if result["too_noisy"]:
         widths = [entry["half_width"] for entry in result["aa"] if entry["half_width"] is not None]
         raise TooNoisyError(

@@ -40,7 +40,7 @@ def generate(
     config: Annotated[
         str | None, typer.Option(help="Preset (`paretune ls`) or recipe file. [default: baseline]")
     ] = None,
-    runner: Annotated[str | None, typer.Option(help="eager or compile. [default: the recipe's]")] = None,
+    runner: Annotated[str | None, typer.Option(help="eager, compile or native. [default: the recipe's]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="CPU threads. [default: the recipe's, else physical cores]")

@@ -39,7 +39,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         checks = [
-            (self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more"),
+            (0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or more"),
             (self.top_k >= 0, "top-k", self.top_k, "0 (off) or more"),
             (0 < self.top_p <= 1, "top-p", self.top_p, "above 0, at most 1"),
             (0 <= self.min_p <= 1, "min-p", self.min_p, "from 0 to 1"),

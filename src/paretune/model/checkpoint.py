@@ -91,6 +91,8 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "events.jsonl").is_file():
+            raise CheckpointError(f"{folder} holds an unfinished run", "Finish it with `paretune tune ... --resume`")
         raise CheckpointError(f"{folder} has no config.json", "Pass a Hugging Face model folder")
     try:
         hf = json.loads(path.read_text("utf-8"))

@@ -148,8 +148,13 @@ def auto_dtype(device: str, state: Mapping[str, Any] | None, real: Callable[[], 
     if real is None:
         from paretune import hardware
 
-        support = hardware.dtype_support(device)["bf16"]
-        real = support.works and not support.emulated
+        if device == "cpu":  # a property of the processor: a measured speed would come out differently each time
+            import torch
+
+            real = hardware.has_instruction(torch.bfloat16)
+        else:
+            support = hardware.dtype_support(device)["bf16"]
+            real = support.works and not support.emulated
     return "bf16" if (real() if callable(real) else real) else "fp32"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -278,6 +279,8 @@ def write(out: Outcome, folder: Path, again: str = "") -> dict[str, Any]:
         result["again"] = again
     chosen = out.race.trials[out.winner] if out.winner else out.race.trials.get(BASELINE)
     recipe = chosen.recipe if chosen else baseline_recipe(out)
+    if out.goal.threads and not recipe.engine.threads:  # the plan runs as it was measured
+        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, threads=out.goal.threads))
     inside = _store_checkpoint(out, chosen, recipe, folder)
     write_text(folder / "trials.jsonl", "".join(json.dumps(t, allow_nan=False) + "\n" for t in result["trials"]))
     write_json(folder / "report.json", result)
