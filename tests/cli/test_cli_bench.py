@@ -193,3 +193,15 @@ def test_a_read_only_output_folder_fails_at_the_start(faked, tmp_path, capsys):
 def test_the_columns_name_their_units():
     titles = [title for title, _ in verb._columns()]
     assert titles == ["Decode", "Prefill", "Memory and start"]
+
+
+def test_several_formats_on_one_standard_output_are_refused(faked, capsys):
+    assert run(["bench", "pocket", "--format", "csv,json"]) == 2
+    assert "-o FOLDER" in capsys.readouterr().err and not faked.calls
+
+
+def test_nothing_measured_is_a_failure(faked, capsys):
+    for row in faked.result["rows"]:
+        row["status"] = "not_reached"
+    assert run(["bench", "pocket", "--max-time", "1s"]) == 1
+    assert "--max-time" in capsys.readouterr().err

@@ -784,3 +784,18 @@ def test_the_windows_of_any_context_carry_a_bound(n_positions):
 
 def test_the_name_of_the_baseline_in_this_file():
     assert spaces.baseline().name == BASE
+
+
+def test_a_plan_runs_with_the_threads_it_was_measured_with(monkeypatch, tmp_path, six):
+    machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}))
+    out = run(machine, tmp_path / "plan", threads=1)
+    _, plan = written(out, tmp_path / "plan")
+    assert plan["recipe"]["engine"]["threads"] == 1
+
+
+def test_a_simpler_recipe_that_misses_the_speedup_is_no_equal_of_one_that_reaches_it(monkeypatch, tmp_path):
+    only(monkeypatch, INT8, BF16_INT8)
+    cost = {name(INT8): 0.010 / 1.97, name(BF16_INT8): 0.010 / 2.03}
+    machine = install(monkeypatch, Machine(cost=cost, noise=0.02))
+    out = run(machine, tmp_path / "plan", min_speedup=2.0)
+    assert (out.kind, out.winner) == ("winner", id_of(BF16_INT8)), out.notes
