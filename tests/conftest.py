@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: tests never touch the network
@@ -114,7 +115,16 @@ def tiny_mistral_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def tiny(tmp_path_factory) -> Callable:
     """`tiny(family, **config changes) -> (our model, transformers model, folder)`: fp32, the same weights."""
+    return _build_tiny(tmp_path_factory)
 
+
+@pytest.fixture(scope="session")
+def tiny_factory(tmp_path_factory) -> Callable:
+    """`tiny` for fixtures that live longer than a test. What it gives is read only."""
+    return functools.cache(_build_tiny(tmp_path_factory))
+
+
+def _build_tiny(tmp_path_factory) -> Callable:
     def build(family: str, **changes):
         hf = make_hf(family, **changes)
         folder = save_hf(hf, tmp_path_factory.mktemp(f"tiny_{family}"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from paretune.transforms.base import Context, Transform
 
 SCHEMA_VERSION = 1
+CACHE_DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,26 @@ class EngineOptions:
         runner: a name in `registry.RUNNERS`.
         compile_mode: of the `compile` runner.
         threads: intra-op threads; None takes the machine's default.
+        cache_dtype: of keys and values, a key of `CACHE_DTYPES`; None follows the model.
     """
 
     runner: str = "eager"
     compile_mode: str = "default"
     threads: int | None = None
+    cache_dtype: str | None = None
 
     def __post_init__(self) -> None:
         RUNNERS.check(self.runner)
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            raise UsageError(f"cache_dtype is {self.cache_dtype!r}", f"Known: {', '.join(CACHE_DTYPES)}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads is {self.threads}", "It has to be 1 or more")
 
     @property
     def title(self) -> str:
         name = self.runner if self.runner != "compile" else f"compile({self.compile_mode})"
-        return name if self.threads is None else f"{name} x{self.threads}"
+        cache = f", {self.cache_dtype} cache" if self.cache_dtype else ""
+        return (name if self.threads is None else f"{name} x{self.threads}") + cache
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,14 @@ class Recipe:
     @property
     def complexity(self) -> int:
         """Ties go to the recipe with the smaller number."""
-        return len(self.transforms) + (self.engine.runner != "eager") + (self.engine.compile_mode != "default")
+        engine = self.engine
+        options = (engine.runner != "eager", engine.compile_mode != "default", engine.cache_dtype is not None)
+        return len(self.transforms) + sum(options)
 
     @property
     def changes_numbers(self) -> bool:
         """Whether results differ from the reference by more than the order of additions."""
-        return any(not t.exact for t in self.transforms)
+        return any(not t.exact for t in self.transforms) or self.engine.cache_dtype is not None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -159,11 +167,15 @@ class Recipe:
     def runner(self, model: LanguageModel) -> Any:
         """The runner that executes the transformed model."""
         kind = RUNNERS.get(self.engine.runner)
-        return kind(model, self.engine.compile_mode) if self.engine.runner == "compile" else kind(model)
+        runner = kind(model, self.engine.compile_mode) if self.engine.runner == "compile" else kind(model)
+        if self.engine.cache_dtype is not None:
+            runner.set_cache_dtype_(self.engine.cache_dtype)
+        return runner
 
     def without_exact(self) -> Recipe:
         """The reference twin: the same numbers, through reference forms and the eager runner."""
-        return Recipe(tuple(t for t in self.transforms if not t.exact), EngineOptions(threads=self.engine.threads))
+        engine = EngineOptions(threads=self.engine.threads, cache_dtype=self.engine.cache_dtype)
+        return Recipe(tuple(t for t in self.transforms if not t.exact), engine)
 
 
 def _build(kind: type, values: Any, what: str) -> Any:
@@ -206,6 +218,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "native": _preset([], runner="native"),
     "native_bf16": _preset([{"name": "precision", "dtype": "bf16"}], runner="native"),
     "native_int8": _preset([{"name": "int8"}], runner="native"),
+    "native_int8_kv8": _preset([{"name": "int8"}], runner="native", cache_dtype="int8"),
+    "native_q8_0": _preset([{"name": "groups", "bits": 8}], runner="native"),
+    "native_w8a8": _preset([{"name": "groups", "bits": 8, "group": 128, "activation_bits": 8}], runner="native"),
+    "native_int4": _preset([{"name": "groups"}], runner="native"),
+    "native_int4_kv8": _preset([{"name": "groups"}], runner="native", cache_dtype="int8"),
+    "native_q4_0": _preset([{"name": "groups", "head_bits": 4}], runner="native"),
     "compile": _preset([], runner="compile"),
     "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),
     "compile_max": _preset([], runner="compile", compile_mode="max-autotune"),

@@ -61,6 +61,7 @@ FAMILIES: Registry[Any] = Registry("model family")
 TRANSFORMS.register("attention", "paretune.transforms.attention:Attention")
 TRANSFORMS.register("precision", "paretune.transforms.precision:Precision")
 TRANSFORMS.register("int8", "paretune.transforms.int8:Int8")
+TRANSFORMS.register("groups", "paretune.transforms.groups:Groups")
 
 RUNNERS.register("eager", "paretune.engine.runners.eager:EagerRunner")
 RUNNERS.register("compile", "paretune.engine.runners.compiled:CompileRunner")
@@ -71,6 +72,7 @@ ATTENTION.register("sdpa", "paretune.ops.attention.sdpa:attention")
 
 FORMATS.register("dense", "paretune.ops.weights.dense:Dense")
 FORMATS.register("int8_rows", "paretune.ops.weights.int8_rows:Int8Rows")
+FORMATS.register("int_groups", "paretune.ops.weights.int_groups:IntGroups")
 
 FAMILIES.register("gpt2", "paretune.model.gpt2:GPT2")
 FAMILIES.register("llama", "paretune.model.llama:Llama")

@@ -207,6 +207,8 @@ class Scripted:
         self.config = SimpleNamespace(n_positions=10**6, vocab_size=vocab_size, eos_token_ids=eos)
         self.step = 0
 
+    chooses = False
+
     def new_cache(self, batch_size, capacity):
         return SimpleNamespace(stage_=lambda lengths: None)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from paretune import clock
+from paretune.engine.runners.base import Runner
 from paretune.errors import UsageError
 from paretune.measure import workload
 from paretune.measure.workload import Bench, Workload, step_weights_bytes
@@ -33,6 +34,8 @@ class FakeRunner:
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []  # (position, tokens)
         self.prompts: list[torch.Tensor] = []
+
+    greedy = Runner.greedy
 
     def new_cache(self, batch_size: int, capacity: int) -> FakeCache:
         self.capacity = capacity

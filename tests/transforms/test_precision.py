@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def probe(cache_dtype):
-    return SimpleNamespace(kernels={}, compiled=False, cache_dtype=str(cache_dtype))
+    return SimpleNamespace(kernels={}, compiled=False, cache_dtype=str(cache_dtype), runner={})
 
 
 @pytest.fixture(params=["gpt2", "llama", "mistral"])

@@ -274,10 +274,10 @@ def windows() -> dict[str, torch.Tensor]:
     return {s: torch.randint(0, 8000, (64, 257), generator=random) for s in ("search", "confirm")}
 
 
-def only(monkeypatch, *choices: tuple[str, str | None, str | None, str]) -> dict[tuple, str]:
+def only(monkeypatch, *choices: spaces.Choice) -> dict[tuple, str]:
     """Makes the space these candidates alone; gives their names."""
     legal = [spaces.Candidate(c, spaces.recipe_of(c)) for c in choices]
-    monkeypatch.setattr(spaces, "build", lambda device, batch_size=1: spaces.Space(list(legal)))
+    monkeypatch.setattr(spaces, "build", lambda device: spaces.Space(list(legal)))
     return {c.choice: c.recipe.name for c in legal}
 
 

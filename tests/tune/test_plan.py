@@ -15,13 +15,13 @@ from paretune.tune import result as results
 from paretune.tune import space as spaces
 from paretune.tune.plan import Plan, is_plan, read_plan
 
-INT8 = ("sdpa", None, "int8", "eager")
+INT8 = ("sdpa", None, "int8", "eager", None)
 CHOICES = {
     "int8": INT8,
-    "int8-linear": ("sdpa", None, "int8-linear", "eager"),
-    "bf16": ("sdpa", "bf16", None, "eager"),
-    "fp16": ("sdpa", "fp16", None, "eager"),
-    "bf16-int8": ("sdpa", "bf16", "int8", "eager"),
+    "int8-linear": ("sdpa", None, "int8-linear", "eager", None),
+    "bf16": ("sdpa", "bf16", None, "eager", None),
+    "fp16": ("sdpa", "fp16", None, "eager", None),
+    "bf16-int8": ("sdpa", "bf16", "int8", "eager", None),
 }
 
 

@@ -19,6 +19,12 @@ GOOD = DtypeSupport(True, False, 1.5, 1.5, "good")
 ATTENTION = ["sdpa", "eager"]
 DTYPES = [None, "bf16", "fp16"]
 INT8 = [None, {"name": "int8", "embeddings": True}, {"name": "int8", "embeddings": False}]
+# Fast in native code alone.
+NATIVE_QUANTIZE = [
+    {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
+    {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
+]
+CACHES = [None, "bf16", "int8"]
 ENGINES = [
     {"runner": "eager"},
     {"runner": "native"},
@@ -31,8 +37,17 @@ def all_recipes():
         transforms = [{"name": "attention", "form": attention}]
         transforms += [{"name": "precision", "dtype": dtype}] if dtype else []
         transforms += [int8] if int8 else []
-        if attention == "eager" and engine["runner"] == "native":
-            continue  # the same native attention as with sdpa
+        if engine["runner"] == "native":
+            continue  # below
+        yield Recipe.from_dict({"transforms": transforms, "engine": engine})
+    # One form of attention; where every weight is quantised, the dtype changes the cache alone: a choice of its own.
+    natively = [(dtype, q) for dtype in DTYPES for q in (None, INT8[2])]
+    natively += [(None, q) for q in (INT8[1], *NATIVE_QUANTIZE)]
+    for (dtype, quantize), cache in itertools.product(natively, CACHES):
+        transforms = [{"name": "attention", "form": "sdpa"}]
+        transforms += [{"name": "precision", "dtype": dtype}] if dtype else []
+        transforms += [quantize] if quantize else []
+        engine = {"runner": "native"} | ({"cache_dtype": cache} if cache else {})
         yield Recipe.from_dict({"transforms": transforms, "engine": engine})
 
 
@@ -51,10 +66,10 @@ def test_every_legal_combination_once(machine):
     space = spaces.build("cpu")
     expected = {r.hash for r in all_recipes()} - {preset("baseline").hash}
     ids = [c.id for c in space.legal]
-    assert len(expected) == 2 * 3 * 3 * 5 - 9 - 1
+    assert len(expected) == 2 * 3 * 3 * 4 + (6 + 3) * 3 - 1
     assert len(ids) == len(set(ids)) == len(expected)
     assert set(ids) == expected
-    assert [reason for _, reason in space.illegal] == [spaces.SAME_ATTENTION] * 9
+    assert {reason for _, reason in space.illegal} == {spaces.SAME_ATTENTION, spaces.ALL_QUANTISED}
 
 
 def test_baseline_is_no_candidate(machine):
@@ -70,7 +85,6 @@ def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, mo
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
     space = spaces.build("cpu")
     assert len(space.legal) == 2 * 3 * 3 - 1
-    assert len(space.illegal) == 2 * 3 * 3 * 4
     assert all("compile" in name or "native" in name for name, _ in space.illegal)
     assert all("compiler" in reason or "PARETUNE_NO_COMPILER" in reason for _, reason in space.illegal)
     assert all(c.recipe.engine.runner == "eager" for c in space.legal)
@@ -79,16 +93,17 @@ def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, mo
 def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
     machine["fp16"] = DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here: no such kernel")
     space = spaces.build("cpu")
-    assert len(space.legal) == 2 * 2 * 3 * 5 - 6 - 1
-    without = [(name, reason) for name, reason in space.illegal if reason != spaces.SAME_ATTENTION]
-    assert len(without) == 2 * 3 * 5
+    assert len(space.legal) == 2 * 2 * 3 * 4 + (4 + 3) * 3 - 1
+    known = (spaces.SAME_ATTENTION, spaces.ALL_QUANTISED)
+    without = [(name, reason) for name, reason in space.illegal if reason not in known]
+    assert len(without) >= 2 * 3 * 4
     assert all("fp16" in name and "no such kernel" in reason for name, reason in without)
     assert len({name for name, _ in space.illegal}) == len(space.illegal)
 
 
 def test_an_emulated_dtype_is_legal(machine):
     machine["bf16"] = DtypeSupport(True, True, 0.3, 0.3, "bf16 is emulated here")
-    assert len(spaces.build("cpu").legal) == 80
+    assert len(spaces.build("cpu").legal) == 98
 
 
 # -- the order
@@ -102,14 +117,16 @@ def test_cheap_changes_alone_come_first(machine):
     space = spaces.build("cpu")
     order = wave(space, size=89)
     assert sum(len(c.changes) == 1 for c in space.legal) == 1 + 2 + 2 + 4
-    assert all(len(c.changes) == 1 and c.choice[3] in ("eager", "native") for c in order[:6])
-    assert all(len(c.changes) > 1 or c.choice[3] not in ("eager", "native") for c in order[6:])
+    # What only native code runs fast is looked at with the native runner: int4, w8a8 and two caches.
+    cheap = [c for c in space.legal if c.single and c.choice[3] in ("eager", "native")]
+    assert len(cheap) == 1 + 2 + 2 + 1 + 4
+    assert order[:10] == sorted(cheap, key=order.index)
 
 
 def test_a_runner_is_looked_at_beside_the_combinations_of_cheap_changes(machine):
     """It starts slowly, and is not left for a budget that ends before: default before freeze before autotune."""
     space = spaces.build("cpu")
-    tried = [c.id for c in space.legal if len(c.changes) == 1 and c.choice[3] in ("eager", "native")]
+    tried = [c.id for c in space.legal if c.single and c.choice[3] in ("eager", "native")]
     gains = {"precision": 0.25, "quantize": 0.25, "attention": -0.1}
     singles = {change: gains[change[0]] for c in space.legal for change in c.changes.items() if change[0] in gains}
     chosen = wave(space, tried, singles, size=5)
@@ -120,7 +137,7 @@ def test_a_runner_is_looked_at_beside_the_combinations_of_cheap_changes(machine)
 
 def test_what_was_measured_decides_which_combination_is_next(machine):
     space = spaces.build("cpu")
-    tried = [c.id for c in space.legal if len(c.changes) == 1]
+    tried = [c.id for c in space.legal if c.single]
     singles = {
         ("attention", "eager"): -0.5,
         ("precision", "bf16"): -0.5,
@@ -141,7 +158,7 @@ def test_what_was_measured_decides_which_combination_is_next(machine):
 
 def test_nothing_promising_is_left_so_the_rest_is_measured_too(machine):
     space = spaces.build("cpu")
-    tried = [c.id for c in space.legal if len(c.changes) == 1]
+    tried = [c.id for c in space.legal if c.single]
     singles = {change: -1.0 for c in space.legal for change in c.changes.items()}
     rest = wave(space, tried, singles)
     assert 1 <= len(rest) <= 5 and not {c.id for c in rest} & set(tried)
@@ -157,8 +174,8 @@ def test_what_is_measured_for_want_of_better_respects_the_budget_too(machine):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tried=st.sets(st.integers(0, 79)),
-    gains=st.lists(st.floats(-2, 2), min_size=9, max_size=9),
+    tried=st.sets(st.integers(0, 97)),
+    gains=st.lists(st.floats(-2, 2), min_size=13, max_size=13),
     starts=st.lists(st.floats(0.5, 200), min_size=5, max_size=5),
     budget=st.floats(0, 400),
     size=st.integers(1, 8),
@@ -179,7 +196,7 @@ def test_a_wave_repeats_nothing_and_respects_size_and_budget(tried, gains, start
 
 
 @settings(max_examples=25, deadline=None)
-@given(gains=st.lists(st.floats(-3, 3), min_size=9, max_size=9), size=st.integers(1, 8))
+@given(gains=st.lists(st.floats(-3, 3), min_size=13, max_size=13), size=st.integers(1, 8))
 def test_with_time_enough_every_candidate_has_its_turn(gains, size):
     space = full_space()
     changes = sorted({change for c in space.legal for change in c.changes.items()})
@@ -195,18 +212,21 @@ def test_a_candidate_without_a_number_does_not_spoil_the_order(machine):
     space = spaces.build("cpu")
     singles = {change: -0.5 for c in space.legal for change in c.changes.items()}
     singles |= {("quantize", "int8"): math.nan, ("quantize", "int8-linear"): 0.9, ("precision", "fp16"): 0.6}
-    tried = [c.id for c in space.legal if len(c.changes) == 1]
+    tried = [c.id for c in space.legal if c.single]
     first = wave(space, tried, singles, size=1)[0]
     assert first.changes == {"precision": "fp16", "quantize": "int8-linear"}
 
 
 def full_space():
     """The whole space without asking this machine (hypothesis runs it often)."""
-    choices = itertools.product(spaces.ATTENTION, spaces.PRECISION, spaces.QUANTIZE, spaces.RUNNERS)
+    choices = itertools.product(spaces.ATTENTION, spaces.PRECISION, spaces.QUANTIZE, spaces.RUNNERS, spaces.CACHE)
     return spaces.Space(
         [
             spaces.Candidate(c, spaces.recipe_of(c))
             for c in choices
-            if c != spaces.BASELINE and not (c[0] == "eager" and c[3] == "native")
+            if c != spaces.BASELINE
+            and not (c[0] == "eager" and c[3] == "native")
+            and not (c[3] != "native" and (c[4] or ("quantize", c[2]) in spaces.NATIVE_ONLY))
+            and not (c[3] == "native" and c[1] and c[2] in ("int8", "int4", "w8a8"))
         ]
     )

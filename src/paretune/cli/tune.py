@@ -79,7 +79,7 @@ def _show_space(model: str, goal: Any) -> None:
     config = checkpoint.read_config(checkpoint.resolve(model))
     Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
     check_device(goal.device)
-    space = spaces.build(goal.device, goal.batch_size)
+    space = spaces.build(goal.device)
     print(f"baseline: {spaces.baseline().name}")
     print(f"{len(space.legal)} candidates:")
     for candidate in space.legal:

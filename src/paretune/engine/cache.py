@@ -1,6 +1,7 @@
 """The key/value cache: pre-allocated, per-row lengths, rollback.
 
-Per layer keys and values `[B, n_kv_head, capacity, head_dim]`; slot = absolute position. Rows may have different
+Per layer keys and values `[B, n_kv_head, capacity, head_dim]`, int8 ones with a scale per head and position; slot =
+absolute position. Rows may have different
 lengths: what lies beyond a row's length is garbage that no query sees (its position is later than the query's) and that
 the next token overwrites.
 
@@ -18,38 +19,75 @@ from paretune.errors import UsageError
 from paretune.ops.attention.spec import Visible, window_mask
 
 
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x[..., D]` to int8 with one scale a head and position, `max |x| / 127`; NaN and infinity make the scale NaN."""
+    x = x.float()
+    absmax = x.abs().amax(dim=-1)
+    scale = torch.where(absmax > 1e-30, absmax / 127, torch.zeros_like(absmax)) + (x * 0).sum(dim=-1)
+    q = torch.round(x / torch.where(scale > 0, scale, torch.ones_like(scale))[..., None])
+    return q.nan_to_num().clamp(-127, 127).to(torch.int8), scale
+
+
 class LayerView:
     """One layer's keys and values, as its attention function sees them."""
+
+    k_scale: Tensor | None = None  # fp32 [B, n_kv_head, capacity] of an int8 cache
+    v_scale: Tensor | None = None
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         shape = (cache.batch_size, cache.n_kv_head, cache.capacity, cache.head_dim)
         self.k = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
         self.v = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
+        if cache.dtype == torch.int8:
+            self.k_scale = torch.zeros(shape[:3], device=cache.device)
+            self.v_scale = torch.zeros(shape[:3], device=cache.device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
     def append(self, k_new: Tensor, v_new: Tensor, window: int | None) -> Visible:
         """Stores `[B, Hkv, K, D]` at the rows' positions and returns what the new queries may see."""
-        cache = self.cache
+        cache, dtype = self.cache, k_new.dtype
+        self._store(k_new, self.k, self.k_scale)
+        self._store(v_new, self.v, self.v_scale)
         if cache.static:
-            slots = cache.positions
-            self.k[cache.row_index, :, slots] = k_new.transpose(1, 2)
-            self.v[cache.row_index, :, slots] = v_new.transpose(1, 2)
-            return Visible(self.k, self.v, cache.mask(cache.capacity, window), is_causal=False)
+            k, v = self._load(cache.capacity, dtype)
+            return Visible(k, v, cache.mask(cache.capacity, window), is_causal=False)
         start, K = cache.start, k_new.size(2)
-        if start is None:  # rows of different lengths
-            self.k[cache.row_index, :, cache.positions] = k_new.transpose(1, 2)
-            self.v[cache.row_index, :, cache.positions] = v_new.transpose(1, 2)
-            n = cache.extent
-            return Visible(self.k[:, :, :n], self.v[:, :, :n], cache.mask(n, window), is_causal=False)
-        end = start + K
-        self.k[:, :, start:end] = k_new
-        self.v[:, :, start:end] = v_new
-        k, v = self.k[:, :, :end], self.v[:, :, :end]
-        if window is not None and end > window:
-            return Visible(k, v, cache.mask(end, window), is_causal=False)
+        n = cache.extent
+        k, v = self._load(n, dtype)
+        if start is None or (window is not None and n > window):  # rows of different lengths, or a window
+            return Visible(k, v, cache.mask(n, window), is_causal=False)
         if start == 0 or K == 1:
             return Visible(k, v, None, is_causal=K > 1)
-        return Visible(k, v, cache.mask(end, window), is_causal=False)
+        return Visible(k, v, cache.mask(n, window), is_causal=False)
+
+    def _store(self, new: Tensor, values: Tensor, scales: Tensor | None) -> None:
+        cache = self.cache
+        scale = None
+        if scales is not None:
+            new, scale = quantize_heads(new)
+        if cache.static or cache.start is None:
+            values[cache.row_index, :, cache.positions] = new.transpose(1, 2)
+            if scales is not None and scale is not None:
+                scales[cache.row_index, :, cache.positions] = scale.transpose(1, 2)
+            return
+        end = cache.start + new.size(2)
+        values[:, :, cache.start : end] = new
+        if scales is not None and scale is not None:
+            scales[:, :, cache.start : end] = scale
+
+    def _load(self, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v = self.k[:, :, :n], self.v[:, :, :n]
+        if self.k_scale is None or self.v_scale is None:
+            # A cache in fewer bits than the model computes in.
+            return (k, v) if k.dtype == dtype else (k.to(dtype), v.to(dtype))
+        return (
+            (k.float() * self.k_scale[:, :, :n, None]).to(dtype),
+            (v.float() * self.v_scale[:, :, :n, None]).to(dtype),
+        )
 
 
 class KVCache:
@@ -60,6 +98,7 @@ class KVCache:
 
     Args:
         capacity: tokens each row can hold.
+        dtype: of what is stored; PyTorch code gets it back in the dtype of the new keys.
         static: always show all slots under a mask, so that shapes never change (compiled decode).
     """
 
@@ -98,7 +137,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(view.k.nbytes + view.v.nbytes for view in self.layers)
+        return sum(view.nbytes for view in self.layers)
 
     def stage_(self, n_new: Sequence[int]) -> None:
         """How many of the next step's K tokens are real in each row; the others are padding on the right."""

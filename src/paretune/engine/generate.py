@@ -139,10 +139,14 @@ def generate(
     step = tokens.to(runner.device)
     for i in range(max_new_tokens):
         before = clock.now()
-        logits = runner.forward(step, cache, "last")[:, 0]  # (B, V)
-        clock.synchronize(runner.device.type)
-        timing.model_sec += clock.now() - before
-        chosen = _choose(logits, rows, plain_greedy)
+        if plain_greedy and runner.chooses:
+            chosen = runner.greedy(step, cache)
+            timing.model_sec += clock.now() - before
+        else:
+            logits = runner.forward(step, cache, "last")[:, 0]  # (B, V)
+            clock.synchronize(runner.device.type)
+            timing.model_sec += clock.now() - before
+            chosen = _choose(logits, rows, plain_greedy)
         for row, token in zip(rows, chosen, strict=True):
             row.accept(token, eos)
         if i == 0:

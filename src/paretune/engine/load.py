@@ -10,7 +10,7 @@ import torch
 from paretune import clock, hardware
 from paretune.engine.generate import naive_generate
 from paretune.engine.probe import Observation, observe
-from paretune.engine.runners.base import Runner
+from paretune.engine.runners.base import CACHE_DTYPES, Runner
 from paretune.errors import NoEffectError, NotExactError, UsageError
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
@@ -69,6 +69,10 @@ def prove(loaded: Loaded, batch_size: int = 1, capacity: int = 0) -> tuple[list[
         if not loaded.runner.kernels:
             raise NoEffectError(f"no step of {batch_size} sequences ran in native code", "Use the eager runner")
         said.append(f"whole steps run in native code ({probe.runner['isa']})")
+    if wanted := loaded.recipe.engine.cache_dtype:
+        if probe.cache_dtype != str(CACHE_DTYPES[wanted]):
+            raise NoEffectError(f"the cache holds {probe.cache_dtype}, not {wanted}", "Leave cache_dtype out")
+        said.append(f"keys and values are kept in {wanted}")
     if probe.compiled:
         if probe.graph_breaks:
             raise NoEffectError(f"the compiled graph has {probe.graph_breaks} breaks", "Use the eager runner")

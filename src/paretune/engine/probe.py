@@ -59,11 +59,14 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
     for t in storages.values():
         key = str(t.dtype).removeprefix("torch.")
         sizes[key] = sizes.get(key, 0) + t.nbytes
+    described = runner.describe()
+    if runner.cache_dtype != runner.dtype:
+        described["cache_dtype"] = str(cache_dtype).removeprefix("torch.")
     return Observation(
         kernels=dict(kernels),
         compiled=runner.name == "compile",
         graph_breaks=sum(counters["graph_break"].values()) - breaks_before,
         cache_dtype=str(cache_dtype),
         bytes_by_dtype=sizes,
-        runner=runner.describe(),
+        runner=described,
     )

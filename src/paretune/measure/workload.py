@@ -16,7 +16,6 @@ import torch
 
 from paretune import clock
 from paretune.engine.runners.base import Runner
-from paretune.engine.sampling import argmax
 from paretune.errors import UsageError
 from paretune.measure import memory
 from paretune.model.layers import Embedding, Linear
@@ -103,7 +102,7 @@ class Bench:
 
     def _prefill(self) -> None:
         self.cache.truncate_(0)
-        chosen = argmax(self.runner.forward(self.prompts, self.cache, "last")[:, 0])
+        chosen = self.runner.greedy(self.prompts, self.cache)
         self._first = torch.tensor(chosen, device=self.runner.device)[:, None]
 
     def _decode_slice(self) -> None:
@@ -118,7 +117,7 @@ class Bench:
         step = self._first
         assert step is not None, "no prompt was prefilled"
         for _ in range(n):
-            chosen = argmax(self.runner.forward(step, self.cache, "last")[:, 0])
+            chosen = self.runner.greedy(step, self.cache)
             step = torch.tensor(chosen, device=self.runner.device)[:, None]
 
 

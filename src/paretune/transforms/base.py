@@ -55,6 +55,9 @@ class Observation(Protocol):
     @property
     def cache_dtype(self) -> str: ...
 
+    @property
+    def runner(self) -> dict[str, object]: ...
+
 
 @dataclass(frozen=True)
 class Transform:

@@ -57,13 +57,14 @@ class Int8(Transform):
 
     def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         holders = weight_holders(model, self._wanted(model))
-        left = [n for n, m in holders if not isinstance(m.weight, Int8Rows)]
+        left = [n for n, m in holders if m.weight.format != Int8Rows.format]
         ensure(not left, self, f"{len(left)} layers are not int8, {left[0] if left else ''} first")
         unique = {id(m.weight): m.weight for _, m in holders}.values()
         n_bytes = sum(w.stored_bytes for w in unique)
         n_values = sum(w.out_features * w.in_features for w in unique)
         # One byte a value and four a row, nothing else: no dequantised copy is kept.
-        ensure(n_bytes <= n_values + 4 * sum(w.out_features for w in unique), self, f"{n_bytes} bytes are stored")
+        allowed = sum(w.padded_rows * (w.padded_inputs + 4) for w in unique)
+        ensure(n_bytes <= allowed, self, f"{n_bytes} bytes are stored")
         said = [f"{len(holders)} layers hold int8 rows: {n_bytes:,} bytes for {n_values:,} weights"]
         kernel = "native::int8" if "native::int8" in probe.kernels else Int8Rows.kernel
         if not probe.compiled and next(model.parameters()).device.type == "cpu":

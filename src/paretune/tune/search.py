@@ -139,7 +139,7 @@ class Search:
             "machine": hardware.fingerprint_id(hardware.fingerprint()),
             "versions": versions(),
         }
-        space = spaces.build(goal.device, goal.batch_size)  # before the clock of the budget runs
+        space = spaces.build(goal.device)  # before the clock of the budget runs
         prepare()
         self.journal = Journal(folder, key, resume)
         race = Race(goal, folder, model_folder, self.journal, say)
@@ -282,10 +282,11 @@ class Search:
         failed = {i for i, s in self.out.race.trials.items() if s.failure}
         out: dict[tuple[str, str | None], float] = {}
         for c in self.out.space.legal:
-            if len(c.changes) == 1:
-                change = next(iter(c.changes.items()))
+            if change := c.single:
                 if c.id in rows:
-                    out[change] = math.log(self.out.ratio(c.id).value)
+                    gain = math.log(self.out.ratio(c.id).value)
+                    # What runs natively alone is compared with the native runner by itself.
+                    out[change] = gain if len(c.changes) == 1 else gain - out.get(("runner", "native"), 0.0)
                 elif c.id in failed:
                     out[change] = -10.0  # what fails alone is not tried in company first
         return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,16 +11,25 @@ from paretune.recipe import Recipe, preset
 
 ATTENTION = ("sdpa", "eager")
 PRECISION = (None, "bf16", "fp16")
-QUANTIZE = (None, "int8", "int8-linear")
+QUANTIZE = (None, "int8", "int8-linear", "int4", "w8a8")
 RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
-FAMILIES = ("attention", "precision", "quantize", "runner")
-Choice = tuple[str, str | None, str | None, str]
-MAX_NATIVE_BATCH = 32  # `engine.runners.native.MAX_ROWS`, written again so that listing the space imports no torch
+CACHE = (None, "bf16", "int8")  # what the native runner keeps keys and values in; None follows the model
+FAMILIES = ("attention", "precision", "quantize", "runner", "cache")
+Choice = tuple[str, str | None, str | None, str, str | None]
+# What has a fast form in native code alone: elsewhere every call would dequantise, or convert the cache.
+NATIVE_ONLY = {("quantize", "int4"), ("quantize", "w8a8"), ("cache", "bf16"), ("cache", "int8")}
+GROUPS = {
+    "int4": {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
+    "w8a8": {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
+}
+ALL_QUANTISED = (
+    "every weight is quantised: the number format would change the cache alone, which is a choice of its own"
+)
 SAME_ATTENTION = "native code runs the same attention whatever the form: a duplicate"
-BASELINE: Choice = ("sdpa", None, None, "eager")
+BASELINE: Choice = ("sdpa", None, None, "eager", None)
 
 # Log gain that a change nobody has measured yet is credited with, so that each is looked at once, cheap ones first.
-UNSEEN = {"attention": 0.3, "precision": 0.4, "quantize": 0.5, "runner": 0.6}
+UNSEEN = {"attention": 0.3, "precision": 0.4, "quantize": 0.5, "runner": 0.6, "cache": 0.05}
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,15 @@ class Candidate:
         """What differs from the baseline, by family."""
         return {f: c for f, c, b in zip(FAMILIES, self.choice, BASELINE, strict=True) if c != b}
 
+    @property
+    def single(self) -> tuple[str, str | None] | None:
+        """The one change that this candidate tells something about: it is alone, or needs the native runner."""
+        changes = list(self.changes.items())
+        if len(changes) == 2 and ("runner", "native") in changes:
+            changes.remove(("runner", "native"))
+            return changes[0] if changes[0] in NATIVE_ONLY else None
+        return changes[0] if len(changes) == 1 else None
+
 
 @dataclass
 class Space:
@@ -48,14 +67,16 @@ class Space:
 
 
 def recipe_of(choice: Choice) -> Recipe:
-    attention, precision, quantize, runner = choice
+    attention, precision, quantize, runner, cache = choice
     transforms: list[dict[str, object]] = [{"name": "attention", "form": attention}]
     if precision:
         transforms.append({"name": "precision", "dtype": precision})
-    if quantize:
+    if quantize in GROUPS:
+        transforms.append(GROUPS[quantize])
+    elif quantize:
         transforms.append({"name": "int8", "embeddings": quantize == "int8"})
     name, _, mode = runner.partition(":")
-    engine = {"runner": name, "compile_mode": mode} if mode else {"runner": name}
+    engine = {"runner": name} | ({"compile_mode": mode} if mode else {}) | ({"cache_dtype": cache} if cache else {})
     return Recipe.from_dict({"transforms": transforms, "engine": engine})
 
 
@@ -66,32 +87,32 @@ def baseline() -> Recipe:
     return recipe
 
 
-def build(device: str, batch_size: int = 1) -> Space:
+def build(device: str) -> Space:
     """All combinations; those that cannot run on `device` go aside with the reason."""
     space = Space()
     reasons: dict[tuple[str, str | None], str | None] = {}
-    for family, options in zip(FAMILIES, (ATTENTION, PRECISION, QUANTIZE, RUNNERS), strict=True):
+    families = (ATTENTION, PRECISION, QUANTIZE, RUNNERS, CACHE)
+    for family, options in zip(FAMILIES, families, strict=True):
         at = FAMILIES.index(family)
         for option in options:
             alone = (*BASELINE[:at], option, *BASELINE[at + 1 :])
             reasons[family, option] = recipe_of(alone).requires(device)  # type: ignore[arg-type]
-    for a in ATTENTION:
-        for p in PRECISION:
-            for q in QUANTIZE:
-                for r in RUNNERS:
-                    choice: Choice = (a, p, q, r)
-                    if choice == BASELINE:
-                        continue
-                    candidate = Candidate(choice, recipe_of(choice))
-                    reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
-                    if r == "native" and a != BASELINE[0]:
-                        reason = reason or SAME_ATTENTION
-                    if r == "native" and batch_size > MAX_NATIVE_BATCH:
-                        reason = reason or f"native steps hold {MAX_NATIVE_BATCH} sequences at most"
-                    if reason:
-                        space.illegal.append((candidate.recipe.name, reason))
-                    else:
-                        space.legal.append(candidate)
+    for choice in itertools.product(*families):
+        a, p, q, r, cache = choice
+        if choice == BASELINE or (r != "native" and cache):
+            continue
+        candidate = Candidate(choice, recipe_of(choice))
+        if r != "native" and ("quantize", q) in NATIVE_ONLY:
+            continue
+        reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
+        if r == "native" and a != BASELINE[0]:
+            reason = reason or SAME_ATTENTION
+        if r == "native" and p and q in ("int8", "int4", "w8a8"):
+            reason = reason or ALL_QUANTISED
+        if reason:
+            space.illegal.append((candidate.recipe.name, reason))
+        else:
+            space.legal.append(candidate)
     return space
 
 
@@ -106,7 +127,7 @@ def predicted_log_gain(candidate: Candidate, singles: Mapping[tuple[str, str | N
         gain = singles.get(change, math.nan)  # NaN: not seen, or the deadline cut its first block
         if not math.isnan(gain):
             total += gain
-        elif len(candidate.changes) == 1:  # in company an unknown change is worth nothing yet: alone comes first
+        elif change == candidate.single:  # in company an unknown change is worth nothing yet: alone comes first
             total += UNSEEN[change[0]]
     return total
 
@@ -132,7 +153,7 @@ def next_wave(
     left = [c for c in space.legal if c.id not in tried and cost(c) <= budget_sec]
 
     def rank(c: Candidate) -> tuple[bool, float]:
-        is_cheap_single = len(c.changes) == 1 and c.choice[3] in ("eager", "native")
+        is_cheap_single = c.single is not None and c.choice[3] in ("eager", "native")
         return (not is_cheap_single, -predicted_log_gain(c, singles) / (1 + cost(c) / 60))
 
     def take(candidates: list[Candidate], most: int) -> list[Candidate]:
@@ -145,11 +166,11 @@ def next_wave(
         return chosen
 
     ordered = sorted(left, key=rank)
-    alone = [c for c in ordered if len(c.changes) == 1]
+    alone = [c for c in ordered if c.single]
     if alone and ordered[0] is not alone[0]:
         ordered.remove(alone[0])
         ordered.insert(2, alone[0])
-    promising = [c for c in ordered if len(c.changes) == 1 or predicted_log_gain(c, singles) > 0]
+    promising = [c for c in ordered if c.single or predicted_log_gain(c, singles) > 0]
     # Nothing promising is left: the rest is measured too while there is time.
     return take(promising, size) or take(ordered, min(size, 2))
 

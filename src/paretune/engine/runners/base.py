@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from paretune.engine.cache import KVCache
+from paretune.engine.sampling import argmax
 from paretune.model.base import LanguageModel
 
 Logits = Literal["last", "all"]
+CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 class Runner:
@@ -21,6 +23,7 @@ class Runner:
     """
 
     name: ClassVar[str]
+    chooses: ClassVar[bool] = False  # finds the most likely token itself, as part of the step
     exact: ClassVar[bool] = True  # claims the reference's results, so it is checked before it is timed
 
     def __init__(self, model: LanguageModel) -> None:
@@ -28,12 +31,17 @@ class Runner:
         self.config = model.config
         embedding = model.embedding
         self.dtype: torch.dtype = embedding.weight.compute_dtype
-        self.device = next(iter(embedding.weight.to_tensors().values())).device
+        self.device = embedding.weight.device
+        self.cache_dtype: torch.dtype = self.dtype
 
     @staticmethod
     def requires(device: str) -> str | None:
         """Why this runner cannot run on `device`, or None."""
         return None
+
+    def set_cache_dtype_(self, name: str) -> None:
+        """Keeps keys and values in another dtype than the model's."""
+        self.cache_dtype = CACHE_DTYPES[name]
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         c = self.config
@@ -43,7 +51,7 @@ class Runner:
             n_kv_head=c.n_kv_head,
             capacity=min(capacity, c.n_positions),
             head_dim=c.head_dim,
-            dtype=self.dtype,
+            dtype=self.cache_dtype,
             device=self.device,
             static=False,
         )
@@ -51,6 +59,10 @@ class Runner:
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
         """One step: `tokens[B, K] -> [B, 1, V]` ("last") or `[B, K, V]` ("all"); the cache holds K more after it."""
         raise NotImplementedError
+
+    def greedy(self, tokens: Tensor, cache: KVCache) -> list[int]:
+        """One step as `forward`, and each row's most likely next token (the first of equals; NaN is the largest)."""
+        return argmax(self.forward(tokens, cache, "last")[:, 0])
 
     @property
     def kernels(self) -> dict[str, int]:

@@ -1,8 +1,7 @@
 """Native CPU code: the whole step in one call, without Python or a dispatcher between two products.
 
-Steps of up to `MAX_ROWS` tokens (decode, verification, short chunks) run natively on the weights as they are stored,
-with fp32 activations and sums. A longer prompt goes through in such chunks, or through PyTorch on the same weights and
-the same cache where its matrix products are the faster ones: in fp32, and in 16 bits on a processor that has them.
+The weights are packed once, in place of the model's own (one stored copy); activations and sums are fp32. Prefill and
+decode run the same kernels, so a prompt gives the same bits whole, in pieces, alone and in a batch.
 """
 
 from __future__ import annotations
@@ -14,39 +13,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from paretune import hardware, native_build
+from paretune import native_build
 from paretune.engine.cache import KVCache
 from paretune.engine.runners.base import Logits, Runner
-from paretune.model.base import LanguageModel
+from paretune.model.base import CannotLower, LanguageModel
 from paretune.model.layers import Embedding, Linear
+from paretune.ops.native import packed
 from paretune.ops.native import program as native
+from paretune.ops.native.packed import PackedWeight
 
-MAX_ROWS = 32
+MAX_ROWS = 512  # tokens that go through at once; longer steps go in pieces, which bounds the working memory
+
+
+def pack_(model: LanguageModel) -> None:
+    """Puts packed weights in the place of all others; tied layers stay tied.
+
+    Raises:
+        CannotLower: a weight has no native format; then nothing is changed.
+    """
+    holders = [m for m in model.modules() if isinstance(m, Linear | Embedding)]
+    weights = {id(m.weight): m.weight for m in holders if not isinstance(m.weight, PackedWeight)}
+    for weight in weights.values():
+        if weight.native() is None:
+            raise CannotLower(f"native code has no weight format {weight.format}", "Use the eager runner")
+    for old, new in zip(list(weights), packed.pack(list(weights.values())), strict=True):
+        for module in holders:
+            if id(module.weight) == old:
+                module.weight = new
+        del weights[old]  # the original is free before the next one is packed
 
 
 class NativeRunner(Runner):
     """Raises `CannotLower` with the first module that has no native form."""
 
     name = "native"
+    chooses = True
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
         self.n_threads = torch.get_num_threads()
         self._lower()
-        is_fast_in_pytorch = self.dtype == torch.float32 or hardware.has_instruction(self.dtype)
-        self.prefill = "PyTorch" if is_fast_in_pytorch else "native"
-        self._pointers: weakref.WeakKeyDictionary[KVCache, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+        self._pointers: weakref.WeakKeyDictionary[KVCache, tuple[Any, ...]] = weakref.WeakKeyDictionary()
         self.n_native_steps = 0
+        self._op_ns: Any = None
 
     def _lower(self) -> None:
         program = native.Program()
+        pack_(self.model)
         self.model.lower(program)
-        self._program = program.build(MAX_ROWS, self.n_threads)
+        self._program = program.build(self.n_threads)
         self._weights_at = self._weight_pointers()
 
     def _weight_pointers(self) -> list[int]:
-        weights = [m.weight.native() for m in self.model.modules() if isinstance(m, Linear | Embedding)]
-        return [w[1].data_ptr() for w in weights if w is not None]
+        return [id(m.weight) for m in self.model.modules() if isinstance(m, Linear | Embedding)]
 
     @staticmethod
     def requires(device: str) -> str | None:
@@ -65,57 +84,72 @@ class NativeRunner(Runner):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
+        return self._forward(tokens, cache, logits, None)
+
+    @torch.inference_mode()
+    def greedy(self, tokens: Tensor, cache: KVCache) -> list[int]:
+        best = torch.empty(cache.batch_size, dtype=torch.int64)
+        self._forward(tokens, cache, "last", best)
+        return best.tolist()
+
+    def _forward(self, tokens: Tensor, cache: KVCache, logits: Logits, best: Tensor | None) -> Tensor:
         B, K = tokens.shape
         assert cache.batch_size == B and K >= 1, f"{B} x {K} tokens on a cache of {cache.batch_size} rows"
         assert len(cache.layers) == self.config.n_layer and cache.device.type == "cpu"
         tokens = tokens.to("cpu", torch.int64)
-        # A forked child has no team; a model that was moved or given other weights since has others.
+        # A forked child has no team; a model that was given other weights since has others.
         if not self._program.is_usable or (K > 1 and self._weight_pointers() != self._weights_at):
             self._lower()
-        is_long = B * K > MAX_ROWS
-        if is_long and self.prefill == "native" and B <= MAX_ROWS:
-            return self._in_chunks(tokens, cache, logits)
+        if B * K > MAX_ROWS and K > 1:
+            return self._in_pieces(tokens, cache, logits, best)
         cache.begin_(K)
-        out = self.model(tokens, cache, logits) if is_long else self._step(tokens, cache, logits)
+        out = self._step(tokens, cache, logits, best)
         cache.commit_()
         return out
 
-    def _in_chunks(self, tokens: Tensor, cache: KVCache, logits: Logits) -> Tensor:
+    def _in_pieces(self, tokens: Tensor, cache: KVCache, logits: Logits, best: Tensor | None) -> Tensor:
         """A long step as several short ones; the same bits, since sums do not depend on the rows of a step."""
         B, K = tokens.shape
         n_new = cache.take_staged_(K)
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < self._program.n_vocab:
-            raise IndexError("a token is not in the vocabulary")  # before any chunk is held
-        chunk = MAX_ROWS // B
+            raise IndexError("a token is not in the vocabulary")  # before any piece is held
+        size = max(1, MAX_ROWS // B)
         parts = []
         last = torch.empty(B, 1, self._program.n_vocab)
-        for start in range(0, K, chunk):
-            part = tokens[:, start : start + chunk]
+        part_best = None if best is None else torch.empty_like(best)
+        for start in range(0, K, size):
+            part = tokens[:, start : start + size]
             held = [min(max(n - start, 0), part.size(1)) for n in n_new]
             cache.stage_(held)
             cache.begin_(part.size(1))
-            out = self._step(part, cache, logits)
+            out = self._step(part, cache, logits, part_best)
             cache.commit_()
             if logits == "all":
                 parts.append(out)
                 continue
             ends_here = torch.tensor([start < max(n, 1) <= start + part.size(1) for n in n_new])
             last[ends_here] = out[ends_here]
+            if best is not None and part_best is not None:
+                best[ends_here] = part_best[ends_here]
         return torch.cat(parts, dim=1) if logits == "all" else last
 
-    def _step(self, tokens: Tensor, cache: KVCache, logits: Logits) -> Tensor:
+    def _step(self, tokens: Tensor, cache: KVCache, logits: Logits, best: Tensor | None = None) -> Tensor:
         B, K = tokens.shape
         tokens = tokens.contiguous()
         is_all = logits == "all"
         out = torch.empty(B, K if is_all else 1, self._program.n_vocab)
-        keys, values = self._cache_pointers(cache)
+        k, v, k_scale, v_scale = (ctypes.addressof(p) for p in self._cache_pointers(cache))
         step = native.Step(
             tokens=tokens.data_ptr(),
             lengths=cache.lengths.data_ptr(),
             last=cache.last.data_ptr(),
-            k=ctypes.addressof(keys),
-            v=ctypes.addressof(values),
+            k=k,
+            v=v,
+            k_scale=k_scale,
+            v_scale=v_scale,
             logits=out.data_ptr(),
+            best=None if best is None else best.data_ptr(),
+            op_ns=None if self._op_ns is None else ctypes.addressof(self._op_ns),
             B=B,
             K=K,
             capacity=cache.capacity,
@@ -126,24 +160,31 @@ class NativeRunner(Runner):
         self.n_native_steps += 1
         return out
 
+    def _cache_pointers(self, cache: KVCache) -> tuple[Any, ...]:
+        if cache not in self._pointers:
+            kind = ctypes.c_void_p * len(cache.layers)
+            names = ("k", "v", "k_scale", "v_scale")
+            tensors = [[getattr(layer, name) for layer in cache.layers] for name in names]
+            self._pointers[cache] = tuple(kind(*(None if t is None else t.data_ptr() for t in ts)) for ts in tensors)
+        return self._pointers[cache]
+
     @property
     def buffer_bytes(self) -> int:
         return self._program.buffer_bytes
 
-    def _cache_pointers(self, cache: KVCache) -> tuple[Any, Any]:
-        if cache not in self._pointers:
-            kind = ctypes.c_void_p * len(cache.layers)
-            self._pointers[cache] = (
-                kind(*(layer.k.data_ptr() for layer in cache.layers)),
-                kind(*(layer.v.data_ptr() for layer in cache.layers)),
-            )
-        return self._pointers[cache]
+    # -- counters, off by default and free when off
+
+    def count_(self, is_on: bool) -> None:
+        """Starts counting from zero, or stops."""
+        n = len(self._program.names)
+        self._op_ns = (ctypes.c_int64 * n)() if is_on else None
+
+    @property
+    def counters(self) -> list[tuple[str, float]]:
+        """Every operation of a step in order with the seconds it took since `count_(True)`, barriers included."""
+        if self._op_ns is None:
+            return []
+        return [(name, ns / 1e9) for name, ns in zip(self._program.names, self._op_ns, strict=True)]
 
     def describe(self) -> dict[str, object]:
-        return {
-            "runner": self.name,
-            "isa": native.isa(),
-            "threads": self.n_threads,
-            "native_up_to_rows": MAX_ROWS,
-            "longer_steps": self.prefill,
-        }
+        return {"runner": self.name, "isa": packed.isa(), "threads": self.n_threads}

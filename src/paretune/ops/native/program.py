@@ -1,7 +1,7 @@
 """The list of operations that a model lowers itself to, and the native code that walks it (`step.cpp`).
 
 A model's `lower(program)` reads like its `forward`: it names buffers (rows of fp32, one row a token) and says what goes
-from which into which. Weights are used as they are stored: nothing is copied but norms and biases.
+from which into which. Its weights have to be packed (`packed.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from paretune import native_build
 from paretune.errors import ParetuneError
 from paretune.ops.attention.spec import AttentionSpec
+from paretune.ops.native import packed
+from paretune.ops.native.packed import Matrix, PackedWeight
 from paretune.ops.weights.base import Weight
 from paretune.registry import ATTENTION
 
-FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3}
-CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "quick_gelu": 3, "relu": 4, "silu": 5}
 EXACT_ATTENTION = ("eager", "sdpa")  # the native form computes the same sums
 LOGITS = "logits"
@@ -36,16 +36,6 @@ _STORE, _ADD, _ACTIVATE, _GATE = 0, 1, 2, 3
 
 class CannotLower(ParetuneError):
     """A module that native code cannot run; the message names it."""
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = [
-        ("data", c_void_p),
-        ("scale", c_void_p),
-        ("format", c_int32),
-        ("n_out", c_int32),
-        ("n_in", c_int32),
-    ]
 
 
 def _fields(names: str, kind: Any = c_int32) -> list[Any]:
@@ -64,38 +54,25 @@ class _Op(ctypes.Structure):
 class Step(ctypes.Structure):
     """One step: `B` sequences of `K` tokens on a cache; pointers as in `step.cpp`."""
 
-    _fields_ = _fields("tokens lengths last k v logits", c_void_p) + _fields("B K capacity cache_format all_logits")
+    _fields_ = _fields("tokens lengths last k v k_scale v_scale logits best op_ns", c_void_p) + _fields(
+        "B K capacity cache_format all_logits"
+    )
 
 
-def library() -> ctypes.CDLL:
-    """The compiled code, built on first use.
-
-    Raises:
-        NativeUnavailable: it cannot be built here.
-    """
-    lib: Any = native_build.load("step")
-    if not hasattr(lib, "is_declared"):
-        lib.paretune_isa.restype = ctypes.c_char_p
+def library() -> Any:
+    """`packed.library`, with the functions of programs declared."""
+    lib = packed.library()
+    if not hasattr(lib, "programs_are_declared"):
         lib.paretune_program.restype = c_void_p
-        lib.paretune_program.argtypes = [POINTER(_Op), c_int32, POINTER(_Matrix), c_int32, POINTER(c_int32)] + [
-            c_int32
-        ] * 3
-        lib.paretune_program_free.argtypes = [c_void_p]
-        lib.paretune_program_free.restype = None
-        lib.paretune_program_bytes.argtypes = [c_void_p]
-        lib.paretune_program_bytes.restype = ctypes.c_int64
+        counts = [c_int32, POINTER(Matrix), c_int32, POINTER(c_int32), c_int32, c_int32]
+        lib.paretune_program.argtypes = [POINTER(_Op), *counts]
+        lib.paretune_program_free.argtypes, lib.paretune_program_free.restype = [c_void_p], None
+        lib.paretune_program_bytes.argtypes, lib.paretune_program_bytes.restype = [c_void_p], ctypes.c_int64
         lib.paretune_step.argtypes = [c_void_p, POINTER(Step)]
-        lib.paretune_products.argtypes = [POINTER(_Matrix), c_void_p, c_int32, c_void_p]
-        lib.paretune_products.restype = None
-        for which, ours in enumerate((_Op, _Matrix, Step)):
+        for which, ours in ((0, _Op), (2, Step)):
             assert lib.paretune_sizes(which) == ctypes.sizeof(ours), f"{ours.__name__} differs from step.cpp"
-        lib.is_declared = True
+        lib.programs_are_declared = True
     return lib
-
-
-def isa() -> str:
-    """The instruction set that the code was compiled for: avx512, avx2 or portable."""
-    return library().paretune_isa().decode()
 
 
 class Program:
@@ -103,13 +80,14 @@ class Program:
 
     def __init__(self) -> None:
         self._ops: list[_Op] = []
-        self._matrices: list[_Matrix] = []
+        self._matrices: list[Matrix] = []
         self._matrix_index: dict[int, int] = {}
         self._widths: list[int] = []
         self._buffers: dict[str, int] = {}
         self._kept: list[Any] = []  # what native code points into
         self.kernels: Counter[str] = Counter()  # what a step runs, for the proof of effect
         self.n_vocab = 0
+        self._names: list[str] = []  # of the operations, for profiles
 
     # -- what models call
 
@@ -117,7 +95,7 @@ class Program:
         self, target: str, table: Weight, positions: Weight | None = None, rope: Tensor | None = None, head_dim: int = 0
     ) -> None:
         """Looks tokens up, adds learned positions, or prepares rotary angles (`rope`: `[head_dim / 2]` frequencies)."""
-        op = self._op(_EMBED, out=self._buffer(target, table.in_features), matrix=self._matrix(table))
+        op = self._op(_EMBED, "embedding", out=self._buffer(target, table.in_features), matrix=self._matrix(table))
         op.matrix2 = -1 if positions is None else self._matrix(positions)
         if rope is not None:
             op.rope, op.head_dim = self._floats(rope), head_dim
@@ -152,7 +130,9 @@ class Program:
         """
         weight: Weight = layer.weight
         first, width = columns or (0, weight.out_features)
-        op = self._op(_LINEAR, in_=self._buffers[source], matrix=self._matrix(weight), barrier=barrier)
+        op = self._op(
+            _LINEAR, f"{source} -> {target}", in_=self._buffers[source], matrix=self._matrix(weight), barrier=barrier
+        )
         op.out_offset, op.last_only = first, last_only
         if target == LOGITS:
             op.out, self.n_vocab = -1, weight.out_features
@@ -196,7 +176,9 @@ class Program:
         if function not in [ATTENTION.get(name) for name in EXACT_ATTENTION]:
             name = next((n for n in ATTENTION.names() if ATTENTION.get(n) is function), "?")
             raise CannotLower(f"layer {layer}: native code has no attention form {name!r}", "Use the eager runner")
-        op = self._op(_ATTENTION, in_=self._buffers[source], out=self._buffer(target, n_head * head_dim))
+        op = self._op(
+            _ATTENTION, f"{layer}: attention", in_=self._buffers[source], out=self._buffer(target, n_head * head_dim)
+        )
         op.layer, op.n_head, op.n_kv_head, op.head_dim = layer, n_head, n_kv_head, head_dim
         op.scale, op.window = spec.scale, spec.window or 0
         op.rope = None if rope is None else self._floats(rope)
@@ -204,21 +186,22 @@ class Program:
 
     # -- building
 
-    def build(self, max_rows: int, n_threads: int) -> CompiledProgram:
-        """Makes the team and the buffers."""
+    def build(self, n_threads: int) -> CompiledProgram:
+        """Makes the team and the buffers, which grow with the rows of a step."""
         lib = library()
         ops = (_Op * len(self._ops))(*self._ops)
-        matrices = (_Matrix * len(self._matrices))(*self._matrices)
+        matrices = (Matrix * len(self._matrices))(*self._matrices)
         widths = (c_int32 * len(self._widths))(*self._widths)
-        counts = (len(ops), matrices, len(matrices), widths, len(widths), max_rows, n_threads)
+        counts = (len(ops), matrices, len(matrices), widths, len(widths), n_threads)
         handle = lib.paretune_program(ops, *counts)
         if not handle:
             raise ParetuneError("no memory or threads for the native program", "Free memory, or use the eager runner")
-        return CompiledProgram(handle, self._kept, self.kernels, self.n_vocab)
+        return CompiledProgram(handle, self._kept, self.kernels, self.n_vocab, self._names)
 
-    def _op(self, code: int, *, barrier: bool = True, **fields: int) -> _Op:
+    def _op(self, code: int, name: str, *, barrier: bool = True, **fields: int) -> _Op:
         op = _Op(code=code, has_barrier=barrier, **fields)
         self._ops.append(op)
+        self._names.append(name)
         return op
 
     def _buffer(self, name: str, width: int) -> int:
@@ -229,28 +212,13 @@ class Program:
         return self._buffers[name]
 
     def _matrix(self, weight: Weight) -> int:
+        assert isinstance(weight, PackedWeight), "pack the weights first"
         if id(weight) not in self._matrix_index:
-            native = weight.native()
-            if native is None:
-                raise CannotLower(f"native code has no weight format {weight.format}", "Use the eager runner")
-            name, data, scale = native
-            data = data.detach()
-            assert data.is_contiguous() and data.device.type == "cpu"
-            self._kept += [weight, data, scale]
-            self._matrices.append(
-                _Matrix(
-                    data.data_ptr(),
-                    None if scale is None else scale.data_ptr(),
-                    FORMATS[name],
-                    weight.out_features,
-                    weight.in_features,
-                )
-            )
+            self._kept.append(weight)
+            self._matrices.append(weight.matrix())
             self._matrix_index[id(weight)] = len(self._matrices) - 1
-        index = self._matrix_index[id(weight)]
-        kind = next(k for k, v in FORMATS.items() if v == self._matrices[index].format)
-        self.kernels[f"native::{kind}"] += 1
-        return index
+        self.kernels[weight.kernel] += 1
+        return self._matrix_index[id(weight)]
 
     def _floats(self, tensor: Tensor) -> int:
         values = tensor.detach().float().contiguous()
@@ -261,9 +229,11 @@ class Program:
 class CompiledProgram:
     """A program with its threads and buffers; they go when it goes."""
 
-    def __init__(self, handle: int, kept: Sequence[Any], kernels: Counter[str], n_vocab: int) -> None:
+    def __init__(
+        self, handle: int, kept: Sequence[Any], kernels: Counter[str], n_vocab: int, names: Sequence[str]
+    ) -> None:
         self._handle: int | None = handle
-        self._kept, self.kernels, self.n_vocab = kept, kernels, n_vocab
+        self._kept, self.kernels, self.n_vocab, self.names = kept, kernels, n_vocab, names
         self._library = library()
         self._lock = threading.Lock()  # ctypes lets other Python threads run meanwhile; there is one team
         self._process = os.getpid()
@@ -289,19 +259,9 @@ class CompiledProgram:
         if status == 2:
             raise IndexError("a token is not in the vocabulary")
         if status:
-            raise ParetuneError("the native step ran out of memory or got more rows than it is made for", "Free memory")
+            raise ParetuneError("the native step ran out of memory", "Free memory")
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) and self.is_usable:
             self._library.paretune_program_free(self._handle)
             self._handle = None
-
-
-def products(weight: Weight, x: Tensor) -> Tensor:
-    """`x[M, in] @ W.T` through the native kernel alone, fp32: for tests against `Weight.dequantize`."""
-    program = Program()
-    matrix = program._matrices[program._matrix(weight)]
-    x = x.float().contiguous()
-    out = torch.empty(x.size(0), weight.out_features)
-    library().paretune_products(ctypes.byref(matrix), x.data_ptr(), x.size(0), out.data_ptr())
-    return out

@@ -1,111 +1,99 @@
 // A whole forward step of a transformer in one call: the list of operations that a model lowered itself to, walked by a
-// team of threads with light barriers. Activations and sums are fp32; weights stay as they are stored.
+// team of threads with light barriers. Activations and sums are fp32; weights stay packed as they are (packed.h).
 //
-// Sums do not depend on how many rows a step has: each output is one chain of lanes over k, added up in a fixed order.
-// So single, batched and many-token steps give the same bits.
+// Sums do not depend on how many rows a step has, so single, batched and many-token steps give the same bits.
 //
-// The compiler may not fuse multiplications and additions on its own (simd.h says where they are fused):
+// The compiler may not fuse multiplications and additions on its own (vec.h says where they are fused):
 // flags: -ffp-contract=off
 //
 // Legend: M rows of a step (B sequences x K tokens), N outputs, C inputs, D head dimension.
 
-#include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cmath>
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
 #include <memory>
-#include <mutex>
 #include <new>
-#include <thread>
-#include <vector>
+#include <string>
 
-#include "simd.h"
+#include "attention.h"
+#include "products.h"
+#include "team.h"
 
 namespace {
 
-// ---------------------------------------------------------------- what Python hands over (engine/runners/native.py)
+// ---------------------------------------------------------------- what Python hands over (ops/native/program.py)
 
 enum Code : std::int32_t { kEmbed = 1, kLinear = 2, kAttention = 3 };
 enum Norm : std::int32_t { kNoNorm = 0, kLayerNorm = 1, kRmsNorm = 2, kSameInput = 3 };
 enum Epilogue : std::int32_t { kStore = 0, kAdd = 1, kActivate = 2, kGate = 3 };
-enum Activation : std::int32_t { kGeluTanh = 1, kGelu = 2, kQuickGelu = 3, kRelu = 4, kSilu = 5 };
 constexpr std::int32_t kLogits = -1;  // as an output: the caller's memory
-
-extern "C" struct Matrix {
-  const void* data;    // [n_out, n_in], row-major, as stored
-  const float* scale;  // [n_out], or null
-  std::int32_t format; // simd.h
-  std::int32_t n_out, n_in;
-};
+constexpr int kFewRows = 4;  // each thread prepares as few for itself: cheaper than a barrier
 
 extern "C" struct Op {
   std::int32_t code;
   std::int32_t in, out, out_offset;  // buffers; the first column that is written
   std::int32_t matrix, matrix2;      // matrix2: the table of positions of kEmbed, or -1
   std::int32_t norm;                 // applied to the input first
-  std::int32_t epilogue, activation, other;  // other: the buffer that kGate activates and multiplies with
+  std::int32_t epilogue, activation, other;  // other: the buffer that kGate multiplies with
   std::int32_t last_only;            // only the last valid token of each sequence
   std::int32_t has_barrier;          // the next operation reads what other threads wrote
   std::int32_t layer, n_head, n_kv_head, head_dim, window;  // window: 0 is none
   float eps, scale;
-  const float* gamma;  // [n_in]
-  const float* beta;   // [n_in] or null
-  const float* bias;   // [n_out] or null
-  const float* rope;   // [head_dim / 2] inverse frequencies or null
+  const float* gamma;  // [C]
+  const float* beta;   // [C] or null
+  const float* bias;   // [N] or null
+  const float* rope;   // [D / 2] inverse frequencies or null
 };
 
 extern "C" struct Step {
   const std::int64_t* tokens;   // [B, K]
   const std::int64_t* lengths;  // [B] tokens held before this step
   const std::int64_t* last;     // [B] index of the last valid token of this step
-  void* const* k;               // by layer, [B, n_kv_head, capacity, head_dim]
+  void* const* k;               // by layer, [B, n_kv_head, capacity, D]
   void* const* v;
+  void* const* k_scale;         // by layer, fp32 [B, n_kv_head, capacity]; null unless the cache is int8
+  void* const* v_scale;
   float* logits;                // [B, V] or [B, K, V]
+  std::int64_t* best;           // [B] index of the largest of the last token's logits, or null
+  std::int64_t* op_ns;          // [n_ops] nanoseconds are added, or null
   std::int32_t B, K, capacity, cache_format, all_logits;
 };
 
-// ---------------------------------------------------------------- the team
-
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-// Spins a while, then yields: on a machine with fewer free cores than threads the other one has to get its turn.
-class Barrier {
- public:
-  explicit Barrier(int n) : n_(n) {}
-  void wait() {
-    if (n_ == 1) return;
-    const std::uint32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == n_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-      if (spins < 4000) relax(); else std::this_thread::yield();
-    }
-  }
-
- private:
-  const int n_;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<std::uint32_t> phase_{0};
+struct Best {
+  float value;
+  std::int64_t index;
 };
 
-constexpr auto kSpin = std::chrono::microseconds(50);
+// The rows of an operation's input in the forms its weight needs.
+struct Prepared {
+  std::vector<float> x, scale;
+  std::vector<std::int16_t> q;
+  std::vector<std::int8_t> q8;
+  std::vector<std::int32_t> sums;
+  std::vector<std::uint16_t> pairs;
+
+  void reserve(std::size_t rows, std::size_t C, bool has_integers, bool has_bytes, bool has_pairs) {
+    const std::size_t padded = (C + kChunk - 1) / kChunk * kChunk;
+    x.resize(rows * C);
+    if (has_integers) q.resize(rows * padded), scale.resize(rows * padded / kChunk), sums.resize(rows * padded / kSumOver);
+    if (has_bytes) q8.resize(rows * padded);
+    if (has_pairs) pairs.resize(rows * (C + C % 2));
+  }
+  std::size_t bytes() const {
+    return 4 * (x.size() + scale.size() + sums.size()) + 2 * (q.size() + pairs.size()) + q8.size();
+  }
+};
 
 struct Scratch {
-  std::vector<float> input;   // the normalised rows of the operation at hand
-  std::vector<float> scores;  // [capacity]
-  std::vector<float> query;   // [head_dim]
+  Prepared prepared;
+  std::vector<float> sums;      // [kPanelInputs, kPanelRows]
+  std::vector<float> queries;   // [kQueryTile or more, D], rotated
+  std::vector<float> out;       // the same, of one chunk
+  std::vector<Best> best;       // [rows]
+  std::vector<Gathered> state;  // of the queries at hand
+};
+
+// What is left to do for a linear layer's input: the layer before may have read the same.
+struct Work {
+  bool rounds = false, pairs = false;  // to integers, to bf16
+  bool waits = false;                  // others may still read what is written over
 };
 
 struct Program {
@@ -114,117 +102,130 @@ struct Program {
   std::vector<std::int32_t> widths;
   std::vector<std::vector<float>> buffers;
   std::vector<Scratch> scratch;
-  std::vector<float> rope;  // cos and sin of every row of the step, [M, head_dim]
-  int max_rows, n_threads;
-
-  Barrier barrier;
-  std::vector<std::thread> threads;
-  alignas(64) std::atomic<std::uint64_t> ticket{0};
-  std::atomic<bool> is_over{false};
-  std::atomic<int> n_parked{0};
-  std::mutex mutex;
-  std::condition_variable wake;
+  Prepared shared;              // of steps with many rows
+  std::vector<float> rope;      // cos and sin of every row of the step, [M, D]
+  std::vector<float> partial;   // attention by chunks, where threads share a head
+  std::vector<Gathered> gathered;
+  int rows = 0, widest = 1, head_dim = 1, group = 1;
+  bool has_integers = false, has_bytes = false, has_pairs = false;
+  std::vector<Work> works;  // by operation
   const Step* step = nullptr;
+  Team team;  // last: its threads must not see a half-made program
 
-  Program(const Op* o, int n_ops, const Matrix* m, int n_matrices, const std::int32_t* w, int n_buffers, int rows, int n)
-      : ops(o, o + n_ops), matrices(m, m + n_matrices), widths(w, w + n_buffers), scratch(n), max_rows(rows),
-        n_threads(n), barrier(n) {
-    for (std::int32_t width : widths) buffers.emplace_back(static_cast<std::size_t>(rows) * width);
-    std::int32_t widest = 1, head_dim = 1;
+  Program(const Op* o, int n_ops, const Matrix* m, int n_matrices, const std::int32_t* w, int n_buffers, int n)
+      : ops(o, o + n_ops), matrices(m, m + n_matrices), widths(w, w + n_buffers), buffers(n_buffers), scratch(n),
+        team(n, [this](int t) { walk(t); }) {
+    std::int32_t bits_now = 0;  // of the integers that the shared input holds
+    bool pairs_now = false;
     for (const Op& op : ops) {
-      if (op.code == kLinear) widest = std::max(widest, matrices[op.matrix].n_in);
-      if (op.code == kAttention) head_dim = std::max(head_dim, op.head_dim);
-    }
-    rope.resize(static_cast<std::size_t>(rows) * head_dim);
-    for (Scratch& s : scratch) {
-      s.input.resize(static_cast<std::size_t>(rows) * widest);
-      s.query.resize(head_dim);
-    }
-    try {
-      for (int t = 1; t < n; ++t) threads.emplace_back([this, t] { serve(t); });
-    } catch (...) {
-      stop();  // no destructor runs for an object that was not finished
-      throw;
-    }
-  }
-
-  ~Program() { stop(); }
-
-  void stop() {
-    is_over.store(true);
-    ticket.fetch_add(1);
-    { std::lock_guard<std::mutex> lock(mutex); }
-    wake.notify_all();
-    for (std::thread& thread : threads) thread.join();
-  }
-
-  void serve(int t) {
-    std::uint64_t seen = 0;
-    for (;;) {
-      const auto from = std::chrono::steady_clock::now();
-      int looks = 0;
-      while (ticket.load(std::memory_order_acquire) == seen) {
-        relax();
-        if (++looks % 256 != 0 || std::chrono::steady_clock::now() - from < kSpin) continue;
-        std::unique_lock<std::mutex> lock(mutex);
-        n_parked.fetch_add(1);
-        wake.wait(lock, [&] { return ticket.load() != seen; });
-        n_parked.fetch_sub(1);
+      works.emplace_back();
+      if (op.code == kLinear) {
+        const Matrix& matrix = matrices[op.matrix];
+        if (op.norm != kSameInput) bits_now = 0, pairs_now = false;
+        Work& work = works.back();
+        work.rounds = is_integer(matrix.format) && bits_now != matrix.activation_bits;
+        work.waits = work.rounds && bits_now != 0;
+        work.pairs = matrix.format == kBf16 && kHasBf16Dot && !pairs_now;
+        if (is_integer(matrix.format)) bits_now = matrix.activation_bits;
+        pairs_now |= work.pairs;
+        widest = std::max(widest, matrix.n_in);
+        has_integers |= is_integer(matrix.format);
+        has_bytes |= is_integer(matrix.format) && kHasByteDot && matrix.activation_bits == 8;
+        has_pairs |= matrix.format == kBf16 && kHasBf16Dot;
       }
-      ++seen;
-      if (is_over.load()) return;
-      walk(t);
+      if (op.code == kEmbed) widest = std::max(widest, matrices[op.matrix].n_in);
+      if (op.code == kAttention) {
+        head_dim = std::max(head_dim, op.head_dim);
+        group = std::max(group, op.n_head / op.n_kv_head);
+      }
     }
+    for (Scratch& s : scratch) {
+      s.prepared.reserve(kFewRows, widest, has_integers, has_bytes, has_pairs);
+      s.queries.resize(static_cast<std::size_t>(kMaxQueries) * head_dim);
+      s.out.resize(static_cast<std::size_t>(kMaxQueries) * head_dim);
+    }
+    reserve(1);
+  }
+
+  static constexpr int kMaxQueries = 16;  // queries of one head that are worked on together
+
+  // Memory for steps of M rows; what is there is kept.
+  void reserve(int M) {
+    if (M <= rows) return;
+    for (std::size_t i = 0; i < buffers.size(); ++i) buffers[i].resize(static_cast<std::size_t>(M) * widths[i]);
+    rope.resize(static_cast<std::size_t>(M) * head_dim);
+    if (M > kFewRows) shared.reserve(M, widest, has_integers, has_bytes, has_pairs);
+    for (Scratch& s : scratch) {
+      s.sums.resize(static_cast<std::size_t>(std::min(M, kPanelInputs)) * kPanelRows);
+      s.best.resize(M);
+    }
+    rows = M;
   }
 
   void run(const Step& s) {
-    for (Scratch& each : scratch)
-      if (each.scores.size() < static_cast<std::size_t>(s.capacity)) each.scores.resize(s.capacity);
+    reserve(s.B * s.K);
+    plan_attention(s);
     step = &s;
-    ticket.fetch_add(1);  // sequentially consistent: a thread that is about to park sees it or is counted as parked
-    if (n_parked.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex); }
-      wake.notify_all();
-    }
-    walk(0);
+    team.run();
     // The last operation ends with a barrier, so nobody reads `s` any more.
+    if (s.best != nullptr) {
+      for (int b = 0; b < s.B; ++b) {
+        Best best = scratch[0].best[b];
+        for (const Scratch& other : scratch) take(&best, other.best[b]);
+        s.best[b] = best.index;
+      }
+    }
+  }
+
+  static void take(Best* best, const Best& other) {
+    // As torch.argmax: NaN is larger than everything, the first of equals wins.
+    const bool is_larger = other.value > best->value || (other.value != other.value && best->value == best->value);
+    const bool is_equal = other.value == best->value || (other.value != other.value && best->value != best->value);
+    if (other.index >= 0 && (best->index < 0 || is_larger || (is_equal && other.index < best->index))) *best = other;
   }
 
   void walk(int t) {
-    for (const Op& op : ops) {
+    const Step& s = *step;
+    const auto now = [] { return std::chrono::steady_clock::now().time_since_epoch().count(); };
+    std::int64_t before = s.op_ns != nullptr && t == 0 ? now() : 0;
+    for (std::size_t i = 0; i < ops.size(); ++i) {
+      const Op& op = ops[i];
       switch (op.code) {
         case kEmbed: embed(op, t); break;
         case kLinear: linear(op, t); break;
         case kAttention: attention(op, t); break;
       }
-      if (op.has_barrier) barrier.wait();
+      if (op.has_barrier) team.barrier.wait();
+      if (t == 0 && s.op_ns != nullptr) {
+        const std::int64_t after = now();
+        s.op_ns[i] += after - before;
+        before = after;
+      }
     }
   }
 
-  // -------------------------------------------------------------- operations
-
-  void split(int n, int multiple, int t, int* from, int* to) const {
-    const int n_parts = (n + multiple - 1) / multiple;
-    *from = std::min(n, n_parts * t / n_threads * multiple);
-    *to = std::min(n, n_parts * (t + 1) / n_threads * multiple);
+  void split(int n, int t, int* from, int* to) const {
+    *from = static_cast<int>(static_cast<std::int64_t>(n) * t / team.size);
+    *to = static_cast<int>(static_cast<std::int64_t>(n) * (t + 1) / team.size);
   }
+
+  // -------------------------------------------------------------- embedding
 
   void embed(const Op& op, int t) {
     const Step& s = *step;
     const Matrix& table = matrices[op.matrix];
-    const int C = table.n_in, M = s.B * s.K;
+    const int C = table.n_in;
     int from, to;
-    split(M, 1, t, &from, &to);
+    split(s.B * s.K, t, &from, &to);
     for (int m = from; m < to; ++m) {
       float* out = buffers[op.out].data() + static_cast<std::size_t>(m) * C;
-      load_row(table.data, table.scale, table.format, s.tokens[m], C, out);
+      matrix_row(table, s.tokens[m], out);
       const std::int64_t position = s.lengths[m / s.K] + m % s.K;
       if (op.matrix2 >= 0) {
         const Matrix& positions = matrices[op.matrix2];
-        float* row = scratch[t].input.data();
+        float* row = scratch[t].prepared.x.data();
         // Padding beyond the last position has no embedding and is never looked at.
-        load_row(positions.data, positions.scale, positions.format,
-                 std::min<std::int64_t>(position, positions.n_out - 1), C, row);
+        matrix_row(positions, std::min<std::int64_t>(position, positions.n_out - 1), row);
         for (int c = 0; c < C; ++c) out[c] += row[c];
       }
       if (op.rope != nullptr) {
@@ -239,101 +240,261 @@ struct Program {
     }
   }
 
-  const float* prepare(const Op& op, int t, int C, int* n_rows) {
+  // -------------------------------------------------------------- linear layers
+
+  bool is_last_only(const Op& op) const { return op.last_only && !step->all_logits; }
+
+  // Normalises and rounds the input rows: each thread all of them where they are few, else a part each.
+  Inputs prepare(const Op& op, const Work& work, const Matrix& w, int t, int M) {
     const Step& s = *step;
-    const bool is_last = op.last_only && !s.all_logits;
-    const int M = is_last ? s.B : s.B * s.K;
-    *n_rows = M;
-    float* input = scratch[t].input.data();
-    if (op.norm == kSameInput) return input;
-    const float* in = buffers[op.in].data();
-    if (op.norm == kNoNorm && !is_last) return in;
-    for (int m = 0; m < M; ++m) {
-      const float* row = in + (is_last ? m * s.K + s.last[m] : m) * static_cast<std::int64_t>(C);
-      float* out = input + static_cast<std::size_t>(m) * C;
-      if (op.norm == kLayerNorm) layer_norm(row, op.gamma, op.beta, op.eps, C, out);
-      else if (op.norm == kRmsNorm) rms_norm(row, op.gamma, op.eps, C, out);
-      else std::memcpy(out, row, sizeof(float) * C);
+    const int C = w.n_in, padded = round_up(C, kChunk);
+    const bool is_last = is_last_only(op), is_few = M <= kFewRows;
+    const bool is_plain = op.norm == kNoNorm && !is_last;
+    Prepared& p = is_few ? scratch[t].prepared : shared;
+    const bool has_work = (op.norm != kSameInput && !is_plain) || work.rounds || work.pairs;
+    if (!is_few && work.waits) team.barrier.wait();
+    int from = 0, to = has_work ? M : 0;
+    if (!is_few) split(to, t, &from, &to);
+    for (int m = from; m < to; ++m) {
+      const float* row = buffers[op.in].data() + (is_last ? m * s.K + s.last[m] : m) * static_cast<std::int64_t>(C);
+      float* x = p.x.data() + static_cast<std::size_t>(m) * C;
+      if (op.norm == kLayerNorm) layer_norm(row, op.gamma, op.beta, op.eps, C, x);
+      else if (op.norm == kRmsNorm) rms_norm(row, op.gamma, op.eps, C, x);
+      else if (op.norm == kNoNorm && is_last) std::memcpy(x, row, sizeof(float) * C);
+      const float* in = is_plain ? row : x;
+      if (work.rounds)
+        quantize_row(in, C, w.activation_bits, p.q.data() + static_cast<std::size_t>(m) * padded,
+                     has_bytes ? p.q8.data() + static_cast<std::size_t>(m) * padded : nullptr,
+                     p.scale.data() + static_cast<std::size_t>(m) * (padded / kChunk),
+                     p.sums.data() + static_cast<std::size_t>(m) * (padded / kSumOver));
+      if (work.pairs) round_row_to_bf16(in, C, p.pairs.data() + static_cast<std::size_t>(m) * (C + C % 2));
     }
-    return input;
+    if (!is_few && has_work) team.barrier.wait();
+    Inputs out;
+    out.x = is_plain ? buffers[op.in].data() : p.x.data();
+    out.x_stride = C;
+    out.q = p.q.data(), out.q8 = p.q8.data(), out.scale = p.scale.data(), out.sums = p.sums.data();
+    out.q_stride = padded;
+    out.pairs = p.pairs.data();
+    return out;
   }
 
   void linear(const Op& op, int t) {
+    const Step& s = *step;
     const Matrix& w = matrices[op.matrix];
-    int M, from, to;
-    const float* x = prepare(op, t, w.n_in, &M);
-    split(w.n_out, 16, t, &from, &to);
+    const int M = is_last_only(op) ? s.B : s.B * s.K;
+    const Inputs in = prepare(op, works[&op - ops.data()], w, t, M);
+    const bool is_logits = op.out == kLogits, wants_best = is_logits && s.best != nullptr && !s.all_logits;
+    if (wants_best) std::fill_n(scratch[t].best.begin(), M, Best{-INFINITY, -1});
+    int from, to;
+    split(round_up(w.n_out, kBlock) / kBlock, t, &from, &to);
     if (from == to) return;
-    const bool is_external = op.out == kLogits;
-    const std::int64_t stride = is_external ? w.n_out : widths[op.out];
-    float* y = (is_external ? step->logits : buffers[op.out].data()) + op.out_offset;
+    const std::int64_t stride = is_logits ? w.n_out : widths[op.out];
+    float* y = (is_logits ? s.logits : buffers[op.out].data()) + op.out_offset;
     const float* other = op.epilogue == kGate ? buffers[op.other].data() : nullptr;
-    float sums[kMaxTile * kRowTile];
-    for (int n = from; n < to; n += kRowTile) {
-      const int n_rows = std::min(kRowTile, to - n);
-      for (int m = 0; m < M; m += kMaxTile) {
-        const int tile = std::min(kMaxTile, M - m);
-        products(w.data, w.format, n, n_rows, w.n_in, x + static_cast<std::size_t>(m) * w.n_in, tile, sums);
-        for (int i = 0; i < tile; ++i) {
-          float* out = y + (m + i) * stride + n;
-          for (int r = 0; r < n_rows; ++r) {
-            float value = sums[i * kRowTile + r];
-            if (w.scale != nullptr) value *= w.scale[n + r];
-            if (op.bias != nullptr) value += op.bias[n + r];
-            switch (op.epilogue) {
-              case kStore: out[r] = value; break;
-              case kAdd: out[r] += value; break;
-              case kActivate: out[r] = value; break;  // activated below, a vector at a time
-              case kGate: out[r] = other[(m + i) * static_cast<std::int64_t>(widths[op.other]) + n + r] * value; break;
-            }
+    const std::int64_t other_stride = op.epilogue == kGate ? widths[op.other] : 0;
+    products(w, from, to, in, M, scratch[t].sums.data(), [&](int n, int n_rows, int m, int n_inputs, float* sums) {
+      for (int i = 0; i < n_inputs; ++i) {
+        float* row = sums + static_cast<std::int64_t>(i) * kPanelRows;
+        float* out = y + (m + i) * stride + n;
+        if (op.bias != nullptr)
+          for (int r = 0; r < n_rows; ++r) row[r] += op.bias[n + r];
+        switch (op.epilogue) {
+          case kAdd: for (int r = 0; r < n_rows; ++r) out[r] += row[r]; break;
+          case kGate: {
+            const float* gate = other + (m + i) * other_stride + n;
+            for (int r = 0; r < n_rows; ++r) out[r] = gate[r] * row[r];
+            break;
           }
+          case kActivate: activate(op.activation, row, n_rows); [[fallthrough]];
+          default: std::memcpy(out, row, sizeof(float) * n_rows);
         }
+        if (wants_best)
+          for (int r = 0; r < n_rows; ++r)
+            if (!(row[r] <= scratch[t].best[m + i].value)) take(&scratch[t].best[m + i], {row[r], n + r});
       }
-    }
-    if (op.epilogue == kActivate)
-      for (int m = 0; m < M; ++m) activate(op.activation, y + m * stride + from, to - from);
+    });
   }
 
-  // One sequence and one key/value head at a time: who writes its keys also reads them, so no barrier is needed.
+  // -------------------------------------------------------------- attention
+
+  // Decided once a step, the same for all threads.
+  struct Plan {
+    bool appends_first = false;  // keys are stored by all before anyone reads them: many rows, or shared heads
+    bool by_chunks = false;      // threads share a head, chunk by chunk
+    int n_chunks = 1;
+    int query_block = 1;         // tokens of a sequence that are worked on together
+  } plan;
+
+  void plan_attention(const Step& s) {
+    std::int64_t longest = 0;
+    for (int b = 0; b < s.B; ++b) longest = std::max(longest, s.lengths[b] + s.K);
+    plan = Plan{};
+    plan.query_block = std::max(1, kMaxQueries / group);
+    int most_tasks = 0, fewest = 1 << 30, n_head = 1;
+    for (const Op& op : ops)
+      if (op.code == kAttention) {
+        most_tasks = std::max(most_tasks, s.B * op.n_kv_head), fewest = std::min(fewest, s.B * op.n_kv_head);
+        n_head = std::max(n_head, op.n_head);
+      }
+    plan.n_chunks = static_cast<int>((longest + kChunkPositions - 1) / kChunkPositions);
+    if (team.size == 1) return;
+    plan.appends_first = s.K > plan.query_block;
+    // A head a thread leaves threads idle: share the heads' chunks instead, once there is enough to share.
+    if (!plan.appends_first && plan.n_chunks > 1 && fewest % team.size != 0 && fewest < 4 * team.size) {
+      plan.appends_first = plan.by_chunks = true;
+      const std::size_t n = static_cast<std::size_t>(s.B) * s.K * n_head * plan.n_chunks;
+      if (partial.size() < n * head_dim) partial.resize(n * head_dim);
+      if (gathered.size() < n) gathered.resize(n);
+    }
+  }
+
+  HeadCache head_cache(const Op& op, int b, int h) const {
+    const Step& s = *step;
+    const std::size_t rows_before = static_cast<std::size_t>(b * op.n_kv_head + h) * s.capacity;
+    const std::size_t at = rows_before * op.head_dim * element_bytes(s.cache_format);
+    HeadCache out{static_cast<char*>(s.k[op.layer]) + at, static_cast<char*>(s.v[op.layer]) + at, nullptr, nullptr,
+                  s.cache_format};
+    if (s.cache_format == kInt8) {
+      out.k_scale = static_cast<float*>(s.k_scale[op.layer]) + rows_before;
+      out.v_scale = static_cast<float*>(s.v_scale[op.layer]) + rows_before;
+    }
+    return out;
+  }
+
+  void append_all(const Op& op, int t, int b, int h) {
+    const Step& s = *step;
+    const int D = op.head_dim, q_width = op.n_head * D, kv_width = op.n_kv_head * D, width = q_width + 2 * kv_width;
+    const HeadCache cache = head_cache(op, b, h);
+    for (int j = 0; j < s.K; ++j) {
+      const std::int64_t m = static_cast<std::int64_t>(b) * s.K + j;
+      const float* k = buffers[op.in].data() + m * width + q_width + h * D;
+      const float* v = k + kv_width;
+      if (op.rope != nullptr) {
+        rotate(k, rope.data() + m * D, D, scratch[t].queries.data());
+        k = scratch[t].queries.data();
+      }
+      append(cache, s.lengths[b] + j, k, v, D);
+    }
+  }
+
+  // The queries of tokens j to j + n of sequence b that read key/value head h, on the chunks `from` to `to`.
+  template <class Emit>
+  void attend(const Op& op, int t, int b, int h, int j, int n, int chunk_from, int chunk_to, Emit emit) {
+    const Step& s = *step;
+    const int D = op.head_dim, heads = op.n_head / op.n_kv_head;
+    const int q_width = op.n_head * D, width = q_width + 2 * op.n_kv_head * D;
+    const HeadCache cache = head_cache(op, b, h);
+    const float* q[kMaxQueries];
+    std::int64_t first[kMaxQueries], end[kMaxQueries];
+    std::int64_t row[kMaxQueries];
+    // More heads a key than fit are taken a part at a time.
+    for (int g0 = 0; g0 < heads; g0 += kMaxQueries) {
+      const int g1 = std::min(heads, g0 + kMaxQueries);
+      int n_queries = 0;
+      for (int i = j; i < j + n; ++i)
+        for (int g = g0; g < g1; ++g, ++n_queries) {
+          const std::int64_t m = static_cast<std::int64_t>(b) * s.K + i;
+          const float* from = buffers[op.in].data() + m * width + (h * heads + g) * D;
+          float* to = scratch[t].queries.data() + static_cast<std::size_t>(n_queries) * D;
+          if (op.rope != nullptr) rotate(from, rope.data() + m * D, D, to);
+          else std::memcpy(to, from, sizeof(float) * D);
+          q[n_queries] = to;
+          end[n_queries] = s.lengths[b] + i + 1;
+          first[n_queries] = op.window > 0 ? std::max<std::int64_t>(0, end[n_queries] - op.window) : 0;
+          row[n_queries] = m * op.n_head + h * heads + g;
+        }
+      for (int c = chunk_from; c < chunk_to; ++c) {
+        const std::int64_t start = static_cast<std::int64_t>(c) * kChunkPositions;
+        const float* seen[kMaxQueries];
+        float* out[kMaxQueries];
+        int begin[kMaxQueries], stop[kMaxQueries], which[kMaxQueries], n_seen = 0;
+        for (int i = 0; i < n_queries; ++i) {
+          const std::int64_t from = std::max<std::int64_t>(first[i] - start, 0);
+          const std::int64_t to = std::min<std::int64_t>(end[i] - start, kChunkPositions);
+          if (from >= to) continue;
+          seen[n_seen] = q[i], begin[n_seen] = static_cast<int>(from), stop[n_seen] = static_cast<int>(to);
+          out[n_seen] = scratch[t].out.data() + static_cast<std::size_t>(n_seen) * D;
+          which[n_seen++] = i;
+        }
+        Gathered found[kMaxQueries];
+        attend_chunk(n_seen, seen, cache, start, begin, stop, D, op.scale, found, out);
+        for (int i = 0; i < n_seen; ++i) {
+          const std::int64_t first_chunk = first[which[i]] / kChunkPositions;
+          emit(row[which[i]], c, c == first_chunk, found[i], out[i]);
+        }
+      }
+      // (row, last chunk) are known to the caller; nothing else is kept.
+    }
+  }
+
+  void finish(float* out, float total, int D) {
+    const float factor = 1.0f / total;
+    for (int d = 0; d < D; ++d) out[d] *= factor;
+  }
+
   void attention(const Op& op, int t) {
     const Step& s = *step;
-    const int D = op.head_dim, group = op.n_head / op.n_kv_head, n_tasks = s.B * op.n_kv_head;
-    const int q_width = op.n_head * D, kv_width = op.n_kv_head * D, width = q_width + 2 * kv_width;
-    const std::size_t bytes = element_bytes(s.cache_format);
-    const float* qkv = buffers[op.in].data();
-    float* out = buffers[op.out].data();
-    int from, to;
-    split(n_tasks, 1, t, &from, &to);
-    for (int task = from; task < to; ++task) {
-      const int b = task / op.n_kv_head, h = task % op.n_kv_head;
-      const std::size_t base = static_cast<std::size_t>(b * op.n_kv_head + h) * s.capacity * D;
-      char* keys = static_cast<char*>(s.k[op.layer]) + base * bytes;
-      char* values = static_cast<char*>(s.v[op.layer]) + base * bytes;
-      for (int j = 0; j < s.K; ++j) {
-        const int m = b * s.K + j;
-        const std::size_t at = static_cast<std::size_t>(s.lengths[b] + j) * D;
-        const float* k = qkv + static_cast<std::size_t>(m) * width + q_width + h * D;
-        if (op.rope != nullptr) {
-          rotate(k, rope.data() + static_cast<std::size_t>(m) * D, D, scratch[t].query.data());
-          k = scratch[t].query.data();
-        }
-        store(k, keys + at * bytes, s.cache_format, D);
-        store(qkv + static_cast<std::size_t>(m) * width + q_width + kv_width + h * D, values + at * bytes,
-              s.cache_format, D);
+    const int D = op.head_dim, heads = op.n_head / op.n_kv_head, n_tasks = s.B * op.n_kv_head;
+    float* mixed = buffers[op.out].data();
+    if (plan.appends_first) {
+      for (int task = t; task < n_tasks; task += team.size) append_all(op, t, task / op.n_kv_head, task % op.n_kv_head);
+      team.barrier.wait();
+    }
+    if (plan.by_chunks) {
+      for (int task = t; task < n_tasks * plan.n_chunks; task += team.size) {
+        const int c = task % plan.n_chunks, b = task / plan.n_chunks / op.n_kv_head, h = task / plan.n_chunks % op.n_kv_head;
+        for (int j = 0; j < s.K; j += plan.query_block)
+          attend(op, t, b, h, j, std::min(plan.query_block, s.K - j), c, c + 1,
+                 [&](std::int64_t row, int chunk, bool, const Gathered& found, const float* out) {
+                   const std::size_t at = static_cast<std::size_t>(row) * plan.n_chunks + chunk;
+                   gathered[at] = found;
+                   std::memcpy(partial.data() + at * D, out, sizeof(float) * D);
+                 });
       }
-      for (int j = 0; j < s.K; ++j) {
-        const int m = b * s.K + j;
-        const std::int64_t end = s.lengths[b] + j + 1;
-        const std::int64_t begin = op.window > 0 ? std::max<std::int64_t>(0, end - op.window) : 0;
-        for (int g = 0; g < group; ++g) {
-          const int head = h * group + g;
-          const float* q = qkv + static_cast<std::size_t>(m) * width + head * D;
-          float* query = scratch[t].query.data();
-          if (op.rope != nullptr) rotate(q, rope.data() + static_cast<std::size_t>(m) * D, D, query);
-          else std::memcpy(query, q, sizeof(float) * D);
-          attend(query, keys + begin * D * bytes, values + begin * D * bytes, s.cache_format, end - begin, D, op.scale,
-                 scratch[t].scores.data(), out + static_cast<std::size_t>(m) * q_width + head * D);
+      team.barrier.wait();
+      int from, to;
+      split(s.B * s.K * op.n_head, t, &from, &to);
+      for (int row = from; row < to; ++row) {
+        const int m = row / op.n_head;
+        const std::int64_t end = s.lengths[m / s.K] + m % s.K + 1;
+        const std::int64_t first = op.window > 0 ? std::max<std::int64_t>(0, end - op.window) : 0;
+        float* out = mixed + static_cast<std::size_t>(row) * D;
+        Gathered all{};
+        for (std::int64_t c = first / kChunkPositions; c * kChunkPositions < end; ++c) {
+          const std::size_t at = static_cast<std::size_t>(row) * plan.n_chunks + c;
+          merge(&all, out, gathered[at], partial.data() + at * D, c == first / kChunkPositions, D);
         }
+        finish(out, all.total, D);
+      }
+      return;
+    }
+    // A head's keys are stored by who reads them, so that no barrier is needed, or were stored above.
+    const int n_blocks = (s.K + plan.query_block - 1) / plan.query_block;
+    const int n_shared = plan.appends_first ? n_tasks * n_blocks : n_tasks;
+    for (int task = t; task < n_shared; task += team.size) {
+      const int which = plan.appends_first ? task / n_blocks : task, b = which / op.n_kv_head, h = which % op.n_kv_head;
+      if (!plan.appends_first) append_all(op, t, b, h);
+      const int block_from = plan.appends_first ? task % n_blocks : 0, block_to = plan.appends_first ? block_from + 1 : n_blocks;
+      for (int block = block_from; block < block_to; ++block) {
+        const int j = block * plan.query_block, n = std::min(plan.query_block, s.K - j);
+        const std::int64_t first = op.window > 0 ? std::max<std::int64_t>(0, s.lengths[b] + j + 1 - op.window) : 0;
+        const int chunk_to = static_cast<int>((s.lengths[b] + j + n + kChunkPositions - 1) / kChunkPositions);
+        std::vector<Gathered>& all = scratch[t].state;
+        all.resize(static_cast<std::size_t>(n) * heads);
+        const std::int64_t base = (static_cast<std::int64_t>(b) * s.K + j) * op.n_head;
+        const auto slot = [&](std::int64_t row) {
+          return (row - base) / op.n_head * heads + (row - base) % op.n_head - h * heads;
+        };
+        attend(op, t, b, h, j, n, static_cast<int>(first / kChunkPositions), chunk_to,
+               [&](std::int64_t row, int, bool is_first, const Gathered& found, const float* out) {
+                 merge(&all[slot(row)], mixed + row * D, found, out, is_first, D);
+               });
+        for (int i = 0; i < n; ++i)
+          for (int g = 0; g < heads; ++g) {
+            const std::int64_t row = base + static_cast<std::int64_t>(i) * op.n_head + h * heads + g;
+            finish(mixed + row * D, all[slot(row)].total, D);
+          }
       }
     }
   }
@@ -343,14 +504,32 @@ struct Program {
 
 extern "C" {
 
-const char* paretune_isa() { return kIsa; }
+const char* paretune_isa() {
+  static const std::string name = std::string(kIsa) + (kHasBf16Dot ? " + bf16" : "") + (kHasByteDot ? " + vnni" : "");
+  return name.c_str();
+}
 int paretune_sizes(int which) { return which == 0 ? sizeof(Op) : which == 1 ? sizeof(Matrix) : sizeof(Step); }
+
+std::int64_t paretune_packed_bytes(std::int32_t format, std::int32_t N, std::int32_t C) {
+  return packed_bytes(format, N, C);
+}
+void paretune_pack(std::int32_t format, const void* src, std::int32_t N, std::int32_t C, void* dst) {
+  pack_rows(format, src, N, C, 0, round_up(N, kBlock) / kBlock, dst);
+}
+// The stored numbers, [N, C] fp32; integers of the integer formats.
+void paretune_unpack(const Matrix* w, float* out) {
+  for (int n = 0; n < w->n_out; ++n)
+    for (int c = 0; c < w->n_in; ++c)
+      out[static_cast<std::int64_t>(n) * w->n_in + c] = stored(w->data, w->format, w->n_in, n, c);
+}
+// Row `row` as numbers, [C] fp32.
+void paretune_row(const Matrix* w, std::int64_t row, float* out) { matrix_row(*w, row, out); }
 
 // Null where memory or threads are not to be had.
 void* paretune_program(const Op* ops, int n_ops, const Matrix* matrices, int n_matrices, const std::int32_t* widths,
-                       int n_buffers, int max_rows, int n_threads) {
+                       int n_buffers, int n_threads) {
   try {
-    return new Program(ops, n_ops, matrices, n_matrices, widths, n_buffers, max_rows, n_threads);
+    return new Program(ops, n_ops, matrices, n_matrices, widths, n_buffers, n_threads);
   } catch (...) {
     return nullptr;
   }
@@ -360,16 +539,16 @@ void paretune_program_free(void* program) { delete static_cast<Program*>(program
 
 std::int64_t paretune_program_bytes(const void* program) {
   const Program& p = *static_cast<const Program*>(program);
-  std::size_t n = p.rope.size();
-  for (const auto& buffer : p.buffers) n += buffer.size();
-  for (const Scratch& s : p.scratch) n += s.input.size() + s.scores.size() + s.query.size();
-  return static_cast<std::int64_t>(n * sizeof(float));
+  std::size_t n = 4 * (p.rope.size() + p.partial.size()) + sizeof(Gathered) * p.gathered.size() + p.shared.bytes();
+  for (const auto& buffer : p.buffers) n += 4 * buffer.size();
+  for (const Scratch& s : p.scratch) n += s.prepared.bytes() + 4 * (s.sums.size() + s.queries.size() + s.out.size());
+  return static_cast<std::int64_t>(n);
 }
 
-// 0, or 1: no rows or more than the program was made for, or no memory; 2: a token that is not in the vocabulary.
+// 0, or 1: no rows, or no memory; 2: a token that is not in the vocabulary.
 int paretune_step(void* program, const Step* step) {
   Program& p = *static_cast<Program*>(program);
-  if (step->B < 1 || step->K < 1 || step->B * step->K > p.max_rows) return 1;
+  if (step->B < 1 || step->K < 1) return 1;
   const std::int64_t n_vocab = p.matrices[p.ops.front().matrix].n_out;
   for (int i = 0; i < step->B * step->K; ++i)
     if (step->tokens[i] < 0 || step->tokens[i] >= n_vocab) return 2;
@@ -381,19 +560,33 @@ int paretune_step(void* program, const Step* step) {
   return 0;
 }
 
-// For tests: y[M, n_out] = x[M, n_in] W^T without a program.
-void paretune_products(const Matrix* w, const float* x, int M, float* y) {
-  float sums[kMaxTile * kRowTile];
-  for (int n = 0; n < w->n_out; n += kRowTile) {
-    const int n_rows = std::min(kRowTile, w->n_out - n);
-    for (int m = 0; m < M; m += kMaxTile) {
-      const int tile = std::min(kMaxTile, M - m);
-      products(w->data, w->format, n, n_rows, w->n_in, x + static_cast<std::size_t>(m) * w->n_in, tile, sums);
-      for (int i = 0; i < tile; ++i)
-        for (int r = 0; r < n_rows; ++r)
-          y[static_cast<std::size_t>(m + i) * w->n_out + n + r] =
-              sums[i * kRowTile + r] * (w->scale != nullptr ? w->scale[n + r] : 1.0f);
+// Without a program: y[M, N] = x[M, C] W^T. 1: no memory.
+int paretune_products(const Matrix* w, const float* x, int M, float* y) {
+  try {
+    const int C = w->n_in, padded = round_up(C, kChunk);
+    const bool has_bytes = kHasByteDot && w->activation_bits == 8;
+    Prepared p;
+    p.reserve(M, C, is_integer(w->format), has_bytes, true);
+    for (int m = 0; m < M; ++m) {
+      if (is_integer(w->format))
+        quantize_row(x + static_cast<std::int64_t>(m) * C, C, w->activation_bits, p.q.data() + static_cast<std::int64_t>(m) * padded,
+                     has_bytes ? p.q8.data() + static_cast<std::int64_t>(m) * padded : nullptr,
+                     p.scale.data() + m * (padded / kChunk), p.sums.data() + m * (padded / kSumOver));
+      round_row_to_bf16(x + static_cast<std::int64_t>(m) * C, C, p.pairs.data() + static_cast<std::int64_t>(m) * (C + C % 2));
     }
+    Inputs in;
+    in.x = x, in.x_stride = C, in.q = p.q.data(), in.q8 = p.q8.data(), in.scale = p.scale.data();
+    in.sums = p.sums.data(), in.q_stride = padded, in.pairs = p.pairs.data();
+    std::vector<float> sums(static_cast<std::size_t>(std::min(M, kPanelInputs)) * kPanelRows);
+    products(*w, 0, round_up(w->n_out, kBlock) / kBlock, in, M, sums.data(),
+             [&](int n, int n_rows, int m, int n_inputs, float* found) {
+               for (int i = 0; i < n_inputs; ++i)
+                 std::memcpy(y + static_cast<std::int64_t>(m + i) * w->n_out + n, found + static_cast<std::int64_t>(i) * kPanelRows,
+                             sizeof(float) * n_rows);
+             });
+    return 0;
+  } catch (...) {
+    return 1;
   }
 }
 

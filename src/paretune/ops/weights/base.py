@@ -7,10 +7,32 @@ format's class.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class NativeForm:
+    """What native code packs (`ops/native/packed.h`): row-major tensors as PyTorch stores them.
+
+    Args:
+        kind: a name in `ops.native.packed.KINDS`.
+        data: `[out, in]`; int4 `[out, in / 2]` with the even inputs in the low nibbles.
+        scale: fp32 `[out]`, or fp16 `[out, in / group]`, or None.
+        minimum: fp16 `[out, in / group]` or None: `w = q * scale + minimum`.
+        group: inputs that share a scale; 0: the whole row does.
+        activation_bits: what inputs of integer formats are rounded to, 16 or 8.
+    """
+
+    kind: str
+    data: Tensor
+    scale: Tensor | None = None
+    minimum: Tensor | None = None
+    group: int = 0
+    activation_bits: int = 16
 
 
 class Weight(nn.Module):
@@ -52,10 +74,28 @@ class Weight(nn.Module):
         """Builds the weight around stored tensors without copying them."""
         raise NotImplementedError
 
-    def native(self) -> tuple[str, Tensor, Tensor | None] | None:
-        """What native code reads: a name in `ops.native.program.FORMATS`, the values `[out, in]`, scales `[out]` or
-        None. None where it cannot read this format."""
+    def native(self) -> NativeForm | None:
+        """What native code packs, without copying; None where it has no such format."""
         return None
+
+    @classmethod
+    def from_native(cls, form: NativeForm, compute_dtype: torch.dtype) -> Weight:
+        """The opposite of `native`."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.to_tensors().values())).device
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows that are stored."""
+        return self.out_features
+
+    @property
+    def padded_inputs(self) -> int:
+        """Inputs that are stored."""
+        return self.in_features
 
     @property
     def stored_bytes(self) -> int:

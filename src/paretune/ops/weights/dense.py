@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from paretune.ops.weights.base import Weight
+from paretune.ops.weights.base import NativeForm, Weight
 
 
 class Dense(Weight):
@@ -36,10 +36,14 @@ class Dense(Weight):
     def dequantize(self) -> Tensor:
         return self.values
 
-    def native(self) -> tuple[str, Tensor, Tensor | None] | None:
+    def native(self) -> NativeForm | None:
         names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
         name = names.get(self.values.dtype)
-        return None if name is None else (name, self.values, None)
+        return None if name is None else NativeForm(name, self.values.detach())
+
+    @classmethod
+    def from_native(cls, form: NativeForm, compute_dtype: torch.dtype) -> Dense:
+        return cls(form.data)
 
     @property
     def compute_dtype(self) -> torch.dtype:

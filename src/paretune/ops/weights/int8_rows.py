@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paretune.errors import ParetuneError
 from paretune.ops.int8_linear import aten, reference
-from paretune.ops.weights.base import Weight
+from paretune.ops.weights.base import NativeForm, Weight
 
 
 class Int8Rows(Weight):
@@ -68,8 +68,13 @@ class Int8Rows(Weight):
     def dequantize(self) -> Tensor:
         return (self.q.float() * self.scale[:, None]).to(self.compute_dtype)
 
-    def native(self) -> tuple[str, Tensor, Tensor | None] | None:
-        return "int8", self.q, self.scale
+    def native(self) -> NativeForm | None:
+        return NativeForm("int8", self.q, self.scale)
+
+    @classmethod
+    def from_native(cls, form: NativeForm, compute_dtype: torch.dtype) -> Int8Rows:
+        assert form.scale is not None
+        return cls(form.data, form.scale, compute_dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:

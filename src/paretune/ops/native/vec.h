@@ -11,20 +11,19 @@
 #if defined(__AVX512F__)
 #define PARETUNE_AVX512
 #include <immintrin.h>
-constexpr int kLanes = 16, kMaxTile = 6;
+constexpr int kLanes = 16;
 constexpr const char* kIsa = "avx512";
 #elif defined(__AVX2__) && defined(__FMA__)
 #define PARETUNE_AVX2
 #include <immintrin.h>
-constexpr int kLanes = 8, kMaxTile = 3;
+constexpr int kLanes = 8;
 constexpr const char* kIsa = "avx2";
 #else
-constexpr int kLanes = 4, kMaxTile = 3;
+constexpr int kLanes = 4;
 constexpr const char* kIsa = "portable";
 #endif
-constexpr int kRowTile = 8;  // rows of a weight read side by side: as many sums hide the latency of a multiply-add
 
-enum Format : std::int32_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3 };
+enum Format : std::int32_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4 };
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t IntVec __attribute__((vector_size(kLanes * 4)));
@@ -195,81 +194,7 @@ inline void sums_of_four(Vec a, Vec b, Vec c, Vec d, float* out) {
 #endif
 }
 
-// ---------------------------------------------------------------- products of R weight rows and T inputs
-
-// sums[i * kRowTile + r] = x[i] . w[n + r], one chain of lanes over k for each.
-template <Format F, int R, int T>
-inline void product_tile(const void* w, std::int64_t n, int C, const float* x, float* sums) {
-  Vec acc[R][T] = {};
-  int k = 0;
-  for (; k + kLanes <= C; k += kLanes) {
-    Vec in[T];
-    for (int i = 0; i < T; ++i) in[i] = load_floats(x + static_cast<std::int64_t>(i) * C + k);
-    for (int r = 0; r < R; ++r) {
-      const Vec row = load<F>(w, (n + r) * C + k);
-      for (int i = 0; i < T; ++i) acc[r][i] = multiply_add(row, in[i], acc[r][i]);
-    }
-  }
-  for (int i = 0; i < T; ++i) {
-    float* out = sums + i * kRowTile;
-    if constexpr (R % 4 == 0)
-      for (int r = 0; r < R; r += 4) sums_of_four(acc[r][i], acc[r + 1][i], acc[r + 2][i], acc[r + 3][i], out + r);
-    else
-      for (int r = 0; r < R; ++r) out[r] = sum(acc[r][i]);
-    if (k < C)
-      for (int r = 0; r < R; ++r)
-        for (int c = k; c < C; ++c)
-          out[r] = multiply_add(load_one<F>(w, (n + r) * C + c), x[static_cast<std::int64_t>(i) * C + c], out[r]);
-  }
-}
-
-template <Format F, int T>
-inline void product_rows(const void* w, std::int64_t n, int n_rows, int C, const float* x, float* sums) {
-  constexpr int R = T == 1 ? 8 : 4;  // as many sums as registers hold
-  int r = 0;
-  for (; r + R <= n_rows; r += R) product_tile<F, R, T>(w, n + r, C, x, sums + r);
-  for (; r < n_rows; ++r) product_tile<F, 1, T>(w, n + r, C, x, sums + r);
-}
-
-template <Format F>
-inline void product_any(const void* w, std::int64_t n, int n_rows, int C, const float* x, int tile, float* sums) {
-  switch (tile) {
-    case 1: return product_rows<F, 1>(w, n, n_rows, C, x, sums);
-    case 2: return product_rows<F, 2>(w, n, n_rows, C, x, sums);
-    case 3: return product_rows<F, 3>(w, n, n_rows, C, x, sums);
-#if defined(PARETUNE_AVX512)
-    case 4: return product_rows<F, 4>(w, n, n_rows, C, x, sums);
-    case 5: return product_rows<F, 5>(w, n, n_rows, C, x, sums);
-    case 6: return product_rows<F, 6>(w, n, n_rows, C, x, sums);
-#endif
-  }
-}
-
-inline void products(const void* w, std::int32_t format, std::int64_t n, int n_rows, int C, const float* x, int tile,
-                     float* sums) {
-  switch (format) {
-    case kFp32: return product_any<kFp32>(w, n, n_rows, C, x, tile, sums);
-    case kBf16: return product_any<kBf16>(w, n, n_rows, C, x, tile, sums);
-    case kFp16: return product_any<kFp16>(w, n, n_rows, C, x, tile, sums);
-    case kInt8: return product_any<kInt8>(w, n, n_rows, C, x, tile, sums);
-  }
-}
-
 // ---------------------------------------------------------------- rows
-
-inline void load_row(const void* data, const float* scale, std::int32_t format, std::int64_t row, int C, float* out) {
-  const std::int64_t at = row * C;
-  for (int c = 0; c < C; ++c) {
-    switch (format) {
-      case kFp32: out[c] = load_one<kFp32>(data, at + c); break;
-      case kBf16: out[c] = load_one<kBf16>(data, at + c); break;
-      case kFp16: out[c] = load_one<kFp16>(data, at + c); break;
-      case kInt8: out[c] = load_one<kInt8>(data, at + c); break;
-    }
-  }
-  if (scale != nullptr)
-    for (int c = 0; c < C; ++c) out[c] *= scale[row];
-}
 
 inline void store(const float* from, void* to, std::int32_t format, int n) {
   switch (format) {
@@ -372,55 +297,3 @@ inline void activate(std::int32_t kind, float* x, int n) {
   std::memcpy(x + i, rest, sizeof(float) * (n - i));
 }
 
-// ---------------------------------------------------------------- attention of one query
-
-template <Format F>
-inline void attend_as(const float* q, const char* keys, const char* values, std::int64_t n, int D, float scale,
-                      float* scores, float* out) {
-  float largest = -INFINITY;
-  for (std::int64_t p = 0; p < n; ++p) {
-    Vec acc = {};
-    int d = 0;
-    for (; d + kLanes <= D; d += kLanes) acc = multiply_add(load<F>(keys, p * D + d), load_floats(q + d), acc);
-    float dot = sum(acc);
-    for (; d < D; ++d) dot = multiply_add(load_one<F>(keys, p * D + d), q[d], dot);
-    scores[p] = dot * scale;
-    largest = std::max(largest, scores[p]);
-  }
-  float total = 0.0f;
-  for (std::int64_t p = 0; p < n; p += kLanes) {
-    const int count = static_cast<int>(std::min<std::int64_t>(kLanes, n - p));
-    float part[kLanes];
-    for (int i = 0; i < kLanes; ++i) part[i] = i < count ? scores[p + i] - largest : -INFINITY;
-    store_floats(part, exp_vec(load_floats(part)));
-    for (int i = 0; i < count; ++i) total += scores[p + i] = part[i];
-  }
-  const float factor = 1.0f / total;
-  int d = 0;
-  for (; d + 4 * kLanes <= D; d += 4 * kLanes) {
-    Vec acc[4] = {};
-    for (std::int64_t p = 0; p < n; ++p)
-      for (int i = 0; i < 4; ++i)
-        acc[i] = multiply_add(load<F>(values, p * D + d + i * kLanes), fill(scores[p]), acc[i]);
-    for (int i = 0; i < 4; ++i) store_floats(out + d + i * kLanes, acc[i] * factor);
-  }
-  for (; d + kLanes <= D; d += kLanes) {
-    Vec acc = {};
-    for (std::int64_t p = 0; p < n; ++p) acc = multiply_add(load<F>(values, p * D + d), fill(scores[p]), acc);
-    store_floats(out + d, acc * factor);
-  }
-  for (; d < D; ++d) {
-    float acc = 0.0f;
-    for (std::int64_t p = 0; p < n; ++p) acc += load_one<F>(values, p * D + d) * scores[p];
-    out[d] = acc * factor;
-  }
-}
-
-inline void attend(const float* q, const char* keys, const char* values, std::int32_t format, std::int64_t n, int D,
-                   float scale, float* scores, float* out) {
-  switch (format) {
-    case kFp32: return attend_as<kFp32>(q, keys, values, n, D, scale, scores, out);
-    case kBf16: return attend_as<kBf16>(q, keys, values, n, D, scale, scores, out);
-    case kFp16: return attend_as<kFp16>(q, keys, values, n, D, scale, scores, out);
-  }
-}

@@ -1,0 +1,433 @@
+// Products of packed weights (packed.h) and a few or many inputs: one kernel for decode and prefill.
+//
+// Every sum is a chain over 256 inputs in their order, and such spans are added in their order, whatever the number of
+// rows, blocks or threads: decode, batches, verification and prefill give the same bits. Integer formats take inputs rounded to 16 (or 8) bits with a scale for
+// each 128 of them; their inner sums are exact integers, the same on every processor.
+//
+// Legend: T inputs and NB blocks of 16 rows of one register tile, k position in the input.
+#pragma once
+
+#include "packed.h"
+
+constexpr int kVecs = kBlock / kLanes;
+constexpr int kPanel = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;  // blocks that a single input walks at once
+constexpr int kPanelRows = kPanel * kBlock;
+constexpr int kMaxTile = kLanes == 4 ? 3 : 6;  // as many sums as the registers hold beside what a product needs
+constexpr int kChunk = 128;   // inputs that share a scale
+constexpr int kSumOver = 32;  // inputs whose sum is known: the smallest group
+constexpr int kSpan = 256;    // inputs of one chain of fp32 sums: short chains lose less
+constexpr int kPrefetch = 512;
+
+// Rows of a step, in the forms that its weights need.
+struct Inputs {
+  const float* x = nullptr;  // [M, x_stride]
+  std::int64_t x_stride = 0;
+  const std::int16_t* q = nullptr;  // [M, q_stride], zeros behind the inputs
+  const std::int8_t* q8 = nullptr;  // the same in 8 bits, in the order of packed int8 (packed.h)
+  const float* scale = nullptr;     // [M, q_stride / kChunk]
+  const std::int32_t* sums = nullptr;  // [M, q_stride / kSumOver]
+  std::int64_t q_stride = 0;           // a multiple of kChunk
+  const std::uint16_t* pairs = nullptr;  // bf16, [M, x_stride rounded up to 2]
+
+  Inputs rows_from(std::int64_t m) const {
+    Inputs out = *this;
+    if (x != nullptr) out.x += m * x_stride;
+    if (q != nullptr) out.q += m * q_stride;
+    if (q8 != nullptr) out.q8 += m * q_stride;
+    if (scale != nullptr) out.scale += m * (q_stride / kChunk);
+    if (sums != nullptr) out.sums += m * (q_stride / kSumOver);
+    if (pairs != nullptr) out.pairs += m * (x_stride + x_stride % 2);
+    return out;
+  }
+};
+
+#if defined(__AVX512BF16__) && defined(PARETUNE_AVX512)
+constexpr bool kHasBf16Dot = true;
+#else
+constexpr bool kHasBf16Dot = false;
+#endif
+#if defined(__AVX512VNNI__) && defined(PARETUNE_AVX512)
+constexpr bool kHasByteDot = true;
+#else
+constexpr bool kHasByteDot = false;
+#endif
+
+// ---------------------------------------------------------------- inputs
+
+// x -> q * scale, |q| <= 32767 or 127. A NaN or infinity makes its chunk's scale NaN, and so every sum it is part of.
+inline void quantize_row(const float* x, int C, int bits, std::int16_t* q, std::int8_t* q8, float* scale,
+                         std::int32_t* sums) {
+  const float limit = bits == 8 ? 127.0f : 32767.0f;
+  for (int k = 0; k < round_up(C, kChunk); k += kChunk) {
+    const int n = std::min(kChunk, C - k);
+    float row[kChunk] = {};
+    std::memcpy(row, x + k, sizeof(float) * n);
+    Vec largest = {}, poison = {};
+    for (int i = 0; i < kChunk; i += kLanes) {
+      const Vec v = load_floats(row + i), size = v < 0.0f ? -v : v;
+      largest = size > largest ? size : largest;
+      poison += v * 0.0f;
+    }
+    float absmax = 0.0f;
+    for (int i = 0; i < kLanes; ++i) absmax = std::max(absmax, largest[i]);
+    const float nan = sum(poison);
+    const bool is_zero = !(absmax > 1e-30f) || nan != 0.0f;
+    scale[k / kChunk] = is_zero ? nan : absmax / limit;
+    const float factor = is_zero ? 0.0f : limit / absmax;
+    const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+    for (int i = 0; i < kChunk; i += kLanes) {
+      const Vec v = is_zero ? Vec{} : load_floats(row + i) * factor;
+      const IntVec rounded = __builtin_convertvector((v + magic) - magic, IntVec);
+      for (int j = 0; j < kLanes; ++j) q[k + i + j] = static_cast<std::int16_t>(rounded[j]);
+    }
+    for (int i = 0; i < kChunk; i += kSumOver) {
+      std::int32_t total = 0;
+      for (int j = 0; j < kSumOver; ++j) total += q[k + i + j];
+      sums[(k + i) / kSumOver] = total;
+    }
+    if (q8 != nullptr)
+      for (int i = 0; i < kChunk; i += 4)
+        for (int j = 0; j < 4; ++j) q8[k + i + kByteOf[j]] = static_cast<std::int8_t>(q[k + i + j]);
+  }
+}
+
+inline void round_row_to_bf16(const float* x, int C, std::uint16_t* out) {
+  for (int c = 0; c < C; ++c) out[c] = to_bf16(x[c]);
+  if (C % 2) out[C] = 0;
+}
+
+// ---------------------------------------------------------------- integer vectors
+
+typedef std::int16_t ShortVec __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t UShortVec __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t UIntVec __attribute__((vector_size(kLanes * 4)));
+
+inline UIntVec load_bits(const char* p) {
+  UIntVec out;
+  std::memcpy(&out, p, sizeof out);
+  return out;
+}
+inline std::int32_t load_int(const void* p) {
+  std::int32_t out;
+  std::memcpy(&out, p, 4);
+  return out;
+}
+inline IntVec fill_int(std::int32_t x) { return x - IntVec{}; }
+
+// c + the sum of the two products of 16-bit numbers in each lane.
+inline IntVec add_products(UIntVec a, IntVec b, IntVec c) {
+#if defined(PARETUNE_AVX512) && defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(PARETUNE_AVX512) && defined(__AVX512BW__)
+  return c + (IntVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(PARETUNE_AVX2)
+  // The pair as one: GCC 12 takes products and sums apart, holds all products of a tile at once and spills the sums.
+  __m256i product;
+  asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(c), "=&x"(product) : "x"((__m256i)a), "x"((__m256i)b));
+  return c;
+#else
+  const IntVec high = (IntVec)a >> 16, low = (IntVec)(a << 16) >> 16;
+  return c + low * ((IntVec)((UIntVec)b << 16) >> 16) + high * (b >> 16);
+#endif
+}
+
+inline Vec to_floats(IntVec x) { return __builtin_convertvector(x, Vec); }
+
+// ---------------------------------------------------------------- one register tile
+
+// The same pointer, which the compiler does not know: it would rather keep a loaded vector than load it again from the
+// first cache, and spill a sum for it.
+inline const char* again(const char* p) {
+  asm volatile("" : "+r"(p));
+  return p;
+}
+
+// sums: [T, kPanelRows], read unless `is_first`. At most kSpan inputs.
+template <Format F, int T, int NB>
+inline void float_span(const Matrix& w, int block, int from, int to, const Inputs& in, float* sums, bool is_first) {
+  constexpr int Q = F == kBf16 ? 2 : 1;
+  const std::int64_t bytes = block_bytes(F, w.n_in);
+  const char* base = static_cast<const char*>(w.data) + bytes * block;
+  Vec acc[T][NB * kVecs];
+  for (int i = 0; i < T; ++i)
+    for (int b = 0; b < NB * kVecs; ++b)
+      acc[i][b] = Vec{};
+  const auto weight = [&](const char* from, int k, int j, int b) -> Vec {
+    const char* p = from + (b / kVecs) * bytes;
+    const std::int64_t at = static_cast<std::int64_t>(k / Q) * kBlock + b % kVecs * kLanes;
+    if constexpr (F == kFp32) return load_floats(reinterpret_cast<const float*>(p) + at);
+    else if constexpr (F == kFp16) return load<kFp16>(p, at);
+    else {
+      const UIntVec pair = load_bits(p + at * 4);
+      return j == 0 ? (Vec)(pair << 16) : (Vec)(pair & 0xffff0000u);
+    }
+  };
+  const auto add = [&](int k, int j) {
+    Vec rows[NB * kVecs];
+    const char* from = Q == 2 && T > 1 ? again(base) : base;
+#pragma GCC unroll 16
+    for (int b = 0; b < NB * kVecs; ++b) rows[b] = weight(from, k, j, b);
+#pragma GCC unroll 8
+    for (int i = 0; i < T; ++i) {
+      const Vec x = fill(in.x[i * in.x_stride + k + j]);
+#pragma GCC unroll 16
+      for (int b = 0; b < NB * kVecs; ++b) acc[i][b] = multiply_add(rows[b], x, acc[i][b]);
+    }
+  };
+  int k = from;
+  for (; k + Q <= to; k += Q) {
+    if constexpr (T == 1)
+      for (int b = 0; b < NB; ++b)
+        __builtin_prefetch(base + b * bytes + static_cast<std::int64_t>(k) * (F == kFp32 ? 64 : 32) + kPrefetch);
+    add(k, 0);
+    if constexpr (Q == 2) add(k, 1);
+  }
+  if (k < to) add(k, 0);  // an odd width: the pair's second half is padding
+  for (int i = 0; i < T; ++i)
+    for (int b = 0; b < NB * kVecs; ++b) {
+      float* at = sums + i * kPanelRows + b * kLanes;
+      store_floats(at, is_first ? acc[i][b] : load_floats(at) + acc[i][b]);
+    }
+}
+
+#if defined(__AVX512BF16__) && defined(PARETUNE_AVX512)
+// bf16 weights and inputs rounded to bf16, two products an instruction.
+template <int T, int NB>
+inline void bf16_dot_span(const Matrix& w, int block, int from, int to, const Inputs& in, float* sums, bool is_first) {
+  const std::int64_t bytes = block_bytes(kBf16, w.n_in), stride = in.x_stride + in.x_stride % 2;
+  const char* base = static_cast<const char*>(w.data) + bytes * block;
+  __m512 acc[T][NB];
+  for (int i = 0; i < T; ++i)
+    for (int b = 0; b < NB; ++b)
+      acc[i][b] = _mm512_setzero_ps();
+  for (int k = from; k < to; k += 2) {
+    __m512i rows[NB];
+#pragma GCC unroll 8
+    for (int b = 0; b < NB; ++b) {
+      const char* p = base + b * bytes + static_cast<std::int64_t>(k) * 32;
+      if constexpr (T == 1) __builtin_prefetch(p + kPrefetch);
+      rows[b] = _mm512_loadu_si512(p);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < T; ++i) {
+      const __m512i x = _mm512_set1_epi32(load_int(in.pairs + i * stride + k));
+#pragma GCC unroll 8
+      for (int b = 0; b < NB; ++b) acc[i][b] = _mm512_dpbf16_ps(acc[i][b], (__m512bh)rows[b], (__m512bh)x);
+    }
+  }
+  for (int i = 0; i < T; ++i)
+    for (int b = 0; b < NB; ++b) {
+      float* at = sums + i * kPanelRows + b * kLanes;
+      _mm512_storeu_ps(at, is_first ? acc[i][b] : _mm512_add_ps(_mm512_loadu_ps(at), acc[i][b]));
+    }
+}
+#endif
+
+template <Format F, int T, int NB>
+inline void float_tile(const Matrix& w, int block, int from, int to, const Inputs& in, float* sums, bool is_first) {
+  for (int start = from; start < to; start += kSpan) {
+    const int end = std::min(start + kSpan, to);
+#if defined(__AVX512BF16__) && defined(PARETUNE_AVX512)
+    if constexpr (F == kBf16) bf16_dot_span<T, NB>(w, block, start, end, in, sums, is_first && start == from);
+    else
+#endif
+    float_span<F, T, NB>(w, block, start, end, in, sums, is_first && start == from);
+  }
+}
+
+template <Format F, int T, int NB>
+inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs& in, float* sums, bool is_first) {
+  constexpr int Q = F == kInt4 ? 8 : 4, kOffset = F == kInt4 ? 8 : 128;
+  const std::int64_t bytes = block_bytes(F, w.n_in), n_groups = w.group == 0 ? 0 : w.n_in / w.group;
+  const char* base = static_cast<const char*>(w.data) + bytes * block;
+  const int interval = w.group == 0 ? kChunk : w.group;
+  for (int start = from; start < to; start += interval) {
+    const int end = std::min(start + interval, to);
+    IntVec acc[T][NB * kVecs];
+    std::int32_t total[T];
+    for (int i = 0; i < T; ++i) {
+      total[i] = 0;
+      for (int k = start; k < end; k += kSumOver) total[i] += in.sums[i * (in.q_stride / kSumOver) + k / kSumOver];
+      for (int b = 0; b < NB * kVecs; ++b) acc[i][b] = fill_int(-kOffset * total[i]);
+    }
+#if defined(__AVX512VNNI__) && defined(PARETUNE_AVX512)
+    if (w.activation_bits == 8) {  // 8-bit inputs have an instruction of their own here
+      for (int k = start; k < end; k += Q) {
+        __m512i rows[NB], high[NB];
+        for (int b = 0; b < NB; ++b) {
+          const char* p = base + b * bytes + static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16);
+          if constexpr (T == 1) __builtin_prefetch(p + kPrefetch);
+          rows[b] = _mm512_loadu_si512(p);
+          if constexpr (F == kInt4) {
+            high[b] = _mm512_and_si512(_mm512_srli_epi16(rows[b], 4), _mm512_set1_epi8(15));
+            rows[b] = _mm512_and_si512(rows[b], _mm512_set1_epi8(15));
+          }
+        }
+        for (int i = 0; i < T; ++i) {
+          const std::int8_t* q = in.q8 + i * in.q_stride + k;
+          const __m512i x = _mm512_set1_epi32(load_int(q));
+          for (int b = 0; b < NB; ++b) acc[i][b] = (IntVec)_mm512_dpbusd_epi32((__m512i)acc[i][b], rows[b], x);
+          if constexpr (F == kInt4) {
+            const __m512i y = _mm512_set1_epi32(load_int(q + 4));
+            for (int b = 0; b < NB; ++b) acc[i][b] = (IntVec)_mm512_dpbusd_epi32((__m512i)acc[i][b], high[b], y);
+          }
+        }
+      }
+    } else
+#endif
+    for (int k = start; k < end; k += Q) {
+      if constexpr (T == 1)
+        for (int b = 0; b < NB; ++b)
+          __builtin_prefetch(base + b * bytes + static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16) + kPrefetch);
+      const auto bits = [&](const char* p, int b) {
+        return load_bits(p + b / kVecs * bytes + static_cast<std::int64_t>(k / Q) * kBlock * 4 + b % kVecs * kLanes * 4);
+      };
+      // Two inputs at a time against one 16-bit part of every lane.
+      const auto add = [&](int pair, const auto& part) {
+        UIntVec rows[NB * kVecs];
+        const char* p = T > 1 ? again(base) : base;
+#pragma GCC unroll 16
+        for (int b = 0; b < NB * kVecs; ++b) rows[b] = (UIntVec)part((UShortVec)bits(p, b));
+#pragma GCC unroll 8
+        for (int i = 0; i < T; ++i) {
+          const IntVec x = fill_int(load_int(in.q + i * in.q_stride + k + pair * 2));
+#pragma GCC unroll 16
+          for (int b = 0; b < NB * kVecs; ++b) acc[i][b] = add_products(rows[b], x, acc[i][b]);
+        }
+      };
+      if constexpr (F == kInt8) {
+        add(0, [](UShortVec v) { return v & 255; });
+        add(1, [](UShortVec v) { return v >> 8; });
+      } else {
+        add(0, [](UShortVec v) { return v & 15; });
+        add(2, [](UShortVec v) { return (v >> 4) & 15; });
+        add(1, [](UShortVec v) { return (v >> 8) & 15; });
+        add(3, [](UShortVec v) { return v >> 12; });
+      }
+    }
+    for (int b = 0; b < NB * kVecs; ++b) {
+      const std::int64_t group = ((block + b / kVecs) * n_groups + start / std::max(w.group, 1)) * kBlock + b % kVecs * kLanes;
+      const Vec weight_scale = w.group == 0 ? fill(1.0f) : load<kFp16>(w.scale, group);
+      for (int i = 0; i < T; ++i) {
+        const float scale = in.scale[i * (in.q_stride / kChunk) + start / kChunk];
+        float* at = sums + i * kPanelRows + b * kLanes;
+        Vec out = is_first && start == from ? Vec{} : load_floats(at);
+        out = multiply_add(to_floats(acc[i][b]) * scale, weight_scale, out);
+        if (w.minimum != nullptr)
+          out = multiply_add(load<kFp16>(w.minimum, group), fill(scale * static_cast<float>(total[i])), out);
+        store_floats(at, out);
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- panels
+
+template <Format F, int T>
+inline void tiles(const Matrix& w, int block, int n_blocks, int from, int to, const Inputs& in, float* sums,
+                  bool is_first) {
+  constexpr int kWide = T == 1 ? kPanel : kLanes == 16 ? 4 : kLanes == 8 && T <= 3 ? 2 : 1;  // what the registers hold
+  const auto run = [&]<int NB>(int b) {
+    float* out = sums + b * kBlock;
+    if constexpr (is_integer(F)) int_tile<F, T, NB>(w, block + b, from, to, in, out, is_first);
+    else float_tile<F, T, NB>(w, block + b, from, to, in, out, is_first);
+  };
+  int b = 0;
+  for (; b + kWide <= n_blocks; b += kWide) run.template operator()<kWide>(b);
+  if constexpr (kWide > 2)
+    for (; b + 2 <= n_blocks; b += 2) run.template operator()<2>(b);
+  for (; b < n_blocks; ++b) run.template operator()<1>(b);
+}
+
+template <Format F>
+inline void rows_of_tiles(const Matrix& w, int block, int n_blocks, int from, int to, const Inputs& in, int M, float* sums,
+                          bool is_first) {
+  const int n_tiles = (M + kMaxTile - 1) / kMaxTile;
+  for (int t = 0; t < n_tiles; ++t) {
+    const int first = M * t / n_tiles, n = M * (t + 1) / n_tiles - first;
+    const Inputs rows = in.rows_from(first);
+    float* out = sums + static_cast<std::int64_t>(first) * kPanelRows;
+    switch (n) {
+      case 1: tiles<F, 1>(w, block, n_blocks, from, to, rows, out, is_first); break;
+      case 2: tiles<F, 2>(w, block, n_blocks, from, to, rows, out, is_first); break;
+      case 3: tiles<F, 3>(w, block, n_blocks, from, to, rows, out, is_first); break;
+      case 4: if constexpr (kMaxTile > 3) tiles<F, 4>(w, block, n_blocks, from, to, rows, out, is_first); break;
+      case 5: if constexpr (kMaxTile > 3) tiles<F, 5>(w, block, n_blocks, from, to, rows, out, is_first); break;
+      case 6: if constexpr (kMaxTile > 3) tiles<F, 6>(w, block, n_blocks, from, to, rows, out, is_first); break;
+    }
+  }
+}
+
+constexpr int kPart = std::max(kSpan, (96 << 10) / (4 * kPanelRows) / kSpan * kSpan);  // inputs of an fp32 panel, 64 KiB
+
+// Inputs `from` to `to` of some blocks as packed fp32, [n_blocks, to - from, 16].
+template <Format F>
+inline void widen(const Matrix& w, int block, int n_blocks, int from, int to, float* out) {
+  const std::int64_t bytes = block_bytes(F, w.n_in);
+  for (int b = 0; b < n_blocks; ++b) {
+    const char* p = static_cast<const char*>(w.data) + bytes * (block + b);
+    for (int k = from; k < to; ++k, out += kBlock)
+      for (int v = 0; v < kVecs; ++v) {
+        if constexpr (F == kBf16) {
+          const UIntVec pair = load_bits(p + static_cast<std::int64_t>(k / 2) * kBlock * 4 + v * kLanes * 4);
+          store_floats(out + v * kLanes, k % 2 == 0 ? (Vec)(pair << 16) : (Vec)(pair & 0xffff0000u));
+        } else {
+          store_floats(out + v * kLanes, load<F>(p, static_cast<std::int64_t>(k) * kBlock + v * kLanes));
+        }
+      }
+  }
+}
+
+template <Format F>
+inline void panel(const Matrix& w, int block, int n_blocks, const Inputs& in, int M, float* sums) {
+  const int C = is_integer(F) ? round_up(w.n_in, quantum(F)) : w.n_in;
+  constexpr bool kWidens = F == kFp16 || (F == kBf16 && !kHasBf16Dot);
+  if (M <= 2 * kMaxTile) {
+    rows_of_tiles<F>(w, block, n_blocks, 0, C, in, M, sums, true);
+  } else {
+    // Many rows read a panel again and again: a part of it that stays in the second cache at a time.
+    const int part = kWidens ? kPart : kPart * 4 / std::max(1, static_cast<int>(block_bytes(F, kChunk) / kChunk / kBlock));
+    for (int from = 0; from < C; from += part) {
+      const int to = std::min(C, from + part);
+      if constexpr (kWidens) {  // converted once, not for every tile
+        alignas(64) static thread_local float wide[kPart * kPanelRows];
+        widen<F>(w, block, n_blocks, from, to, wide);
+        const Matrix converted{wide, nullptr, nullptr, kFp32, kPanelRows, to - from, 0, 16};
+        Inputs rest = in;
+        rest.x += from;
+        rows_of_tiles<kFp32>(converted, 0, n_blocks, 0, to - from, rest, M, sums, from == 0);
+      } else {
+        rows_of_tiles<F>(w, block, n_blocks, from, to, in, M, sums, from == 0);
+      }
+    }
+  }
+  if (w.group == 0 && w.scale != nullptr)
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < n_blocks * kBlock; r += kLanes) {
+        float* at = sums + static_cast<std::int64_t>(m) * kPanelRows + r;
+        store_floats(at, load_floats(at) * load_floats(static_cast<const float*>(w.scale) + block * kBlock + r));
+      }
+}
+
+constexpr int kPanelInputs = 96;  // rows whose sums are held at once
+
+// Calls emit(first row of the weight, number of rows, first input, number of inputs, sums [inputs, kPanelRows]) for the
+// blocks `from` to `to`.
+template <class Emit>
+inline void products(const Matrix& w, int from, int to, const Inputs& in, int M, float* sums, Emit emit) {
+  for (int block = from; block < to; block += kPanel) {
+    const int n_blocks = std::min(kPanel, to - block), n_rows = std::min(n_blocks * kBlock, w.n_out - block * kBlock);
+    for (int m = 0; m < M; m += kPanelInputs) {
+      const int n = std::min(kPanelInputs, M - m);
+      const Inputs rows = in.rows_from(m);
+      switch (w.format) {
+        case kFp32: panel<kFp32>(w, block, n_blocks, rows, n, sums); break;
+        case kBf16: panel<kBf16>(w, block, n_blocks, rows, n, sums); break;
+        case kFp16: panel<kFp16>(w, block, n_blocks, rows, n, sums); break;
+        case kInt8: panel<kInt8>(w, block, n_blocks, rows, n, sums); break;
+        case kInt4: panel<kInt4>(w, block, n_blocks, rows, n, sums); break;
+      }
+      emit(block * kBlock, n_rows, m, n, sums);
+    }
+  }
+}
