@@ -68,6 +68,10 @@ def _percent(share: float) -> str:
     return f"{share:.0%}".replace("%", " %") if share >= 0.01 else "under 1 %"
 
 
+def _time(sec: float) -> str:
+    return quantity(sec * 1e6, "us") if sec < 1e-3 else f"{1e3 * sec:.3g} ms"
+
+
 def _gain(share: float) -> float:
     """Speed-up when `share` of the step is gone."""
     return 1 / max(0.01, 1 - min(share, 0.99))
@@ -297,7 +301,7 @@ def _dispatch(result: Result) -> Iterator[Explanation]:
         "dispatch overhead",
         share,
         f"a step calls {n:,.0f} operators, and finding them, views and small allocations take {_percent(share)} of it "
-        f"({quantity(profiled * share / max(n, 1) * 1e6, 'us')} an operator)",
+        f"({_time(profiled * share / max(n, 1))} an operator)",
         "--config native (one call a step), or --config compile (fewer operators)",
         _gain(share),
     )
@@ -312,7 +316,7 @@ def _python(result: Result) -> Iterator[Explanation]:
     yield Explanation(
         "Python",
         share,
-        f"{quantity(gap * 1e6, 'us')} of a profiled step ({_percent(share)}) pass between kernels: {where}",
+        f"{_time(gap)} of a profiled step ({_percent(share)}) pass between kernels: {where}",
         "--config native or --config compile, which leave Python out of the step",
         _gain(share),
     )
@@ -327,7 +331,7 @@ def _allocation(result: Result) -> Iterator[Explanation]:
     yield Explanation(
         "memory allocation",
         share,
-        f"a step touches {n:,.0f} fresh pages, at {quantity(cost * 1e6, 'us')} each {_percent(share)} of its time: "
+        f"a step touches {n:,.0f} fresh pages, at {_time(cost)} each {_percent(share)} of its time: "
         "large results are allocated anew and given back",
         "attention without a score matrix (--config baseline), or buffers that are kept (--config native, compile)",
         _gain(share),

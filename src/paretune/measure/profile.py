@@ -1,8 +1,8 @@
 """One phase of one recipe, taken apart: by part, by layer, by kernel, against this machine's ceilings, with a trace.
 
-The plain step and the marked step run in turns, in blocks of random order, with a bandwidth probe around each block;
-figures are medians over the blocks of the state that most blocks saw. The plain step is the whole that the parts are
-held against; nothing is scaled to fit it.
+The plain step and the marked step run in turns, in blocks with a bandwidth probe around each; figures are means over
+the middle half of the steps (by their totals) in the blocks of the bandwidth state that most blocks saw. The plain step
+is the whole that the parts are held against; nothing is scaled to fit it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from paretune.measure import environment, explain, profile_facts, profile_native
 from paretune.measure.profile_count import CountingMode, Counts
 from paretune.measure.profile_kernels import by_class, kernels_of
 from paretune.measure.profile_marks import Instrument, Key, Marks, cost_of_a_reading
-from paretune.measure.profile_rows import layers_of, rows_of, seconds_of
+from paretune.measure.profile_rows import layers_of, middle_half, rows_of, seconds_of
 from paretune.measure.profile_steps import Phase, Step, check_memory, check_phase
 from paretune.measure.profile_trace import record
 from paretune.measure.workload import step_weights_bytes
@@ -34,9 +34,11 @@ from paretune.recipe import Recipe
 
 N_BLOCKS, SLICE_SEC = 12, 0.15
 QUICK_BLOCKS, QUICK_SLICE_SEC = 6, 0.08
+WARM_UP_SEC, MAX_WARM_UP_SEC = 0.3, 5.0
 MAX_SEC = 60.0  # of the timed blocks; a large model gets fewer of them
-MIN_STEPS = 3  # of a slice
+MIN_STEPS, MAX_STEPS = 3, 1000  # of a block
 SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
+KERNELS, QUICK_KERNELS = (0.3, 50), (0.1, 20)  # least seconds and most steps under the profiler
 CLOSES = (0.95, 1.05)  # the sum of the parts over the whole
 
 
@@ -71,7 +73,7 @@ class Timed:
 
 
 def time_blocks(step: Step, marks: Marks | None, instrument: Instrument | None, quick: bool, seed: int) -> Timed:
-    """Plain and marked slices in turns; `marks` None times the plain step alone."""
+    """Plain and marked steps in turns, in pairs of random order; `marks` None times the plain step alone."""
     device = step.runner.device.type
     slice_sec, n_blocks = (QUICK_SLICE_SEC, QUICK_BLOCKS) if quick else (SLICE_SEC, N_BLOCKS)
     one = _warm_up(step, device)
@@ -81,14 +83,20 @@ def time_blocks(step: Step, marks: Marks | None, instrument: Instrument | None, 
     timed = Timed()
     before = probe() if probe else 0.0
     for _ in range(n_blocks):
-        order = ["plain"] + ["marked"] * (marks is not None)
-        shuffle(order)
-        for kind in order:
-            if kind == "plain":
-                timed.plain.append(_slice(step, device, slice_sec))
-            else:
-                assert marks is not None and instrument is not None
-                timed.marked.append(_marked_slice(step, marks, instrument, device, slice_sec))
+        plain: list[float] = []
+        marked: list[dict[Key, float]] = []
+        with clock.quiet():
+            while len(plain) < MIN_STEPS or (sum(plain) < slice_sec and len(plain) < MAX_STEPS):
+                order = ["plain"] + ["marked"] * (marks is not None)
+                shuffle(order)
+                for kind in order:
+                    if kind == "plain":
+                        plain.append(_plain(step, device))
+                    else:
+                        assert marks is not None and instrument is not None
+                        marked.append(_marked(step, marks, instrument, device))
+        timed.plain.append(plain)
+        timed.marked.append(marked)
         after = probe() if probe else 0.0
         timed.bandwidth.append((before, after) if probe else None)
         before = after
@@ -96,51 +104,35 @@ def time_blocks(step: Step, marks: Marks | None, instrument: Instrument | None, 
 
 
 def _warm_up(step: Step, device: str) -> float:
-    """Runs until two steps in a row differ by less than 5 %, at most 10 s; seconds of a step."""
+    """Runs until two steps in a row differ by less than 5 %, within limits; seconds of a step."""
     started, last = clock.now(), float("inf")
     while True:
-        (now,) = _slice(step, device, 0.0, 1)
+        now = _plain(step, device)
         elapsed = clock.now() - started
-        if (abs(now / last - 1) < 0.05 and elapsed > 0.3) or elapsed > 10:
+        if (abs(now / last - 1) < 0.05 and elapsed > WARM_UP_SEC) or elapsed > MAX_WARM_UP_SEC:
             return now
         last = now
 
 
-def _slice(step: Step, device: str, slice_sec: float, min_steps: int = MIN_STEPS) -> list[float]:
-    out: list[float] = []
-    with clock.quiet():
-        while len(out) < min_steps or sum(out) < slice_sec:
-            step.prepare()
-            clock.synchronize(device)
-            started = clock.now()
-            step.run()
-            clock.synchronize(device)
-            out.append(clock.now() - started)
-            if out[-1] <= 0 and len(out) >= 1000:  # a clock that stands still
-                break
-    return out
+def _plain(step: Step, device: str) -> float:
+    step.prepare()
+    clock.synchronize(device)
+    started = clock.now()
+    step.run()
+    clock.synchronize(device)
+    return clock.now() - started
 
 
-def _marked_slice(
-    step: Step, marks: Marks, instrument: Instrument, device: str, slice_sec: float
-) -> list[dict[Key, float]]:
-    out: list[dict[Key, float]] = []
-    total = 0.0
+def _marked(step: Step, marks: Marks, instrument: Instrument, device: str) -> dict[Key, float]:
     instrument.install()
     try:
-        with clock.quiet():
-            while len(out) < MIN_STEPS or total < slice_sec:
-                step.prepare()
-                clock.synchronize(device)
-                marks.start()
-                step.run(marks)
-                out.append(marks.stop())
-                total += sum(out[-1].values())
-                if total <= 0 and len(out) >= 1000:
-                    break
+        step.prepare()
+        clock.synchronize(device)
+        marks.start()
+        step.run(marks)
+        return marks.stop()
     finally:
         instrument.remove()
-    return out
 
 
 @contextlib.contextmanager
@@ -260,13 +252,14 @@ def take_apart(
     say(f"timing {phase}")
     timed = time_blocks(step, marks, instrument, quick, seed)
     kept, state = timed.kept()
-    plain_sec = statistics.median(statistics.median(block) for block in kept.plain)
+    plain = [sec for block in kept.plain for sec in block]
+    plain_sec = statistics.fmean(plain[i] for i in middle_half(plain))
     parts: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     overhead = closing = None
     if marks is not None:
-        seconds = seconds_of(kept.marked)
-        marked_sec = statistics.median(statistics.median(sum(s.values()) for s in block) for block in kept.marked)
+        seconds = seconds_of([parts_of_step for block in kept.marked for parts_of_step in block])
+        marked_sec = sum(seconds.values())
         cost = cost_of_a_reading() if device == "cpu" else 0.0
         # Off each part what its own readings cost, as measured on an empty module: never a factor that makes it fit.
         seconds = {key: max(0.0, sec - cost * calls.get(key, 0)) for key, sec in seconds.items()}
@@ -292,7 +285,7 @@ def take_apart(
             )
     say(f"kernels of {phase}")
     native = profile_native.rows(runner, step)
-    kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *((0.1, 20) if quick else (0.3, 50)))
+    kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *(QUICK_KERNELS if quick else KERNELS))
     return {
         "whole": _whole(step, plain_sec, kept.plain, counts, ceilings, dtype),
         "blocks": {"n": len(timed.plain), "n_kept": len(kept.plain), "state": state, "states": timed.states()},

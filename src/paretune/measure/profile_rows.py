@@ -14,13 +14,21 @@ from paretune.measure.profile_parts import BY_KEY, PARTS, SUMS, Group, title_of
 Row = dict[str, Any]
 
 
-def seconds_of(blocks: Sequence[Sequence[Mapping[Key, float]]]) -> dict[Key, float]:
-    """Seconds by part: the median over blocks of the median over the steps of a block."""
-    keys = dict.fromkeys(key for block in blocks for step in block for key in step)
-    return {
-        key: statistics.median(statistics.median(step.get(key, 0.0) for step in block) for block in blocks)
-        for key in keys
-    }
+def middle_half(totals: Sequence[float]) -> list[int]:
+    """Indices of the values between the quartiles: what an interruption made long, or luck short, is left out."""
+    order = sorted(range(len(totals)), key=lambda i: totals[i])
+    quarter = len(order) // 4
+    return order[quarter : len(order) - quarter]
+
+
+def seconds_of(steps: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
+    """Seconds by part: the mean over the middle half of the steps by their totals.
+
+    A mean over the same steps for every part, so that parts add up to the step; medians of parts would not.
+    """
+    kept = [steps[i] for i in middle_half([sum(step.values()) for step in steps])]
+    keys = dict.fromkeys(key for step in kept for key in step)
+    return {key: statistics.fmean(step.get(key, 0.0) for step in kept) for key in keys}
 
 
 def limits_of(counted: Counted, sec: float, n_calls: int, ceilings: Ceilings, dtype: str, step_bytes: int) -> Row:

@@ -20,8 +20,8 @@ GROUPS = {
 PHASES = {"prefill": "Prefill", "decode": "Decode", "train": "Training"}
 # Printed with every table.
 DEFINITIONS = (
-    "Time: of all calls in one step, median. Share: of the step as timed on its own, without readings. In its table: "
-    "of the sum of the rows of that table.",
+    "Time: of all calls in one step, the mean over the middle half of the steps. Share: of the step as timed on its "
+    "own, without readings. In its table: of the sum of the rows of that table.",
     "Bytes and FLOP: counted at the operators as they ran; a multiply-add is 2 FLOP.",
     "Of the ceiling: the least time that the bytes or the arithmetic need on this machine, as measured, over the time "
     "taken. Small data may come from a cache that is faster than the ceiling's.",
@@ -117,7 +117,7 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
     blocks, overhead, closing = result["blocks"], result["overhead"], result["closing"]
     out = [
         f"{result['whole']['n_steps']} steps in {blocks['n_kept']} of {blocks['n']} blocks, those of the bandwidth "
-        f"state that most blocks saw ({blocks['state']}); medians."
+        f"state that most blocks saw ({blocks['state']}); the mean over the middle half of the steps."
     ]
     if overhead and closing:
         reading = f"{overhead['n_readings']} readings of {format_sec(overhead['sec_per_reading'])}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def points_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not out and whole.get("needed_flops") and whole.get("needed_bytes"):
         x = whole["needed_flops"] / whole["needed_bytes"]
         out.append({"x": x, "y": whole["needed_flops"] / whole["sec"], "share": 1.0, "title": "the whole step"})
-    return out
+    return sorted(out, key=lambda p: -p["share"])
 
 
 def caption(results: Sequence[Mapping[str, Any]]) -> str:
@@ -57,6 +58,8 @@ def roofline(results: Sequence[Mapping[str, Any]], fmt: str = "svg") -> bytes:
     Args:
         results: profiles of one machine, one a phase; the first one's ceilings are drawn.
     """
+    from matplotlib.lines import Line2D
+
     title = "Roofline of this machine and the parts of a step"
     with style("roofline"):
         figure = new_figure(5.6)
@@ -74,60 +77,55 @@ def roofline(results: Sequence[Mapping[str, Any]], fmt: str = "svg") -> bytes:
         roofs = _roofs(results)
         axes.set_xlim(low, high)
         axes.set_ylim(min(min(ys) / 3, min(b for _, b, _ in roofs) * low), max(r for _, _, r in roofs) * 2.2)
-        hard: list[Box] = []
         for (label, bandwidth, rate), look in zip(roofs, ("-", "--", ":"), strict=False):
             bend = rate / bandwidth
             axes.plot([low, bend, high], [low * bandwidth, rate, rate], color=INK, lw=1.4, ls=look, label=label)
-        figure.canvas.draw()
-        entries = []
         for result, points in drawn:
             colour, marker = _LOOKS.get(result["phase"], (GREY, "o"))
-            # Profiles of several recipes are told apart by filling.
-            for i, point in enumerate(sorted(points, key=lambda p: -p["share"])):
-                size = 5 + 13 * point["share"] ** 0.5
+            marks: dict[str, Any] = {"color": colour, "mec": "white", "mew": 0.8, "alpha": 0.9, "ls": ""}
+            for i, point in enumerate(points):
                 name = result["phase"] if i == 0 else None
-                axes.plot(
-                    point["x"],
-                    point["y"],
-                    marker,
-                    color=colour,
-                    ms=size,
-                    mec="white",
-                    mew=0.8,
-                    alpha=0.9,
-                    label=name,
-                    ls="",
-                )
-                px, py = axes.transData.transform((point["x"], point["y"]))
-                hard.append((px - size / 2, py - size / 2, px + size / 2, py + size / 2))
-                if i < _MAX_LABELS:
-                    entries.append((px, py, size / 2, point["title"], False))
+                axes.plot(point["x"], point["y"], marker, ms=_size(point), label=name, **marks)
         axes.grid(True)
         axes.set_xlabel("Arithmetic intensity: FLOP for each byte that is moved")
         axes.set_ylabel("Arithmetic done")
-        axes.yaxis.set_major_formatter(formatter(lambda v: format_rate(v, "FLOP/s")))
+        axes.yaxis.set_major_formatter(formatter(_axis_text))
         axes.xaxis.set_major_formatter(formatter(lambda v: f"{v:g}"))
         legend = figure.legend(loc="outside lower center", ncols=2, fontsize=10)
         for handle in legend.legend_handles:
-            if handle is not None and hasattr(handle, "set_markersize"):
+            if isinstance(handle, Line2D):
                 handle.set_markersize(8)
-        figure.canvas.draw()
-        moved = []
-        for (_, _, radius, text, bold), point in zip(
-            entries, [p for _, ps in drawn for p in sorted(ps, key=lambda p: -p["share"])[:_MAX_LABELS]], strict=True
-        ):
-            px, py = axes.transData.transform((point["x"], point["y"]))
-            moved.append((px, py, radius, text, bold))
-        hard = [
-            (x - r, y - r, x + r, y + r)
-            for x, y, r in (
-                (*axes.transData.transform((p["x"], p["y"])), (5 + 13 * p["share"] ** 0.5) / 2)
-                for _, ps in drawn
-                for p in ps
-            )
-        ]
-        place_labels(axes, moved, hard, [])
+        figure.canvas.draw()  # the layout is settled: pixels can be asked for
+        entries, hard = [], []
+        for _, points in drawn:
+            for i, point in enumerate(points):
+                x, y = axes.transData.transform((point["x"], point["y"]))
+                radius = _size(point) / 2
+                hard.append((x - radius, y - radius, x + radius, y + radius))
+                if i < _MAX_LABELS:
+                    entries.append((x, y, radius, point["title"], False))
+        place_labels(axes, entries, hard, _boxes_along(axes, roofs, low, high))
         return save(figure, fmt, title)
+
+
+def _size(point: Mapping[str, Any]) -> float:
+    """Diameter of a mark in points: its area grows with the share of the step."""
+    return 5 + 13 * point["share"] ** 0.5
+
+
+def _boxes_along(axes: Any, roofs: Sequence[tuple[str, float, float]], low: float, high: float) -> list[Box]:
+    """Small boxes along the roofs: labels keep off them where they can."""
+    out: list[Box] = []
+    for _, bandwidth, rate in roofs:
+        for i in range(200):
+            x = low * (high / low) ** (i / 199)
+            px, py = axes.transData.transform((x, min(x * bandwidth, rate)))
+            out.append((px - 2, py - 2, px + 2, py + 2))
+    return out
+
+
+def _axis_text(value: float) -> str:
+    return re.sub(r"\.0+(?= )", "", format_rate(value, "FLOP/s"))
 
 
 def _roofs(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
