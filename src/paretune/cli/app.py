@@ -102,11 +102,12 @@ def _root(
 def _doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Measure fewer sizes.")] = False,
+    model: Annotated[str | None, typer.Option(help="Also say whether this model fits into the memory.")] = None,
 ) -> None:
     """Says what this machine is, what it can do at most, what is missing and how to get it."""
     from paretune.cli.doctor import doctor
 
-    doctor(json_output, quick)
+    doctor(json_output, quick, model)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -132,7 +132,37 @@ def _choose(model: str, config: str | None, runner: str | None) -> tuple[Path, s
 
 
 def _predict(model: str, folder: Path, device: str, input_len: int, batch_size: int, json_output: bool) -> None:
-    raise NotImplementedError
+    import json
+
+    from paretune.hardware.devices import REAL_SHARE, device_profile
+    from paretune.measure import environment, predict
+    from paretune.model import checkpoint
+    from paretune.report.tables import Column, to_markdown
+
+    known = device_profile(device)
+    rows = predict.predict(checkpoint.read_config(folder), known, input_len, batch_size)
+    said = predict.findings(known, rows)
+    if json_output:
+        result = {**environment.header(), "model": {"name": model}, "device_profile": known.name, "is_prediction": True}
+        print(json.dumps({**result, "rows": rows, "findings": said}, indent=2, allow_nan=False))
+        return
+    print(f"# {model} on {known.title}: a prediction, nothing was run\n")
+    print(
+        f"From the data sheet ({known.bandwidth / 1e9:.0f} GB/s, of which {REAL_SHARE:.0%} are reckoned with) and an "
+        f"assumed {known.operator_sec * 1e6:g} us an eager operator, {known.graph_sec * 1e6:g} us in a graph.\n"
+    )
+    columns = [
+        Column("phase", "Phase"),
+        Column("dtype", "Weights"),
+        Column("form", "Launched as"),
+        Column("predicted_sec", "Predicted time"),
+        Column("roofline_sec", "Roofline alone"),
+        Column("bound_by", "Bound by"),
+        Column("speedup", "Gain", lambda r: f"{r['speedup']:.2f}x"),
+        Column("note", "Remark", lambda r: r["note"] or ("" if r["fits"] else "does not fit")),
+    ]
+    print(to_markdown(rows, columns))
+    print("\n".join(f"- Prediction: {sentence}." for sentence in said))
 
 
 def _say(line: str) -> None:
