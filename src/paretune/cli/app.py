@@ -28,6 +28,7 @@ _VERBS = {
     "bench": ("paretune.cli.bench:bench", "Measure speed and memory of several configurations."),
     "eval": ("paretune.cli.eval:evaluate", "Measure quality: perplexity, fidelity to the baseline."),
     "profile": ("paretune.cli.profile:profile", "Say where the time of a step goes, and why."),
+    "study": ("paretune.cli.study:study", "Run a published study again, beside its published numbers."),
     "train": ("paretune.cli.train:train", "Train a language model on text."),
     "new": ("paretune.cli.new:new", "Make a model folder with random weights."),
     "doctor": ("paretune.cli.app:_doctor", "Say what this machine is, can do at most, and lacks."),
