@@ -308,15 +308,20 @@ def _dispatch(result: Result) -> Iterator[Explanation]:
 
 
 def _python(result: Result) -> Iterator[Explanation]:
-    share = _class_share(result, "launch gap")
+    gap = sum(row["sec"] for row in result.get("kernel_classes") or () if row["kind"] == "launch gap")
+    sec = (result.get("whole") or {}).get("sec")
+    if not gap or not sec:
+        return
+    # What the profiler itself makes a step longer is taken off: most of it lies between kernels.
+    gap -= max(0.0, (result.get("profiled_sec") or 0.0) - sec)
+    share = gap / sec
     if share < NOTABLE:
         return
-    gap = next(row["sec"] for row in result["kernel_classes"] if row["kind"] == "launch gap")
-    where = "Python and the profiler's own readings" if result.get("device") == "cpu" else "an idle GPU"
+    where = "Python" if result.get("device") == "cpu" else "the GPU is idle"
     yield Explanation(
         "Python",
-        share,
-        f"{_time(gap)} of a profiled step ({_percent(share)}) pass between kernels: {where}",
+        min(share, 1.0),
+        f"{_time(gap)} of a step ({_percent(share)}) pass between kernels, the profiler's own time taken off: {where}",
         "--config native or --config compile, which leave Python out of the step",
         _gain(share),
     )

@@ -8,6 +8,7 @@ step is stated beside them.
 from __future__ import annotations
 
 import bisect
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -76,15 +77,13 @@ def class_of(name: str, shapes: Sequence[Any] = ()) -> str:
 
 
 def _is_one_row(name: str, shapes: Sequence[Any]) -> bool:
-    matrices = [s for s in shapes if isinstance(s, list | tuple) and len(s) >= 2]
-    if not matrices:
+    """Whether the left matrix of a product has one row (one a batch entry for `bmm`)."""
+    # What is added stands first in addmm and baddbmm; other products begin with the left matrix.
+    place = 1 if "addmm" in name or "baddbmm" in name else 0
+    left = shapes[place] if len(shapes) > place else ()
+    if not isinstance(left, list | tuple) or len(left) < 2:
         return False
-    # addmm's bias may be broadcast to a matrix and stands first.
-    first = matrices[-2] if len(matrices) >= 2 and "addmm" in name else matrices[0]
-    rows = 1
-    for size in first[1:-1] if "bmm" in name else first[:-1]:
-        rows *= int(size)
-    return rows == 1
+    return math.prod(int(size) for size in (left[1:-1] if "bmm" in name else left[:-1])) == 1
 
 
 @dataclass

@@ -76,7 +76,7 @@ def roofline(results: Sequence[Mapping[str, Any]], fmt: str = "svg") -> bytes:
         low, high = min(xs) / 2.5, max(max(xs), 40.0) * 2.5
         roofs = _roofs(results)
         axes.set_xlim(low, high)
-        axes.set_ylim(min(min(ys) / 3, min(b for _, b, _ in roofs) * low), max(r for _, _, r in roofs) * 2.2)
+        axes.set_ylim(min(min(ys) / 3, min(b for _, b, _ in roofs) * low), max(*ys, *(r for _, _, r in roofs)) * 2.2)
         for (label, bandwidth, rate), look in zip(roofs, ("-", "--", ":"), strict=False):
             bend = rate / bandwidth
             axes.plot([low, bend, high], [low * bandwidth, rate, rate], color=INK, lw=1.4, ls=look, label=label)

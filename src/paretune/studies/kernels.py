@@ -196,15 +196,15 @@ def method_rows(measured: Mapping[str, Any], dtype: str, new_tokens: int) -> lis
         if row["role"] == "twin":
             continue
         name = row["config"]
-        sec = row.get("throughput_p50_sec")
+        per_sec = row.get("throughput_tokens_per_sec")
         published = PUBLISHED_METHODS.get(name)
         speedup = row.get("throughput_speedup")
         verdict = row.get("throughput_verdict")
         rows.append(
             {
                 "method": name.replace("16 bits", dtype.upper()),
-                "total_sec": None if sec is None else sec * new_tokens,
-                "tokens_per_sec": row.get("throughput_tokens_per_sec"),
+                "total_sec": new_tokens / per_sec if per_sec else None,
+                "tokens_per_sec": per_sec,
                 "speedup": speedup,
                 "speedup_low": row.get("throughput_speedup_low"),
                 "speedup_high": row.get("throughput_speedup_high"),
