@@ -92,6 +92,7 @@ def test_native_profile_says_what_is_not_there(command, tiny_gpt2_folder):
     )
     assert code == 0, err
     assert "Native operations" in text and "inside one call of the native runner" in text
+    assert "native code" in text and "launch gap" not in text and "Python" not in text.partition("##")[0]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,7 @@ def take_apart(
 ) -> dict[str, Any]:
     """`whole`, `overhead`, `parts`, `layers`, `closing`, `kernels`, `native`, `notes` of a step that is ready."""
     runner, phase = loaded.runner, step.phase
+    ceilings = _of_threads(ceilings, torch.get_num_threads())
     device = runner.device.type
     is_training = phase == "train"
     notes: list[str] = []
@@ -286,6 +287,8 @@ def take_apart(
     say(f"kernels of {phase}")
     native = profile_native.rows(runner, step)
     kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *(QUICK_KERNELS if quick else KERNELS))
+    if runner.name == "native" and not parts:  # the profiler sees nothing of it: that is no gap
+        kernels[-1] = replace(kernels[-1], name="the native runner's own code", kind="native code", count=1)
     return {
         "whole": _whole(step, plain_sec, kept.plain, counts, ceilings, dtype),
         "blocks": {"n": len(timed.plain), "n_kept": len(kept.plain), "state": state, "states": timed.states()},
@@ -305,6 +308,12 @@ _INSIDE = (
     "the parts of this step are inside {}, where no reading can be taken: see its kernels, or profile the same recipe "
     "with --runner eager"
 )
+
+
+def _of_threads(ceilings: hardware.Ceilings, threads: int) -> hardware.Ceilings:
+    """The ceilings of a run on so many threads, where they were measured."""
+    rows = tuple(row for row in ceilings.read_bandwidth if row["threads"] == threads)
+    return replace(ceilings, read_bandwidth=rows) if rows else ceilings
 
 
 def _count(step: Step, marks: Marks, instrument: Instrument) -> tuple[Counts, dict[Key, int]]:

@@ -33,6 +33,7 @@ CLASSES = (
     "copy/reshape",
     "allocation",
     "dispatch",
+    "native code",
     "launch gap",
 )
 _UNTIMED = "paretune: between steps"
