@@ -52,7 +52,7 @@ def test_threads_respect_affinity(monkeypatch):
 
 
 def fake_files(monkeypatch, files):
-    monkeypatch.setattr(hardware, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(hardware.machine, "_read", lambda path: files.get(path, ""))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_dtype_support_is_found_once():
 
 
 def test_a_format_that_raises_or_lies_does_not_work(monkeypatch):
-    real = hardware._product
+    real = hardware.rates._product
 
     def product(name, *rest):
         if name == "bf16":
@@ -175,8 +175,8 @@ def test_a_format_that_raises_or_lies_does_not_work(monkeypatch):
         kernel = real(name, *rest)
         return (lambda: kernel() * 2) if name == "fp16" else kernel
 
-    monkeypatch.setattr(hardware, "_product", product)
-    found = hardware._ratios((1, 64, 64), "cpu")
+    monkeypatch.setattr(hardware.rates, "_product", product)
+    found = hardware.rates._ratios((1, 64, 64), "cpu")
     assert found["fp32"] == 1.0
     assert found["bf16"] == "not implemented for 'BFloat16'"
     assert "away from fp32" in str(found["fp16"])
@@ -185,9 +185,9 @@ def test_a_format_that_raises_or_lies_does_not_work(monkeypatch):
 def few(monkeypatch):
     """Ceilings and formats on tiny sizes, so that the test is about the page and not about the machine."""
     rows = hardware.read_bandwidth_sweep([SMALL], seconds=0.001, repeats=1)
-    monkeypatch.setattr(hardware, "read_bandwidth_sweep", lambda *_args, **_kw: rows)
+    monkeypatch.setattr(hardware.rates, "read_bandwidth_sweep", lambda *_args, **_kw: rows)
     rate = hardware.matrix_rate
-    monkeypatch.setattr(hardware, "matrix_rate", lambda name, *_args: rate(name, 32, "cpu", 0.001))
+    monkeypatch.setattr(hardware.rates, "matrix_rate", lambda name, *_args: rate(name, 32, "cpu", 0.001))
 
 
 def test_ceilings_come_back_from_json(monkeypatch):
@@ -199,7 +199,8 @@ def test_ceilings_come_back_from_json(monkeypatch):
 
 def test_doctor_json_and_page(monkeypatch, capsys):
     few(monkeypatch)
-    monkeypatch.setattr(hardware, "has_cuda", lambda: False)
+    for place in (hardware, hardware.machine):
+        monkeypatch.setattr(place, "has_cuda", lambda: False)
     doctor(json_output=True, quick=True)
     out, err = capsys.readouterr()
     report = json.loads(out)

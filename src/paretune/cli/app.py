@@ -27,6 +27,8 @@ _VERBS = {
     "generate": ("paretune.cli.generate:generate", "Continue a prompt."),
     "bench": ("paretune.cli.bench:bench", "Measure speed and memory of several configurations."),
     "eval": ("paretune.cli.eval:evaluate", "Measure quality: perplexity, fidelity to the baseline."),
+    "profile": ("paretune.cli.profile:profile", "Say where the time of a step goes, and why."),
+    "study": ("paretune.cli.study:study", "Run a published study again, beside its published numbers."),
     "train": ("paretune.cli.train:train", "Train a language model on text."),
     "new": ("paretune.cli.new:new", "Make a model folder with random weights."),
     "doctor": ("paretune.cli.app:_doctor", "Say what this machine is, can do at most, and lacks."),
@@ -101,11 +103,12 @@ def _root(
 def _doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Measure fewer sizes.")] = False,
+    model: Annotated[str | None, typer.Option(help="Also say whether this model fits into the memory.")] = None,
 ) -> None:
     """Says what this machine is, what it can do at most, what is missing and how to get it."""
     from paretune.cli.doctor import doctor
 
-    doctor(json_output, quick)
+    doctor(json_output, quick, model)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -6,13 +6,20 @@ import json
 from typing import Any
 
 from paretune import hardware, native_build
+from paretune.cli.ls import mechanism_lines
+from paretune.hardware.abilities import abilities
 from paretune.measure import environment
 from paretune.measure.roofline import quantity
 
 
-def doctor(json_output: bool = False, quick: bool = False) -> None:
-    """Prints the findings to stdout (a page, or JSON), progress to stderr. About 10 s, 5 s when `quick`."""
-    report = collect(quick)
+def doctor(json_output: bool = False, quick: bool = False, model: str | None = None) -> None:
+    """Prints the findings to stdout (a page, or JSON), progress to stderr. About 20 s, 5 s when `quick`.
+
+    Args:
+        model: also say whether this model fits into the memory.
+    """
+    wanted = None if model is None else _model_memory(model)  # a wrong name is said before anything is measured
+    report = collect(quick) | ({"model": wanted} if wanted else {})
     print(json.dumps(report, indent=2, allow_nan=False) if json_output else page(report))
 
 
@@ -42,8 +49,21 @@ def collect(quick: bool = False) -> dict[str, Any]:
         native_build.say("measuring the GPU")
         report["device_ceilings"] = hardware.ceilings(device, quick).to_json()
         report["device_dtype_support"] = {n: s.to_json() for n, s in hardware.dtype_support(device).items()}
+    native_build.say("trying mechanisms")
+    report["abilities"] = [a.to_json() for a in abilities(device, compile_too=not quick)]
     report["missing"] = missing(device, report["ceilings"]["kind"], report["versions"])
     return report
+
+
+def _model_memory(name: str) -> dict[str, Any]:
+    """Bytes that a model needs in each phase here (128 tokens, batch 1), and those that are free."""
+    from paretune.measure import profile_steps
+    from paretune.model import checkpoint
+
+    config = checkpoint.read_config(checkpoint.resolve(name))
+    n = min(128, config.n_positions - 1)
+    needed = {f"{phase}_bytes": profile_steps.needed_bytes(config, phase, n, 1) for phase in profile_steps.PHASES}
+    return {"name": name, **needed, "available_bytes": hardware.available_memory_bytes()}
 
 
 def missing(device: str, probe_kind: str, versions: dict[str, str]) -> list[dict[str, str]]:
@@ -91,6 +111,9 @@ def page(report: dict[str, Any]) -> str:
     lines += _ceilings_lines("cpu", report["ceilings"], report["dtype_support"])
     if "device_ceilings" in report:
         lines += _ceilings_lines(report["device"], report["device_ceilings"], report["device_dtype_support"])
+    lines += mechanism_lines(report["abilities"], report["device"])
+    if "model" in report:
+        lines += _model_lines(report["model"])
     lines += ["", "missing" if report["missing"] else "nothing is missing"]
     for item in report["missing"]:
         lines += [f"  {item['what']}: {item['why']}", f"      to get it: {item['cure']}"]
@@ -123,6 +146,15 @@ def _ceilings_lines(device: str, ceilings: dict[str, Any], support: dict[str, An
     lines += [f"  {verdict['reason']}" for name, verdict in support.items() if name != "fp32"]
     if ceilings["fma_rate"]:
         lines.append(f"  fp32 multiply-adds in registers: {quantity(ceilings['fma_rate'], 'FLOP/s')}")
+    return lines
+
+
+def _model_lines(model: dict[str, Any]) -> list[str]:
+    lines = ["", f"memory for {model['name']} in fp32, 128 tokens, batch 1 (reckoned from above, nothing was loaded)"]
+    for phase in ("prefill", "decode", "train"):
+        needed = model[f"{phase}_bytes"]
+        fits = "fits" if needed < 0.9 * model["available_bytes"] else "DOES NOT FIT"
+        lines.append(f"  {phase:<9}{_gib(needed):>10}   {fits} into {_gib(model['available_bytes'])} free")
     return lines
 
 

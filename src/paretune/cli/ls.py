@@ -61,7 +61,20 @@ def page(found: dict[str, Any]) -> str:
                 said = verdict["reason"] and (section != "presets" or verdict["state"] == "cannot")
                 reason = f" ({verdict['reason']})" if said else ""
                 lines.append(f"  {'':<{width}}    {about}{verdict['state']} on {found['device']}{reason}")
-    return "\n".join(lines)
+    return "\n".join(lines + mechanism_lines(found.get("mechanisms", []), found["device"]))
+
+
+def mechanism_lines(found: list[dict[str, str]], device: str | None) -> list[str]:
+    """What works, is emulated or cannot work, why, and what is used instead, as found by running it."""
+    if not found:
+        return []
+    width = max(len(entry["name"]) for entry in found)
+    lines = ["", f"mechanisms on {device}, tried by running them"]
+    for entry in found:
+        lines.append(f"  {entry['name']:<{width}}  {entry['state']}: {entry['why']}")
+        if entry["instead"]:
+            lines.append(f"  {'':<{width}}    instead: {entry['instead']}")
+    return lines
 
 
 def _what(table: Any, name: str) -> str:
@@ -107,13 +120,14 @@ def _embedded_models() -> list[dict[str, str]]:
 
 
 def _try(found: dict[str, Any], device: str) -> None:
-    """Adds verdicts to transforms (one a variant that a preset uses), runners and presets.
+    """Adds verdicts to transforms (one a variant that a preset uses), runners, presets, and the mechanisms.
 
     Raises:
         UsageError: there is no such device.
     """
     from paretune import hardware
     from paretune.errors import UsageError
+    from paretune.hardware.abilities import abilities
     from paretune.recipe import PRESETS, Recipe
     from paretune.registry import RUNNERS
 
@@ -134,6 +148,7 @@ def _try(found: dict[str, Any], device: str) -> None:
         recipe = recipes[entry["name"]]
         notes = [note for t in recipe.transforms for note in t.notes(device)]
         entry["verdicts"] = [_verdict(entry["name"], recipe.requires(device), notes)]
+    found["mechanisms"] = [a.to_json() for a in abilities(device)]
 
 
 def _verdict(name: str, reason: str | None, notes: list[str]) -> dict[str, str]:

@@ -1,0 +1,56 @@
+"""`paretune study`: a published experiment again, on this machine, beside the published numbers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from paretune.registry import Registry
+
+STUDIES: Registry[Callable[..., Any]] = Registry("study")
+STUDIES.register("kernels", "paretune.studies.kernels:run")
+
+
+def study(
+    name: Annotated[str, typer.Argument(help="kernels.")],
+    model: Annotated[str, typer.Option(help="Folder, hub id or `pocket`.")] = "pocket",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer blocks; with `pocket` minutes on two cores.")] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="Folder of the results. [default: runs/study-NAME]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. [default: physical cores]")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of prompts and block order.")] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Runs a published study again: report.html, results.csv, results.json, pictures and traces."""
+    import json
+
+    from paretune import hardware
+    from paretune.errors import TooNoisyError, UsageError
+    from paretune.files import ensure_folder
+
+    run = STUDIES.get(name)
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}", "It has to be 1 or more")
+    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
+        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+    out = ensure_folder((output_dir or Path("runs") / f"study-{name}").expanduser())
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    result = run(model, out, quick=quick, seed=seed, device=device, threads=threads, say=say)
+    if json_output:
+        print(json.dumps(result, indent=2, allow_nan=False))
+    else:
+        print("\n".join(result["summary"]))
+    say(f"written: {out}")
+    if result["bench"]["too_noisy"]:
+        raise TooNoisyError("this machine is too noisy to judge the methods", "Close other programs and run it again")

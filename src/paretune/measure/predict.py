@@ -1,0 +1,167 @@
+"""Times of a model that was not run: the plain roofline, and models that add the cost of operators.
+
+    plain               = max(bytes / bandwidth, FLOP / rate)
+    a device, on paper  = max(plain, operators x seconds an operator): launches run beside a GPU's kernels
+    this machine        = plain, with the rates that its kernels reach, + operators x seconds an operator
+
+Everything here is a prediction and says so. Bandwidth and rates come from a data sheet (`hardware.devices`, with the
+share of it that streaming kernels get) or from measurements of this machine (`calibrate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paretune.hardware.devices import REAL_SHARE, DeviceProfile
+from paretune.measure import roofline
+from paretune.model import checkpoint
+from paretune.model.config import ModelConfig
+
+WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
+# Operators of an eager step that do something, a block and around the blocks (counted on our models; fused attention).
+OPERATORS = {"gpt2": (14, 7), "llama": (36, 14), "mistral": (36, 14)}
+_FORMS = ("eager", "one call or graph")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a step has to read and compute, whatever runs it."""
+
+    n_weights: int  # that a decode step reads
+    kv_values: int  # keys and values a token, all layers
+    n_operators: int
+    config: ModelConfig
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Sizes:
+        model = checkpoint.build(config)
+        n = sum(p.numel() for p in model.parameters())
+        looked_up = config.vocab_size * config.n_embd * (not config.tied_head)
+        if config.family == "gpt2":
+            looked_up += config.n_positions * config.n_embd
+        each, around = OPERATORS.get(config.family, OPERATORS["llama"])
+        kv = 2 * config.n_layer * config.n_kv_head * config.head_dim
+        return cls(n - looked_up, kv, each * config.n_layer + around, config)
+
+
+def plain_sec(n_bytes: float, flops: float, bandwidth: float, rate: float) -> float:
+    return max(n_bytes / bandwidth, flops / rate)
+
+
+def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_size: int = 1) -> list[dict[str, Any]]:
+    """Predicted prefill and decode of a model by number format and by how operators are launched.
+
+    Returns:
+        one row a format and form: `roofline_sec` (plain), `predicted_sec` (with the cost of operators), what bounds it,
+        whether it fits, and the gain over the first row of the same phase.
+    """
+    sizes = Sizes.of(config)
+    rows: list[dict[str, Any]] = []
+    bandwidth = REAL_SHARE * device.bandwidth
+    for phase in ("decode", "prefill"):
+        first: float | None = None
+        for dtype, width in WIDTHS.items():
+            # A format without units of its own computes in fp32; int8 weights are read as such and computed wider.
+            computed = dtype if dtype in device.rates and dtype != "int8" else "fp16" if dtype == "int8" else "fp32"
+            rate = device.rates.get(computed, device.rates["fp32"])
+            cache_width = 4.0 if dtype == "fp32" else 2.0
+            context = input_len + (phase == "decode")
+            n_bytes = width * sizes.n_weights + cache_width * sizes.kv_values * context * batch_size
+            flops = batch_size * (
+                roofline.decode_flops(config, context)
+                if phase == "decode"
+                else roofline.prefill_flops(config, input_len)
+            )
+            memory, compute = n_bytes / bandwidth, flops / rate
+            for form in _FORMS:
+                each = device.operator_sec if form == "eager" else device.graph_sec
+                launch = sizes.n_operators * each
+                # Launches run beside the kernels: the longer of the two is what is waited for.
+                predicted = max(memory, compute, launch)
+                first = first or predicted
+                kinds = {"memory": memory, "arithmetic": compute, "operator launches": launch}
+                rows.append(
+                    {
+                        "phase": phase,
+                        "dtype": dtype,
+                        "form": form,
+                        "bytes": n_bytes,
+                        "flops": flops,
+                        "roofline_sec": max(memory, compute),
+                        "launch_sec": launch,
+                        "predicted_sec": predicted,
+                        "bound_by": max(kinds, key=lambda k: kinds[k]),
+                        "speedup": first / predicted,
+                        "fits": n_bytes < 0.9 * device.memory_bytes,
+                        "note": device.emulated.get(dtype, ""),
+                        "is_prediction": True,
+                    }
+                )
+    return rows
+
+
+def findings(device: DeviceProfile, rows: list[dict[str, Any]]) -> list[str]:
+    """What the rows say, in sentences; each one a prediction."""
+    by = {(r["phase"], r["dtype"], r["form"]): r for r in rows}
+    eager, graph = by["decode", "fp32", "eager"], by["decode", "fp32", _FORMS[1]]
+    half = "fp16" if "fp16" in device.rates else "bf16"
+    said = []
+    if eager["bound_by"] == "operator launches":
+        same = by["decode", half, "eager"]["speedup"]
+        said.append(
+            f"decode in eager mode is bound by operator launches ({1e3 * eager['launch_sec']:.2f} ms against "
+            f"{1e3 * eager['roofline_sec']:.2f} ms of reading): 16 bits alone gain {same:.2f}x, one graph or native "
+            f"call {graph['speedup']:.2f}x, both {by['decode', half, _FORMS[1]]['speedup']:.2f}x"
+        )
+    else:
+        said.append(
+            f"decode is bound by {eager['bound_by']}: 16 bits gain {by['decode', half, 'eager']['speedup']:.2f}x, int8 "
+            f"{by['decode', 'int8', _FORMS[1]]['speedup']:.2f}x"
+        )
+    said += [f"{dtype} brings no arithmetic of its own there: {why}" for dtype, why in device.emulated.items()]
+    said.append(f"fused attention there: {device.attention}")
+    if not all(r["fits"] for r in rows):
+        large = sorted({r["dtype"] for r in rows if not r["fits"]})
+        said.append(f"the model does not fit into {device.memory_bytes / 2**30:.0f} GiB in {', '.join(large)}")
+    return said
+
+
+# ---- this machine
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Rates and costs measured on one profile of this machine, to predict other shapes.
+
+    Args:
+        bandwidth: bytes/s of products that read weights, as reached (not the ceiling).
+        rate: FLOP/s of products, as reached.
+        operator_sec: everything else of the step, an operator.
+    """
+
+    bandwidth: float
+    rate: float
+    operator_sec: float
+
+    def sec(self, n_bytes: float, flops: float, n_operators: int) -> float:
+        """Predicted seconds of a step."""
+        return max(n_bytes / self.bandwidth, flops / self.rate) + n_operators * self.operator_sec
+
+
+def calibrate(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> CostModel:
+    """The cost model of this machine from a decode and a prefill profile of one small model."""
+
+    def products(result: Mapping[str, Any]) -> tuple[float, float, float]:
+        rows = [r for r in result["parts"] if r["product_weight_bytes"] and r["part"] not in _SUMS]
+        return sum(r["sec"] for r in rows), sum(r["bytes"] for r in rows), sum(r["product_flops"] for r in rows)
+
+    sec, n_bytes, _ = products(decode)
+    prefill_sec, _, flops = products(prefill)
+    rest = max(0.0, decode["whole"]["sec"] - sec)
+    n = decode["facts"]["n_ops"]
+    return CostModel(n_bytes / sec, flops / prefill_sec, rest / max(1, n))
+
+
+_SUMS = ("blocks", "attention", "mlp")

@@ -1,0 +1,377 @@
+"""One phase of one recipe, taken apart: by part, by layer, by kernel, against this machine's ceilings, with a trace.
+
+The plain step and the marked step run in turns, in blocks with a bandwidth probe around each; figures are means over
+the middle half of the steps (by their totals) in the blocks of the bandwidth state that most blocks saw. The plain step
+is the whole that the parts are held against; nothing is scaled to fit it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from paretune import clock, hardware
+from paretune.engine.load import Loaded, load_recipe
+from paretune.errors import ParetuneError
+from paretune.measure import environment, explain, profile_facts, profile_native, roofline
+from paretune.measure.profile_count import CountingMode, Counts
+from paretune.measure.profile_kernels import by_class, kernels_of
+from paretune.measure.profile_marks import Instrument, Key, Marks, cost_of_a_reading
+from paretune.measure.profile_rows import layers_of, middle_half, rows_of, seconds_of
+from paretune.measure.profile_steps import Phase, Step, check_memory, check_phase
+from paretune.measure.profile_trace import record
+from paretune.measure.workload import step_weights_bytes
+from paretune.model import checkpoint
+from paretune.recipe import Recipe
+
+N_BLOCKS, SLICE_SEC = 12, 0.15
+QUICK_BLOCKS, QUICK_SLICE_SEC = 6, 0.08
+WARM_UP_SEC, MAX_WARM_UP_SEC = 0.3, 5.0
+MAX_SEC = 60.0  # of the timed blocks; a large model gets fewer of them
+MIN_STEPS, MAX_STEPS = 3, 1000  # of a block
+SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
+KERNELS, QUICK_KERNELS = (0.3, 50), (0.1, 20)  # least seconds and most steps under the profiler
+CLOSES = (0.95, 1.05)  # the sum of the parts over the whole
+
+
+@dataclass
+class Timed:
+    """The blocks of a profile: seconds of plain steps, parts of marked ones, bandwidth before and after."""
+
+    plain: list[list[float]] = field(default_factory=list)
+    marked: list[list[dict[Key, float]]] = field(default_factory=list)
+    bandwidth: list[tuple[float, float] | None] = field(default_factory=list)
+
+    def states(self) -> list[str]:
+        """The bandwidth state of each block: high, low or mixed; "unknown" without a probe."""
+        seen = [b for pair in self.bandwidth if pair for b in pair]
+        if not seen:
+            return ["unknown"] * len(self.plain)
+        floor = hardware.STATE_TOLERANCE * max(seen)
+        words = ("low", "mixed", "high")
+        return [words[sum(b >= floor for b in pair)] if pair else "unknown" for pair in self.bandwidth]
+
+    def kept(self) -> tuple[Timed, str]:
+        """The blocks of the commonest state, and its name."""
+        states = self.states()
+        state = Counter(states).most_common(1)[0][0]
+        index = [i for i, s in enumerate(states) if s == state]
+        chosen = Timed(*([column[i] for i in index if i < len(column)] for column in self.columns))  # type: ignore[arg-type]
+        return chosen, state
+
+    @property
+    def columns(self) -> tuple[list[Any], ...]:
+        return self.plain, self.marked, self.bandwidth
+
+
+def time_blocks(step: Step, marks: Marks | None, instrument: Instrument | None, quick: bool, seed: int) -> Timed:
+    """Plain and marked steps in turns, in pairs of random order; `marks` None times the plain step alone."""
+    device = step.runner.device.type
+    slice_sec, n_blocks = (QUICK_SLICE_SEC, QUICK_BLOCKS) if quick else (SLICE_SEC, N_BLOCKS)
+    one = _warm_up(step, device)
+    n_blocks = max(3, min(n_blocks, int(MAX_SEC / (2 * max(slice_sec, MIN_STEPS * one)))))
+    probe = hardware.BandwidthProbe(torch.get_num_threads()) if device == "cpu" else None
+    shuffle = random.Random(seed).shuffle
+    timed = Timed()
+    before = probe() if probe else 0.0
+    for _ in range(n_blocks):
+        plain: list[float] = []
+        marked: list[dict[Key, float]] = []
+        with clock.quiet():
+            while len(plain) < MIN_STEPS or (sum(plain) < slice_sec and len(plain) < MAX_STEPS):
+                order = ["plain"] + ["marked"] * (marks is not None)
+                shuffle(order)
+                for kind in order:
+                    if kind == "plain":
+                        plain.append(_plain(step, device))
+                    else:
+                        assert marks is not None and instrument is not None
+                        marked.append(_marked(step, marks, instrument, device))
+        timed.plain.append(plain)
+        timed.marked.append(marked)
+        after = probe() if probe else 0.0
+        timed.bandwidth.append((before, after) if probe else None)
+        before = after
+    return timed
+
+
+def _warm_up(step: Step, device: str) -> float:
+    """Runs until two steps in a row differ by less than 5 %, within limits; seconds of a step."""
+    started, last = clock.now(), float("inf")
+    while True:
+        now = _plain(step, device)
+        elapsed = clock.now() - started
+        if (abs(now / last - 1) < 0.05 and elapsed > WARM_UP_SEC) or elapsed > MAX_WARM_UP_SEC:
+            return now
+        last = now
+
+
+def _plain(step: Step, device: str) -> float:
+    step.prepare()
+    clock.synchronize(device)
+    started = clock.now()
+    step.run()
+    clock.synchronize(device)
+    return clock.now() - started
+
+
+def _marked(step: Step, marks: Marks, instrument: Instrument, device: str) -> dict[Key, float]:
+    instrument.install()
+    try:
+        step.prepare()
+        clock.synchronize(device)
+        marks.start()
+        step.run(marks)
+        return marks.stop()
+    finally:
+        instrument.remove()
+
+
+@contextlib.contextmanager
+def _named_kernels(recipe: Recipe, device: str) -> Iterator[None]:
+    """While it is open, the compiler writes each CPU kernel's name where a profiler sees it (a setting of the compiler,
+    restored at the end)."""
+    if recipe.engine.runner != "compile" or device != "cpu":
+        yield
+        return
+    from torch._inductor import config
+
+    with config.patch({"cpp.enable_kernel_profile": True}):
+        yield
+
+
+def profile(
+    folder: Path,
+    recipe: Recipe,
+    name: str,
+    *,
+    phase: Phase = "decode",
+    input_len: int = 128,
+    batch_size: int = 1,
+    device: str = "cpu",
+    threads: int | None = None,
+    quick: bool = False,
+    seed: int = 0,
+    with_trace: bool = True,
+    ceilings: hardware.Ceilings | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], bytes | None]:
+    """Takes one phase apart.
+
+    Args:
+        name: of the recipe, for people.
+        quick: fewer and shorter blocks.
+        ceilings: of this machine, where they were measured already.
+
+    Returns:
+        strict JSON (the head of a result file, `whole`, `parts`, `layers`, `kernels`, `explanations`, ...), and the
+        gzipped trace of one warm step.
+
+    Raises:
+        UsageError: the phase is not there or the request does not fit the model.
+        ParetuneError: the memory is not enough (before loading).
+    """
+    check_phase(phase, recipe, name)
+    config = checkpoint.read_config(folder)
+    check_memory(config, phase, input_len, batch_size)
+    threads_read = hardware.set_threads(recipe.engine.threads or threads)
+    header = environment.header(seed=seed)
+    if ceilings is None:
+        say("measuring the ceilings of this machine")
+        ceilings = hardware.ceilings(device, quick=True)
+    say(f"loading {recipe.name}")
+    with _named_kernels(recipe, device):
+        loaded = load_recipe(folder, recipe, device)
+        watch = profile_facts.BreakCounter()
+        step = Step(loaded, phase, input_len, batch_size, seed)
+        say(f"warming up {phase}")
+        for _ in range(2):
+            step.prepare()
+            step.run()
+    result = {
+        **header,
+        "model": {"name": folder.name, "family": config.family},
+        "config": name,
+        "recipe": recipe.to_dict(),
+        "phase": phase,
+        "input_len": input_len,
+        "batch_size": batch_size,
+        "device": device,
+        "threads": threads_read,
+        "runner": loaded.runner.describe(),
+        "ceilings": ceilings.to_json(),
+        **take_apart(loaded, step, ceilings, quick=quick, seed=seed, say=say),
+    }
+    result["facts"] = profile_facts.facts(loaded, step, result, watch)
+    result["explanations"] = [e.to_json() for e in explain.explain(result)]
+    if not with_trace:
+        return result, None
+    say("recording one step")
+    model = step.model if result["parts"] else None
+    return result, record(step.run, step.prepare, model, device, f"{phase} step")
+
+
+def take_apart(
+    loaded: Loaded,
+    step: Step,
+    ceilings: hardware.Ceilings,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """`whole`, `overhead`, `parts`, `layers`, `closing`, `kernels`, `native`, `notes` of a step that is ready."""
+    runner, phase = loaded.runner, step.phase
+    ceilings = _of_threads(ceilings, torch.get_num_threads())
+    device = runner.device.type
+    is_training = phase == "train"
+    notes: list[str] = []
+    dtype = SHORT_DTYPES.get(str(runner.dtype).removeprefix("torch."), "fp32")
+    marks: Marks | None = Marks(device, is_training)
+    instrument: Instrument | None = Instrument(step.model, marks) if marks else None
+    counts = Counts()
+    calls: dict[Key, int] = {}
+    if runner.name == "compile":  # a wrapper would be compiled for once more, and break the graph
+        marks = instrument = None
+        notes.append(_INSIDE.format("a compiled graph"))
+    else:
+        assert marks is not None and instrument is not None
+        counts, calls = _count(step, marks, instrument)
+        if len(counts.parts) <= 1:
+            marks = instrument = None
+            notes.append(_INSIDE.format(f"one call of the {runner.name} runner"))
+        else:
+            notes += [f"{name}: not in this model, its time stands with the part before" for name in instrument.missing]
+    say(f"timing {phase}")
+    timed = time_blocks(step, marks, instrument, quick, seed)
+    kept, state = timed.kept()
+    plain = [sec for block in kept.plain for sec in block]
+    plain_sec = statistics.fmean(plain[i] for i in middle_half(plain))
+    parts: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
+    overhead = closing = None
+    if marks is not None:
+        seconds = seconds_of([parts_of_step for block in kept.marked for parts_of_step in block])
+        marked_sec = sum(seconds.values())
+        cost = cost_of_a_reading() if device == "cpu" else 0.0
+        # Off each part what its own readings cost, as measured on an empty module: never a factor that makes it fit.
+        seconds = {key: max(0.0, sec - cost * calls.get(key, 0)) for key, sec in seconds.items()}
+        parts = rows_of(seconds, counts, calls, plain_sec, ceilings, dtype, runner.config.family)
+        layers = layers_of(seconds)
+        total = sum(seconds.values())
+        overhead = {
+            "marked_sec": marked_sec,
+            "share": marked_sec / plain_sec - 1,
+            "n_readings": sum(calls.values()),
+            "sec_per_reading": cost,
+        }
+        closing = {
+            "sum_sec": total,
+            "share": total / plain_sec,
+            "between_sec": plain_sec - total,
+            "closes": CLOSES[0] <= total / plain_sec <= CLOSES[1],
+        }
+        if not closing["closes"]:
+            notes.append(
+                f"the parts add up to {closing['share']:.0%} of the step timed on its own, outside 95 to 105 %: the "
+                "machine was busy, or the step is too short for readings; measure again"
+            )
+    say(f"kernels of {phase}")
+    native = profile_native.rows(runner, step)
+    kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *(QUICK_KERNELS if quick else KERNELS))
+    if runner.name == "native" and not parts:  # the profiler sees nothing of it: that is no gap
+        kernels[-1] = replace(kernels[-1], name="the native runner's own code", kind="native code", count=1)
+    return {
+        "whole": _whole(step, plain_sec, kept.plain, counts, ceilings, dtype),
+        "blocks": {"n": len(timed.plain), "n_kept": len(kept.plain), "state": state, "states": timed.states()},
+        "overhead": overhead,
+        "closing": closing,
+        "parts": parts,
+        "layers": layers,
+        "kernels": [k.to_json() for k in kernels],
+        "kernel_classes": by_class(kernels),
+        "profiled_sec": profiled_sec,
+        "native": native,
+        "notes": notes,
+    }
+
+
+_INSIDE = (
+    "the parts of this step are inside {}, where no reading can be taken: see its kernels, or profile the same recipe "
+    "with --runner eager"
+)
+
+
+def _of_threads(ceilings: hardware.Ceilings, threads: int) -> hardware.Ceilings:
+    """The ceilings of a run on so many threads, where they were measured."""
+    rows = tuple(row for row in ceilings.read_bandwidth if row["threads"] == threads)
+    return replace(ceilings, read_bandwidth=rows) if rows else ceilings
+
+
+def _count(step: Step, marks: Marks, instrument: Instrument) -> tuple[Counts, dict[Key, int]]:
+    """Operators of one step by part; the marked step must give the plain one's logits, bit by bit."""
+    step.prepare()
+    expected = step.run() if step.phase != "train" else None
+    instrument.install()
+    try:
+        step.prepare()
+        marks.start()
+        got = step.run(marks)
+        marks.stop()
+        calls = marks.counts()
+        if expected is not None and not torch.equal(expected, got):
+            raise ParetuneError("the marked step gives other logits than the plain one", "Please report it")
+        step.prepare()
+        mode = CountingMode(lambda: marks.current, step.model, step.cache_tensors)
+        with mode:
+            marks.start()
+            step.run(marks)
+            marks.stop()
+    finally:
+        instrument.remove()
+    return mode.counts, calls
+
+
+def _whole(
+    step: Step, sec: float, blocks: list[list[float]], counts: Counts, ceilings: hardware.Ceilings, dtype: str
+) -> dict[str, Any]:
+    """The plain step: its time, and what it must read and compute at least."""
+    config: Any = step.runner.config
+    n_bytes: int | None = None
+    flops: int | None = None
+    sentence, mbu, mfu = None, None, None
+    if step.phase != "train":
+        kv_per_token = sum(t.nbytes for t in step.cache_tensors) / step.cache.capacity
+        context = step.input_len + (step.phase == "decode")
+        n_bytes = step_weights_bytes(step.model) + round(kv_per_token * context)
+        flops = step.batch_size * (
+            roofline.decode_flops(config, context)
+            if step.phase == "decode"
+            else roofline.prefill_flops(config, step.input_len)
+        )
+        bandwidth, rate = ceilings.bandwidth_at(n_bytes), ceilings.matrix_rates.get(dtype)
+        sentence = roofline.bound_by(step.phase, sec, n_bytes, flops, bandwidth, rate)[1]
+        mbu = roofline.mbu(n_bytes, sec, bandwidth)
+        mfu = roofline.mfu(flops, sec, rate) if rate else None
+    return {
+        "sec": sec,
+        "samples": blocks,
+        "n_steps": sum(len(b) for b in blocks),
+        "tokens_per_sec": step.n_tokens / sec,
+        "dtype": dtype,
+        "needed_bytes": n_bytes,
+        "needed_flops": flops,
+        "counted_bytes": counts.total().n_bytes or None,
+        "counted_flops": counts.total().flops or None,
+        "mbu": mbu,
+        "mfu": mfu,
+        "bound_by": sentence,
+    }

@@ -1,0 +1,57 @@
+"""Operations of the native runner, from its own counters, where it has them.
+
+What a runner gives: an attribute `counters`, None while off (the default, and then free) or a list of
+(operation, layer or -1, calls, seconds, bytes, FLOP), sums since they were switched on; and `count_(on: bool)`, which
+switches them on from zero or off. An operation is named by the parts that it runs, joined by "+" in their order:
+`norm_1+qkv_projection`, `fused_attention`, `output_projection+residual_1`, `norm_2+expansion+activation`,
+`projection+residual_2`, `final_norm+head` (keys of `profile_parts.PARTS`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from paretune.measure.profile_steps import Step
+
+N_STEPS = 20
+
+
+class Counter(NamedTuple):
+    """One operation of one layer, summed over the steps that were counted."""
+
+    operation: str
+    layer: int
+    calls: int
+    sec: float
+    n_bytes: int
+    flops: int
+
+
+def rows(runner: Any, step: Step) -> dict[str, Any] | None:
+    """Operations of a step, the mean over `N_STEPS`; None for other runners, a reason where there are no counters."""
+    if runner.name != "native":
+        return None
+    if not hasattr(runner, "count_"):
+        return {"available": False, "reason": "the native runner of this version has no counters", "rows": []}
+    runner.count_(True)
+    try:
+        for _ in range(N_STEPS):
+            step.prepare()
+            step.run()
+        counted = [Counter(*entry) for entry in runner.counters or ()]
+    finally:
+        runner.count_(False)
+    if not counted:
+        return {"available": False, "reason": "this step does not run in native code", "rows": []}
+    sums: dict[str, list[float]] = {}
+    for entry in counted:
+        total = sums.setdefault(entry.operation, [0.0] * 4)
+        for i, value in enumerate((entry.calls, entry.sec, entry.n_bytes, entry.flops)):
+            total[i] += value / N_STEPS
+    out: list[dict[str, Any]] = []
+    for operation, (calls, sec, n_bytes, flops) in sums.items():
+        rates = {"bytes_per_sec": n_bytes / sec, "flops_per_sec": flops / sec} if sec else {}
+        row = {"operation": operation, "calls": calls, "sec": sec, "bytes": n_bytes, "flops": flops}
+        out.append({**row, "bytes_per_sec": None, "flops_per_sec": None, **rates})
+    out.sort(key=lambda row: -row["sec"])
+    return {"available": True, "reason": "", "rows": out}

@@ -1,0 +1,307 @@
+"""Study 002 again: GPT-2 in fp32, in 16 bits, compiled, and both; its time by part, step and kernel, and why.
+
+Published: "Beating PyTorch: Optimizing GPT-2 Small Inference" (GPT-2 small on an NVIDIA T4, 100 new tokens). Its
+numbers are of another machine: ratios and shares are compared, never seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from paretune import files, hardware
+from paretune.hardware.devices import device_profile
+from paretune.measure import bench, environment, predict, profile_trace
+from paretune.measure.profile import profile
+from paretune.model import checkpoint
+from paretune.recipe import Recipe
+from paretune.report import breakdown, html
+from paretune.report import profile as report
+from paretune.report.roofline import caption, roofline
+from paretune.report.tables import Column, Row, to_csv
+from paretune.report.units import format_ratio, format_sec
+
+NEW_TOKENS = 100
+SDPA = {"name": "attention", "form": "sdpa"}
+
+# Seconds (standard deviation) for 100 new tokens, tokens/s, on a T4.
+PUBLISHED_METHODS = {
+    "FP32": (1.3099, 0.1762, 76.34),
+    "16 bits": (1.2754, 0.1357, 78.41),
+    "compile": (0.9065, 0.0309, 110.32),
+    "16 bits + compile": (0.4851, 0.0664, 206.14),
+}
+# Shares of time, each within its own table (they add up to 99, 91, 83 and 90.5 %).
+PUBLISHED_SHARES = {
+    "blocks": 0.898,
+    "head": 0.069,
+    "final_norm": 0.011,
+    "token_embedding": 0.005,
+    "embedding_sum": 0.004,
+    "position_embedding": 0.003,
+    "attention": 0.376,
+    "mlp": 0.256,
+    "norm_1": 0.113,
+    "norm_2": 0.112,
+    "residual_1": 0.027,
+    "residual_2": 0.026,
+    "qkv_projection": 0.226,
+    "mask": 0.136,
+    "scores": 0.125,
+    "output_projection": 0.113,
+    "values": 0.085,
+    "output_reshape": 0.065,
+    "qkv_reshape": 0.042,
+    "softmax": 0.038,
+    "activation": 0.314,
+    "projection": 0.299,
+    "expansion": 0.292,
+}
+WHY_TRITON = (
+    "Triton and not CUTLASS: study 002 planned fused CUTLASS layers. CUTLASS is a library of C++ templates: each fused "
+    "layer is a template instance that nvcc compiles for minutes, for one architecture at a time, and that cannot be "
+    "run without that GPU. The products themselves are not what a step of a small model loses its time with: at batch "
+    "1 they are bound by bytes, where a library's kernel is as good as a fused one, and what can be saved is the "
+    "launches and the passes over activations between them. These are elementwise tails and reductions, which Triton "
+    "writes in tens of lines of Python, compiles in seconds on the user's machine for the chip that is there, and runs "
+    "on a CPU in its interpreter, so that their numerics are tested everywhere. What CUTLASS is better at, large "
+    "products in new formats at full tensor-core rate, is what PyTorch's own libraries already call."
+)
+_WORDS = {
+    "baseline": "baseline",
+    "faster": "faster",
+    "slower": "slower",
+    "indistinguishable": "indistinguishable",
+    "undecided": "undecided",
+}
+
+
+def sixteen_bits(device: str) -> tuple[str, str]:
+    """The 16-bit format of the study here, and why: the one that is not emulated, where there is one."""
+    support = hardware.dtype_support(device)
+    for name in ("fp16", "bf16") if device != "cpu" else ("bf16", "fp16"):
+        if support[name].works and not support[name].emulated:
+            return name, support[name].reason
+    name = next((n for n in ("bf16", "fp16") if support[n].works), "bf16")
+    return name, support[name].reason
+
+
+def methods(dtype: str) -> dict[str, Recipe]:
+    """The four rows of the published table."""
+    narrow = {"name": "precision", "dtype": dtype}
+
+    def recipe(transforms: list[dict[str, Any]], runner: str) -> Recipe:
+        return Recipe.from_dict({"transforms": transforms, "engine": {"runner": runner}})
+
+    return {
+        "FP32": recipe([SDPA], "eager"),
+        "16 bits": recipe([SDPA, narrow], "eager"),
+        "compile": recipe([SDPA], "compile"),
+        "16 bits + compile": recipe([SDPA, narrow], "compile"),
+    }
+
+
+def run(
+    model: str,
+    output_dir: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measures everything and writes report.html, results.json, results.csv, pictures and traces.
+
+    Raises:
+        ParetuneError: the folder cannot be written (before any measurement), or the memory is not enough.
+    """
+    folder = checkpoint.resolve(model)
+    config = checkpoint.read_config(folder)
+    out = files.ensure_folder(output_dir)
+    input_len = min(32, config.n_positions // 2)
+    new_tokens = min(NEW_TOKENS, config.n_positions - input_len)
+    header = environment.header(seed=seed)
+    dtype, dtype_reason = sixteen_bits(device)
+    say(f"methods: FP32, {dtype}, compile, both; {new_tokens} new tokens each")
+    measured = bench.bench(
+        folder,
+        list(methods(dtype).items()),
+        input_lens=[input_len],
+        output_lens=[new_tokens],
+        baseline="FP32",
+        kinds=["throughput"],
+        min_blocks=8,
+        max_blocks=10 if quick else 27,
+        min_time_sec=1.5 if quick else 3.0,
+        budget_sec=270.0 if quick else None,
+        seed=seed,
+        device=device,
+        threads=threads,
+        on_progress=say,
+    )
+    ceilings = hardware.Ceilings.from_json(measured["ceilings"])
+    plain = Recipe.from_dict({"transforms": []})
+    profile_len = min(128, config.n_positions - 1)
+    profiles = []
+    for phase in ("prefill", "decode"):
+        result, trace = profile(
+            folder,
+            plain,
+            "attention by the formula, FP32",
+            phase=phase,  # type: ignore[arg-type]
+            input_len=profile_len,
+            device=device,
+            threads=threads,
+            quick=quick,
+            seed=seed,
+            ceilings=ceilings,
+            say=say,
+        )
+        result["model"]["name"] = model if model in checkpoint.EMBEDDED else folder.name
+        for row in result["parts"]:
+            row["published_share"] = PUBLISHED_SHARES.get(row["part"])
+        assert trace is not None
+        profile_trace.write(out, f"trace-{phase}", trace)
+        profiles.append(result)
+    t4 = device_profile("t4")
+    predicted = predict.predict(config, t4, input_len)
+    result = {
+        **header,
+        "study": "kernels",
+        "model": {"name": model if model in checkpoint.EMBEDDED else folder.name, "family": config.family},
+        "quick": quick,
+        "dtype": dtype,
+        "dtype_reason": dtype_reason,
+        "input_len": input_len,
+        "new_tokens": new_tokens,
+        "methods": method_rows(measured, dtype, new_tokens),
+        "bench": measured,
+        "profiles": profiles,
+        "predicted_t4": predicted,
+        "predicted_t4_findings": predict.findings(t4, predicted),
+    }
+    result["summary"] = [*lead_of(result), *(e["text"] for p in profiles for e in p["explanations"])]
+    files.write_json(out / "results.json", result)
+    files.write_text(out / "results.csv", to_csv(csv_rows(result)))
+    _write_report(out, result)
+    return result
+
+
+def method_rows(measured: Mapping[str, Any], dtype: str, new_tokens: int) -> list[Row]:
+    """The four rows: seconds for all new tokens, the ratio to FP32 with its interval, the verdict, the published."""
+    rows = []
+    for row in measured["rows"]:
+        if row["role"] == "twin":
+            continue
+        name = row["config"]
+        per_sec = row.get("throughput_tokens_per_sec")
+        published = PUBLISHED_METHODS.get(name)
+        speedup = row.get("throughput_speedup")
+        verdict = row.get("throughput_verdict")
+        rows.append(
+            {
+                "method": name.replace("16 bits", dtype.upper()),
+                "total_sec": new_tokens / per_sec if per_sec else None,
+                "tokens_per_sec": per_sec,
+                "speedup": speedup,
+                "speedup_low": row.get("throughput_speedup_low"),
+                "speedup_high": row.get("throughput_speedup_high"),
+                "verdict": _WORDS.get(str(verdict), row["cause"] or "not reached"),
+                "n_slices": row.get("throughput_n"),
+                "published_sec": published and published[0],
+                "published_std_sec": published and published[1],
+                "published_speedup": published and PUBLISHED_METHODS["FP32"][0] / published[0],
+            }
+        )
+    return rows
+
+
+def csv_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Methods and parts in one flat table, a column `table` tells them apart."""
+    rows: list[Row] = [{"table": "methods", "row": m["method"], **m} for m in result["methods"]]
+    for taken in result["profiles"]:
+        for part in taken["parts"]:
+            rows.append({"table": f"{taken['phase']}: {part['group']}", "row": part["title"], **part})
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in columns} for row in rows]
+
+
+_METHOD_COLUMNS = [
+    Column("method", "Method", numeric=False),
+    Column("total_sec", "Time here"),
+    Column("tokens_per_sec", "Tokens/s here"),
+    Column("speedup", "Against FP32", lambda r: format_ratio(r["speedup"], r["speedup_low"], r["speedup_high"])),
+    Column("verdict", "Verdict", numeric=False),
+    Column(
+        "published_sec",
+        "Published (T4)",
+        lambda r: f"{format_sec(r['published_sec'])} ({format_sec(r['published_std_sec'])})",
+    ),
+    Column("published_speedup", "Published ratio", lambda r: format_ratio(r["published_speedup"])),
+]
+
+
+def lead_of(result: Mapping[str, Any]) -> list[str]:
+    """The findings in words."""
+    said = []
+    for row in result["methods"][1:]:
+        if row["speedup"] is None:
+            said.append(f"{row['method']}: {row['verdict']}.")
+        else:
+            ratio = format_ratio(row["speedup"], row["speedup_low"], row["speedup_high"])
+            said.append(f"{row['method']} against FP32: {ratio}, {row['verdict']}.")
+    return said
+
+
+def _write_report(out: Path, result: Mapping[str, Any]) -> None:
+    profiles = result["profiles"]
+    n, shape = result["new_tokens"], f"{result['input_len']} prompt tokens, batch 1"
+    sections = [
+        html.section(
+            f"Four methods, {n} new tokens",
+            [
+                f"{shape}; all four side by side in interleaved blocks, the interval over all planned looks is 95 %. "
+                "The published column is of another machine (standard deviation in brackets): compare ratios, not "
+                "seconds.",
+                f"16 bits here are {result['dtype'].upper()}: {result['dtype_reason']}.",
+                "Published, FP16 was called 2.6 % faster with a standard deviation of 13 %: that is indistinguishable.",
+            ],
+            result["methods"],
+            _METHOD_COLUMNS,
+        )
+    ]
+    pictures = [(roofline(profiles), caption(profiles)), (breakdown.bars(profiles), breakdown.CAPTION)]
+    files.write_bytes(out / "roofline.png", roofline(profiles, "png"))
+    files.write_bytes(out / "breakdown.png", breakdown.bars(profiles, "png"))
+    sections.append(html.section("Where the time goes", figures=pictures))
+    for taken in profiles:
+        name = report.PHASES[taken["phase"]]
+        sections.append(html.section(f"{name}: why", report.lead_of(taken)))
+        for group, title in report.GROUPS.items():
+            rows = report.group_rows(taken, group)
+            if rows:
+                heading = f"{name}: {title[:1].lower()}{title[1:]}"
+                sections.append(html.section(heading, rows=rows, columns=report.part_columns(published=True)))
+        columns = report.kernel_columns(taken["profiled_sec"])
+        classes = taken["kernel_classes"]
+        sections.append(html.section(f"{name}: kernels by class", rows=classes, columns=report.CLASS_COLUMNS))
+        sections.append(html.section(f"{name}: kernels", rows=taken["kernels"][:25], columns=columns))
+        sections.append(html.section(f"{name}: how it was measured", report.measured_of(taken)))
+    t4 = [f"Prediction: {sentence}." for sentence in result["predicted_t4_findings"]]
+    sections.append(
+        html.section(
+            "The T4 of the study, predicted",
+            ["From its data sheet and an assumed cost of a launch, for this model; nothing here was measured.", *t4],
+        )
+    )
+    sections.append(html.section("Why Triton and not CUTLASS", [WHY_TRITON]))
+    traces = ["trace-prefill.json.gz and trace-decode.json.gz hold one warm step each: open them in ui.perfetto.dev."]
+    sections.append(html.section("Traces", traces))
+    sections.append(html.section("What the columns mean", report.DEFINITIONS))
+    threads = result["bench"]["threads"]["threads"]
+    machine = result["hardware"] | {"threads": threads, "versions": result["versions"]}
+    sections.append(html.section("Machine", facts=machine))
+    title = f"{result['model']['name']}: the kernels study"
+    html.write_page(out / "report.html", title, lead_of(result), sections, result["command"])

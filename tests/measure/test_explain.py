@@ -1,0 +1,237 @@
+"""Each seeded slow-down is named, on a model that really has it; a bound is named from figures made by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_profile import CEILINGS, hurry  # noqa: F401 - a fixture
+from torch import Tensor
+
+from paretune import hardware
+from paretune.engine.load import Loaded, load_recipe
+from paretune.engine.runners.eager import EagerRunner
+from paretune.hardware import DtypeSupport
+from paretune.measure import explain, profile_facts
+from paretune.measure.profile import take_apart
+from paretune.measure.profile_steps import Step
+from paretune.model.layers import Linear
+from paretune.ops.weights.dense import Dense
+from paretune.recipe import preset
+
+
+def explained(loaded: Loaded, phase: str = "decode", threads: int = 2, **environment) -> dict[str, explain.Explanation]:
+    """What `profile` says of a runner that is ready."""
+    breaks = profile_facts.BreakCounter()
+    step = Step(loaded, phase, 7, 1)  # type: ignore[arg-type]
+    step.prepare()
+    step.run()
+    result = {
+        "phase": phase,
+        "device": "cpu",
+        "ceilings": CEILINGS.to_json(),
+        "threads": {"threads": threads, "usable_cores": 2},
+        **take_apart(loaded, step, CEILINGS, quick=True),
+    }
+    result["facts"] = profile_facts.facts(loaded, step, result, breaks)
+    return {e.cause: e for e in explain.explain(result)}
+
+
+def ready(folder, change=None, config: str = "baseline") -> Loaded:
+    loaded = load_recipe(folder, preset(config))
+    if change:
+        change(loaded.runner.model)
+    return loaded
+
+
+MISTAKES = {"threads", "graph break", "emulated dtype", "dequantisation on every call", "masked dense weights"}
+
+
+def test_a_healthy_model_shows_no_mistake(tiny_gpt2_folder):
+    assert not MISTAKES & set(explained(ready(tiny_gpt2_folder)))
+
+
+class _DequantisedEachTime(Dense):
+    """int8 that is made fp32 again on every call: what a careless quantised linear does."""
+
+    def __init__(self, weight: Dense) -> None:
+        super().__init__(weight.values)
+        scale = weight.values.abs().amax() / 127
+        self.register_buffer("q", torch.round(weight.values / scale).to(torch.int8))
+        self.scale = float(scale)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.q.to(x.dtype) * self.scale)
+
+
+class _BiasApart(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.matmul(x) + self.bias
+
+
+def test_dequantise_every_call(tiny_gpt2_folder):
+    def change(model):
+        for block in model.h:
+            mlp = block.mlp
+            mlp.c_fc = _BiasApart(_DequantisedEachTime(mlp.c_fc.weight), mlp.c_fc.bias.data)
+            mlp.c_proj = _BiasApart(_DequantisedEachTime(mlp.c_proj.weight), mlp.c_proj.bias.data)
+
+    found = explained(ready(tiny_gpt2_folder, change))["dequantisation on every call"]
+    # Two layers of two matrices of 48 x 192, fp32: 147 kB.
+    assert "147 kB" in found.sentence and found.gain is not None and "native" in found.try_next
+
+
+def test_masked_dense_weights(tiny_gpt2_folder):
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.weight.values.data[:, ::2] = 0
+
+    found = explained(ready(tiny_gpt2_folder, change))["masked dense weights"]
+    assert "50 %" in found.sentence
+
+
+def test_a_mask_on_every_call_is_both(tiny_gpt2_folder):
+    class Masked(Dense):
+        def matmul(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.values * (self.values > 0))
+
+    def change(model):
+        for block in model.h:
+            for layer in (block.mlp.c_fc, block.mlp.c_proj, block.attn.c_attn, block.attn.c_proj):
+                layer.weight.values.data.clamp_(min=0)
+                layer.weight = Masked(layer.weight.values)
+                layer.__class__ = _BiasApart
+
+    assert {"dequantisation on every call", "masked dense weights"} <= set(explained(ready(tiny_gpt2_folder, change)))
+
+
+def test_a_single_thread_run(tiny_gpt2_folder):
+    found = explained(ready(tiny_gpt2_folder), threads=1)["threads"]
+    # The ceilings of this test: twice the bandwidth on twice the threads.
+    assert "1 of 2 usable cores" in found.sentence and found.gain == pytest.approx(2.0)
+    assert "10 GB/s" in found.sentence and "--threads 2" in found.try_next
+
+
+def test_an_emulated_dtype(tiny_gpt2_folder, monkeypatch):
+    support = {"bf16": DtypeSupport(True, True, 0.4, 0.3, "bf16 is only emulated here: 0.40x the speed of fp32")}
+    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
+    loaded = load_recipe(tiny_gpt2_folder, preset("bf16"), check=False)
+    found = explained(loaded)["emulated dtype"]
+    assert "bf16" in found.sentence and "0.40x" in found.sentence and "fp32" in found.try_next
+
+
+class _BrokenCompile(EagerRunner):
+    """Compiles without `fullgraph`, so that a break passes in silence."""
+
+    name = "compile"
+
+    def __init__(self, model) -> None:
+        super().__init__(model)
+        torch._dynamo.reset()
+        self._compiled = torch.compile(model, backend="eager")
+
+    @torch.no_grad()
+    def forward(self, tokens, cache, logits="last"):
+        cache.begin_(tokens.size(1))
+        out = self._compiled(tokens, cache, logits)
+        cache.commit_()
+        return out
+
+
+def test_an_artificial_graph_break(tiny_gpt2_folder):
+    loaded = ready(tiny_gpt2_folder)
+    inner = loaded.runner.model.h[0].attn.attention
+
+    def broken(*args):
+        torch._dynamo.graph_break()
+        return inner(*args)
+
+    loaded.runner.model.h[0].attn.attention = broken
+    found = explained(Loaded(loaded.folder, loaded.recipe, _BrokenCompile(loaded.runner.model), 0.0))["graph break"]
+    assert "graph break" in found.sentence and "--config compile" in found.try_next
+
+
+# ---- bounds, from figures made by hand
+
+
+def part(name: str, share: float, least: float, limit: str, **more):
+    zero = dict.fromkeys(("product_weight_bytes", "converted_bytes", "cache_bytes", "flops", "bytes"), 0)
+    return {
+        "part": name,
+        "share": share,
+        "sec": share * 1e-2,
+        "least_sec": least * 1e-2,
+        "limit": limit,
+        **zero,
+        **more,
+    }
+
+
+def result(*parts, kernels=(), **facts):
+    classes = [{"kind": k, "share": s, "sec": s * 1e-2, "count": n} for k, s, n in kernels]
+    return {
+        "phase": "decode",
+        "device": "cpu",
+        "whole": {"sec": 1e-2, "dtype": "fp32", "needed_bytes": 9e7, "bound_by": "the roofline says so"},
+        "parts": list(parts),
+        "kernels": [],
+        "kernel_classes": classes,
+        "profiled_sec": 1e-2,
+        "ceilings": CEILINGS.to_json(),
+        "facts": facts,
+    }
+
+
+def test_weight_bandwidth():
+    row = part("expansion", 0.9, 0.8, "memory", product_weight_bytes=9 * 10**7, bytes=9 * 10**7)
+    (found,) = explain.explain(result(row))
+    assert found.cause == "weight bandwidth" and "90 %" in found.sentence and "90 MB" in found.sentence
+    assert found.gain == pytest.approx(1 / (1 - 0.9 * 0.75))  # int8 in place of fp32
+    assert "Predicted gain: at most 3.08x" in found.text
+
+
+def test_cache_bandwidth():
+    row = part("fused_attention", 0.6, 0.5, "memory", cache_bytes=8 * 10**7, bytes=9 * 10**7)
+    (found,) = explain.explain(result(row))
+    assert found.cause == "cache bandwidth" and "60 %" in found.sentence and "16-bit cache" in found.try_next
+
+
+def test_arithmetic():
+    row = part("expansion", 0.8, 0.6, "compute", product_weight_bytes=1, flops=6 * 10**8)
+    (found,) = explain.explain(result(row))
+    assert found.cause == "arithmetic" and "bf16" in found.try_next
+    assert found.gain == pytest.approx(1 / (1 - 0.8 * 0.5))  # these ceilings: twice the rate in bf16
+
+
+def test_dispatch_and_python():
+    kernels = (("GEMV", 0.3, 20), ("dispatch", 0.2, 400), ("allocation", 0.1, 100), ("launch gap", 0.4, 520))
+    found = explain.explain(result(kernels=kernels))
+    assert [e.cause for e in found] == ["Python", "dispatch overhead"]  # by share
+    assert "520 operators" in found[1].sentence and "40 %" in found[0].sentence
+
+
+def test_memory_allocation():
+    (found,) = explain.explain(result(page_faults=4000, page_fault_sec=1e-6))
+    assert found.cause == "memory allocation" and "4,000 fresh pages" in found.sentence
+
+
+def test_a_busy_machine():
+    found = explain.explain(result(preemptions=5.0, cpu_pressure=0.9))[0]
+    assert found.cause == "busy machine" and "500 times a second" in found.sentence and "90 %" in found.sentence
+
+
+def test_nothing_is_made_up():
+    (found,) = explain.explain(result())
+    assert found.cause == "no single cause" and found.sentence == "the roofline says so"
+    assert explain.explain({}) == []
+    assert {e.cause for e in [found]} <= set(explain.CAUSES)
+
+
+def test_a_trial_with_little_known_is_explained_too():
+    """`tune` knows no parts of a trial: the same rules on what there is."""
+    trial = SimpleNamespace(**result())
+    data = {"phase": "decode", "whole": {**trial.whole, "mbu": 0.9}, "ceilings": trial.ceilings}
+    (found,) = explain.explain(data)
+    assert found.cause == "weight bandwidth" and "90 % of what" in found.sentence

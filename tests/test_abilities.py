@@ -1,0 +1,112 @@
+"""Mechanisms are tried, not looked up; profiles of devices give predictions that say so."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from paretune import hardware, native_build
+from paretune.cli.ls import mechanism_lines
+from paretune.errors import UsageError
+from paretune.hardware import DtypeSupport, abilities
+from paretune.hardware.devices import PROFILES, device_profile
+from paretune.measure import predict
+from paretune.model import checkpoint
+
+STATES = {"works", "emulated", "cannot"}
+SUPPORT = {
+    "fp32": DtypeSupport(True, False, 1.0, 1.0, ""),
+    "bf16": DtypeSupport(True, True, 0.4, 0.3, "bf16 is only emulated here"),
+    "fp16": DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here"),
+}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(abilities, "dtype_support", lambda device: SUPPORT)
+
+
+def by_name(**options):
+    return {a.name: a for a in abilities.abilities("cpu", **options)}
+
+
+def test_every_mechanism_has_a_state_a_reason_and_a_substitute(quick):
+    found = by_name()
+    assert {"bf16", "fp16", "int8 dot products", "flash attention (PyTorch)", "Triton", "native code"} <= set(found)
+    for ability in found.values():
+        assert ability.state in STATES and ability.why
+        assert ability.state == "works" or ability.instead, ability.name
+    assert (found["bf16"].state, found["fp16"].state) == ("emulated", "cannot")
+    page = "\n".join(mechanism_lines([a.to_json() for a in found.values()], "cpu"))
+    assert "bf16" in page and "instead:" in page and "fp16 does not work here" in page
+
+
+def test_a_kernel_that_fails_or_lies_cannot(quick, monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: torch.ones(a.size(0), b.size(1), dtype=torch.int32))
+
+    def refuses(*args):
+        raise RuntimeError("not on this chip\nand a long tail")
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", refuses)
+    found = by_name()
+    assert found["int8 dot products"].state == "cannot" and "away" in found["int8 dot products"].why
+    assert found["int8 matrix-vector kernel"].why == "not on this chip"
+
+
+def test_int8_without_the_instruction_is_emulated(quick, monkeypatch):
+    monkeypatch.setattr(abilities, "instruction_sets", lambda: ["avx2"])
+    assert by_name()["int8 dot products"].state == "emulated"
+
+
+def test_without_a_compiler(quick, monkeypatch):
+    monkeypatch.setattr(native_build, "compiler", lambda: None)
+    monkeypatch.setattr(native_build, "unavailable_reason", lambda: "no C++ compiler was found")
+    found = by_name()
+    assert found["native code"].state == found["torch.compile"].state == "cannot"
+
+
+def test_study_002_falls_out_of_the_t4(tiny_gpt2_folder):
+    """Its finding: on a T4, 16 bits alone gain next to nothing, a compiled step does, both together most."""
+    config = checkpoint.gpt2_config("gpt2")
+    device = device_profile("t4")
+    rows = predict.predict(config, device, 64)
+    assert all(row["is_prediction"] for row in rows)
+    decode = {(r["dtype"], r["form"]): r for r in rows if r["phase"] == "decode"}
+    graph = "one call or graph"
+    assert decode["fp16", "eager"]["speedup"] < 1.1
+    assert decode["fp16", graph]["speedup"] > decode["fp32", graph]["speedup"]
+    # 124 million weights in fp32 at 80 % of 320 GB/s.
+    assert decode["fp32", graph]["roofline_sec"] == pytest.approx(124e6 * 4 / 256e9, rel=0.05)
+    said = " ".join(predict.findings(device, rows))
+    assert "operator launches" in said and "no bf16 units" in said and "capability 8.0" in said
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_device_profile_predicts(name, tiny_llama_folder):
+    device = device_profile(name)
+    rows = predict.predict(checkpoint.read_config(tiny_llama_folder), device, 16, 2)
+    json.dumps(rows, allow_nan=False)
+    assert len(rows) == 16 and all(r["predicted_sec"] >= r["roofline_sec"] > 0 and r["fits"] for r in rows)
+
+
+def test_a_model_too_large_for_the_device():
+    config = checkpoint.gpt2_config("gpt2-xl", n_positions=1024)
+    small = {**vars(device_profile("t4")), "memory_bytes": 1 << 30}
+    device = type(device_profile("t4"))(**small)
+    assert "does not fit" in " ".join(predict.findings(device, predict.predict(config, device, 128)))
+
+
+def test_an_unknown_device_profile():
+    with pytest.raises(UsageError, match=r"unknown device profile 'tpu'. Known: t4, a100"):
+        device_profile("tpu")
+
+
+def test_a_cost_model_gives_back_what_it_was_made_from():
+    part = {"part": "expansion", "product_weight_bytes": 1, "sec": 2e-3, "bytes": 4e7, "product_flops": 1e8}
+    decode = {"parts": [part], "whole": {"sec": 3e-3}, "facts": {"n_ops": 100}}
+    prefill = {"parts": [part | {"product_flops": 2e9}]}
+    model = predict.calibrate(decode, prefill)
+    assert model.sec(4e7, 1e8, 100) == pytest.approx(3e-3)
+    assert model.rate == pytest.approx(1e12) and hardware.has_cuda() in (True, False)
