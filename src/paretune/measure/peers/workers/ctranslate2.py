@@ -28,7 +28,11 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     if c["family"] != "gpt2":
         kinds = attention_spec.RotaryScalingType
         kind = None if scaling is None else {"linear": kinds.Linear, "llama3": kinds.Llama3}[scaling["kind"]]
-        if scaling and scaling["kind"] == "llama3" and (scaling["factor"], scaling["original_n_positions"]) != (8, 8192):
+        if (
+            scaling
+            and scaling["kind"] == "llama3"
+            and (scaling["factor"], scaling["original_n_positions"]) != (8, 8192)
+        ):
             raise Refused("CTranslate2 fixes llama3 scaling at a factor of 8 over 8192 tokens")
         options |= {
             "ffn_glu": True,
@@ -54,9 +58,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         layer = checkpoint.layer(i)
         _norm(into.self_attention.layer_norm, layer.norm_1)
         _norm(into.ffn.layer_norm, layer.norm_2)
-        fused = np.concatenate([part[0] for part in (layer.q, layer.k, layer.v)])
-        biases = [part[1] for part in (layer.q, layer.k, layer.v)]
-        _linear(into.self_attention.linear[0], (fused, None if biases[0] is None else np.concatenate(biases)))
+        _linear(into.self_attention.linear[0], layer.qkv)
         _linear(into.self_attention.linear[1], layer.o)
         if layer.gate is None:
             _linear(into.ffn.linear_0, layer.up)

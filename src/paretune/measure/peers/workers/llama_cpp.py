@@ -107,9 +107,7 @@ def _write(checkpoint: Checkpoint, out: Path) -> None:
         add(f"{block}attn_norm", layer.norm_1)
         add(f"{block}ffn_norm", layer.norm_2)
         if layer.gate is None:
-            parts = (layer.q, layer.k, layer.v)
-            fused = np.concatenate([part[0] for part in parts])
-            add(f"{block}attn_qkv", (fused, np.concatenate([part[1] for part in parts if part[1] is not None])))
+            add(f"{block}attn_qkv", layer.qkv)
         else:
             add(f"{block}attn_q", _interleaved(layer.q, c["n_head"]))
             add(f"{block}attn_k", _interleaved(layer.k, c["n_kv_head"]))

@@ -98,9 +98,7 @@ class Graph:
     def block(self, i: int, x: str) -> str:
         c, layer = self.c, self.checkpoint.layer(i)
         h = self.norm(x, layer.norm_1, f"{i}.norm_1")
-        parts = (layer.q, layer.k, layer.v)
-        bias = None if layer.q[1] is None else np.concatenate([part[1] for part in parts if part[1] is not None])
-        qkv = self.matmul(h, (np.concatenate([part[0] for part in parts]), bias), f"{i}.qkv")
+        qkv = self.matmul(h, layer.qkv, f"{i}.qkv")
         caches = [f"past_key_{i}", f"past_value_{i}"]
         rope = ["cos", "sin"] if not self.checkpoint.is_gpt2 else []
         y = self.op(

@@ -31,6 +31,13 @@ class Layer:
     up: Linear
     down: Linear
 
+    @property
+    def qkv(self) -> Linear:
+        """Queries, keys and values below each other."""
+        parts = (self.q, self.k, self.v)
+        biases = [bias for _, bias in parts if bias is not None]
+        return np.concatenate([weight for weight, _ in parts]), np.concatenate(biases) if biases else None
+
 
 class Checkpoint:
     """Args:
