@@ -30,7 +30,7 @@ class Format:
     stored_as: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one of each: compared and hashed by identity
 class Peer:
     """Another engine.
 
