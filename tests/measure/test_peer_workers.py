@@ -104,7 +104,7 @@ def test_a_worker_starts_without_paretune(tmp_path):
         process.ask("ready", 30.0)
 
 
-@pytest.mark.parametrize("worker", ["transformers", "llama_cpp", "ctranslate2", "onnxruntime"])
+@pytest.mark.parametrize("worker", ["transformers", "llama_cpp", "ctranslate2", "onnxruntime", "openvino"])
 def test_each_worker_answers_in_an_isolated_interpreter(worker):
     """What it needs beyond NumPy is imported when it loads: `ready` comes at once, and an error is an answer."""
     lines = "".join(json.dumps(r) + "\n" for r in ({"do": "ready"}, {"do": "nonsense"}))

@@ -215,6 +215,8 @@ def _break_even(trial: Trial, baseline: Trial, cell: Cell) -> float | None:
     ours, theirs = trial.median("tpot"), baseline.median("tpot")
     if trial.loaded is None or baseline.loaded is None or ours is None or theirs is None or trial is baseline:
         return None
+    if trial.recipe is None:  # a peer's conversion, kept in the cache, would have to be paid back too
+        return None
     once = [t.loaded["load_sec"] + t.loaded["compile_sec"] for t in (trial, baseline) if t.loaded]
     gain = (theirs - ours) / cell.batch_size
     if gain <= 0:

@@ -115,6 +115,19 @@ PEERS: dict[str, Peer] = {
             formats={"fp32": Format(32), "int8": Format(8, base="fp32"), "int4": Format(4)},
             default=("fp32", "int8", "int4"),
         ),
+        Peer(
+            "openvino",
+            worker="openvino",
+            modules=("openvino",),
+            requirements=("openvino==2026.4.1", _NUMPY),
+            formats={
+                "fp32": Format(32),
+                "bf16": Format(16, stored_as="fp32"),
+                "int8": Format(8),
+                "int4": Format(4),
+            },
+            default=("bf16", "int8", "int4"),
+        ),
     )
 }
 
