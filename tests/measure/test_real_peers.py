@@ -84,6 +84,8 @@ def test_a_real_peer_agrees(plain, tmp_path, monkeypatch, cache, engine, family,
             assert process.sample() > 0
         assert process.ask("memory")["rss_peak_bytes"] > 0
     except SubjectError as error:
+        if "on this processor" in str(error):
+            pytest.skip(str(error))
         pytest.fail(f"{error}\n{(tmp_path / 'log').read_text()[-2000:]}")
     finally:
         process.close()

@@ -280,38 +280,13 @@ def _columns() -> list[tuple[str, list[Column]]]:
     ]
 
 
-def _agreement() -> tuple[str, list[Column]]:
-    """What stands beside the speed of peers: whether they compute the same model, and what they take."""
-    from paretune.report.tables import NOT_MEASURED, Column
-
-    def greedy(row: Row) -> str:
-        same, n = row.get("agreement_greedy_same"), row.get("agreement_greedy_n")
-        return NOT_MEASURED if same is None else f"{same} of {n}"
-
-    def error(row: Row) -> str:
-        value = row.get("agreement_logits_rel_rms")
-        return NOT_MEASURED if value is None else f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
-
-    return (
-        "Peers",
-        [
-            Column("config", "Engine", numeric=False),
-            Column("cell", "Input+output xbatch", numeric=False),
-            Column("engine_version", "Version", numeric=False),
-            Column("agreement_top1_share", "Same top token", lambda row: _percent(row.get("agreement_top1_share"))),
-            Column("agreement_logits_rel_rms", "Logit error", error),
-            Column("agreement_greedy_same", "Greedy tokens", greedy),
-            Column("disk_bytes", "On disk"),
-            Column("rss_peak_bytes", "Peak memory"),
-        ],
-    )
-
-
 def _tables(result: dict[str, Any]) -> list[tuple[str, list[Column], list[Row]]]:
     """(title, columns, rows) of everything that is shown; peers have a table where there are some."""
+    from paretune.cli.peers import agreement_table
+
     tables = [(title, columns, result["rows"]) for title, columns in _columns()]
     peers = [row for row in result["rows"] if row["role"] == "peer"]
-    return tables + ([(*_agreement(), peers)] if peers else [])
+    return tables + ([(*agreement_table(), peers)] if peers else [])
 
 
 def _percent(value: Any) -> str:

@@ -126,7 +126,7 @@ PEERS: dict[str, Peer] = {
                 "int8": Format(8),
                 "int4": Format(4),
             },
-            default=("bf16", "int8", "int4"),
+            default=("fp32", "int8", "int4"),
         ),
     )
 }

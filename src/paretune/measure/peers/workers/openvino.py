@@ -253,6 +253,8 @@ def open_engine(request: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     used = engine.compiled.get_property("INFERENCE_NUM_THREADS")
     assert used == request["threads"], f"asked OpenVINO for {request['threads']} threads and got {used}"
     computes = engine.compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if request["format"] == "bf16" and computes != "bf16":
+        raise Refused(f"OpenVINO has no bf16 on this processor: it would compute in {computes}")
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in engine.compiled.get_runtime_model().get_ops()]
     count = kinds.count("FullyConnected")
     if "ScaledDotProductAttention" not in kinds or not count:
