@@ -26,7 +26,7 @@ _VERBS = {
     "tune": ("paretune.cli.tune:tune", "Find the fastest form of a model within a quality bound."),
     "generate": ("paretune.cli.generate:generate", "Continue a prompt."),
     "bench": ("paretune.cli.bench:bench", "Measure speed and memory of several configurations."),
-    "peers": ("paretune.cli.peers:peers", "Install, list and remove the engines that bench compares with."),
+    "peers": ("paretune.cli.peers:peers", "Install and list the engines to compare with."),
     "eval": ("paretune.cli.eval:evaluate", "Measure quality: perplexity, fidelity to the baseline."),
     "train": ("paretune.cli.train:train", "Train a language model on text."),
     "new": ("paretune.cli.new:new", "Make a model folder with random weights."),
