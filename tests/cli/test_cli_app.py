@@ -11,7 +11,7 @@ import pytest
 from paretune.cli import app as cli
 from paretune.errors import NoRecipeError, TooNoisyError
 
-VERBS = ("tune", "generate", "bench", "eval", "profile", "study", "train", "new", "doctor", "ls")
+VERBS = ("tune", "generate", "bench", "peers", "eval", "profile", "study", "train", "new", "doctor", "ls")
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ _VERBS = {
     "tune": ("paretune.cli.tune:tune", "Find the fastest form of a model within a quality bound."),
     "generate": ("paretune.cli.generate:generate", "Continue a prompt."),
     "bench": ("paretune.cli.bench:bench", "Measure speed and memory of several configurations."),
+    "peers": ("paretune.cli.peers:peers", "Install and list the engines to compare with."),
     "eval": ("paretune.cli.eval:evaluate", "Measure quality: perplexity, fidelity to the baseline."),
     "profile": ("paretune.cli.profile:profile", "Say where the time of a step goes, and why."),
     "study": ("paretune.cli.study:study", "Run a published study again, beside its published numbers."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from paretune.measure.peers.catalogue import Engine
     from paretune.recipe import Recipe
     from paretune.report.tables import Column, Row
 
@@ -31,6 +32,13 @@ def bench(
             "with. `plan` is the plan's own recipe. [default: baseline,bf16,int8; of a plan: baseline,plan]"
         ),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="`paretune` (the configs) and peers, with or without a format: paretune,llama.cpp:Q8_0,transformers. "
+            "Without `paretune` the baseline alone stands for us. See `paretune peers ls`."
+        ),
+    ] = "paretune",
     input_len: Annotated[str, typer.Option(help="Prompt tokens, e.g. 128,512.")] = "128",
     output_len: Annotated[str, typer.Option(help="New tokens, e.g. 32,128.")] = "32",
     batch_size: Annotated[str, typer.Option(help="Sequences at once, e.g. 1,8.")] = "1",
@@ -64,6 +72,7 @@ def bench(
     from paretune.errors import ParetuneError, TooNoisyError, UsageError
     from paretune.files import ensure_folder
     from paretune.measure import bench as measure
+    from paretune.measure.peers.catalogue import engines_of
     from paretune.model import checkpoint
     from paretune.tune.goal import parse_duration
 
@@ -84,10 +93,16 @@ def bench(
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
     folder, configs, folders = _configs(model, config)
+    with_ours, engines = engines_of(engine)
+    if engines and device != "cpu":
+        raise UsageError(f"peers are measured on the CPU, not on {device!r}", "Leave --engine out, or --device cpu")
+    if not with_ours:
+        configs = [next((c for c in configs if c[0] == "baseline"), configs[0])]
     shape = checkpoint.read_config(folder)
     cells = measure.cells_of(shape.n_positions, *lens)
     if dry_run:
-        _show(model, configs, cells, measure.estimate_sec(len(configs), len(cells), 2, min_blocks, max_blocks))
+        n = len(configs) + len(engines)
+        _show(model, configs, engines, cells, measure.estimate_sec(n, len(cells), 2, min_blocks, max_blocks))
         return
     out = None if output_dir is None else ensure_folder(output_dir.expanduser())
     result = measure.bench(
@@ -106,6 +121,7 @@ def bench(
         on_progress=None if quiet else _say,
         sample_log=None if out is None else out / "samples.jsonl",
         folders=folders,
+        engines=engines,
     )
     if model in checkpoint.EMBEDDED:
         result["model"]["name"] = model
@@ -177,12 +193,17 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _show(model: str, configs: list[tuple[str, Recipe]], cells: list[Any], seconds: tuple[float, float]) -> None:
+def _show(
+    model: str, configs: list[tuple[str, Recipe]], engines: list[Engine], cells: list[Any], seconds: tuple[float, float]
+) -> None:
+    from paretune.measure.peers.envs import state
     from paretune.report.units import format_sec
 
     print(f"model: {model}")
     for name, recipe in configs:
         print(f"config {name}: {recipe.name}")
+    for engine in engines:
+        print(f"engine {engine.name}: {state(engine.peer)}")
     for cell in cells:
         print(f"cell: {cell.input_len} input + {cell.output_len} output tokens, batch {cell.batch_size}")
     low, high = (format_sec(float(round(s))) for s in seconds)
@@ -195,7 +216,7 @@ def _show(model: str, configs: list[tuple[str, Recipe]], cells: list[Any], secon
 def _result_cell(phase: str) -> Any:
     def show(row: Row) -> str:
         if row["status"] != "measured":
-            return {"failed": "failed", "not_reached": "not reached"}[row["status"]]
+            return {"not_reached": "not reached"}.get(row["status"], str(row["status"]))
         word = row.get(f"{phase}_verdict")
         return _RESULTS.get(str(word), "-")
 
@@ -259,6 +280,15 @@ def _columns() -> list[tuple[str, list[Column]]]:
     ]
 
 
+def _tables(result: dict[str, Any]) -> list[tuple[str, list[Column], list[Row]]]:
+    """(title, columns, rows) of everything that is shown; peers have a table where there are some."""
+    from paretune.cli.peers import agreement_table
+
+    tables = [(title, columns, result["rows"]) for title, columns in _columns()]
+    peers = [row for row in result["rows"] if row["role"] == "peer"]
+    return tables + ([(*agreement_table(), peers)] if peers else [])
+
+
 def _percent(value: Any) -> str:
     from paretune.report.units import format_percent
 
@@ -301,8 +331,8 @@ def as_text(result: dict[str, Any]) -> str:
 
     width = max(80, shutil.get_terminal_size((110, 24)).columns)
     parts = []
-    for title, columns in _columns():
-        parts.append(f"{title}\n\n{to_text(result['rows'], columns, width)}")
+    for title, columns, rows in _tables(result):
+        parts.append(f"{title}\n\n{to_text(rows, columns, width)}")
     lines = _remarks(result) + [f"{term}: {text}" for term, text in result["definitions"].items()]
     parts.append("\n".join(textwrap.fill(line, width, subsequent_indent="  ") for line in lines) + "\n")
     return "\n".join(parts)
@@ -319,7 +349,7 @@ def _as(name: str, result: dict[str, Any]) -> str:
         rows = [{k: _flat(v) for k, v in row.items()} for row in result["rows"]]
         return to_csv(rows)
     parts = [f"# {result['model']['name']}: speed and memory\n"]
-    parts += [f"## {title}\n\n{to_markdown(result['rows'], columns)}" for title, columns in _columns()]
+    parts += [f"## {title}\n\n{to_markdown(rows, columns)}" for title, columns, rows in _tables(result)]
     parts.append("## Remarks\n\n" + "".join(f"- {line}\n" for line in _remarks(result)))
     defined = "".join(f"- **{term}**: {text}\n" for term, text in result["definitions"].items())
     parts.append(f"## Definitions\n\n{defined}")
@@ -356,9 +386,9 @@ def _write(result: dict[str, Any], out: Path, formats: Any) -> None:
         f"{_speed_cell(phase)(row)} the speed of the baseline."
         for row in result["rows"]
         for phase in ("decode", "prefill")
-        if row["role"] == "" and row["status"] == "measured"
+        if row["role"] in ("", "peer") and row["status"] == "measured"
     ]
-    sections = [html.section(title, (), result["rows"], columns) for title, columns in _columns()]
+    sections = [html.section(title, (), rows, columns) for title, columns, rows in _tables(result)]
     sections.append(html.section("Remarks", _remarks(result)))
     proofs = [f"{row['config']} ({row['cell']}): {'; '.join(row['proof'])}." for row in result["rows"] if row["proof"]]
     sections.append(html.section("Checked before it was timed", proofs))

@@ -21,6 +21,8 @@ from paretune.errors import UsageError
 from paretune.measure import environment
 from paretune.measure.bench_rows import DEFINITIONS, MAX_AA, Cell, Pass, Trial, make_row
 from paretune.measure.interleave import Sample, SubjectError, run_blocks, warm_up
+from paretune.measure.peers.catalogue import Engine
+from paretune.measure.peers.subject import INVALID, Peers
 from paretune.measure.session import TrialProcess
 from paretune.measure.workload import KINDS, MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
@@ -109,6 +111,7 @@ def bench(
     on_progress: Callable[[str], None] | None = None,
     sample_log: Path | None = None,
     folders: Mapping[str, Path] | None = None,
+    engines: Sequence[Engine] = (),
 ) -> dict[str, Any]:
     """Measures every configuration against the baseline on every cell of the grid.
 
@@ -122,6 +125,7 @@ def bench(
         on_progress: called with a line, only while nothing is being timed.
         sample_log: a JSON line for every sample, written the moment it is taken.
         folders: the checkpoint of a configuration where it is not `folder` (a plan's converted one).
+        engines: peers that are measured beside the configurations, on the checkpoint of `folder`.
 
     Returns:
         strict JSON: the head of a result file, `rows`, `aa`, `samples`, `ceilings`, `definitions`, `too_noisy`.
@@ -132,8 +136,9 @@ def bench(
     names = [name for name, _ in configs]
     if not names:
         raise UsageError("there is no configuration to measure", "Give --config")
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
+    all_names = names + [engine.name for engine in engines]
+    if len(set(all_names)) != len(all_names):
+        twice = next(n for n in all_names if all_names.count(n) > 1)
         raise UsageError(f"config {twice!r} is given twice", "Name each configuration once")
     for kind in kinds:
         if kind not in KINDS:
@@ -152,6 +157,7 @@ def bench(
         config=config,
         n_params=n_parameters(config),
         configs=dict(configs),
+        peers=Peers(engines, Path(folder), config, threads_read["threads"], say),
         folders={k: Path(v) for k, v in (folders or {}).items()},
         baseline=baseline if baseline in names else names[0],
         kinds=tuple(kinds),
@@ -177,6 +183,7 @@ def bench(
         "threads": threads_read,
         "baseline": run.baseline,
         "configs": {name: recipe.to_dict() for name, recipe in configs},
+        "engines": [engine.name for engine in engines],
         "cells": [asdict(cell) for cell in cells],
         "settings": {
             "kinds": list(kinds),
@@ -218,6 +225,7 @@ class _Run:
     config: ModelConfig
     n_params: int
     configs: dict[str, Recipe]
+    peers: Peers
     folders: dict[str, Path]
     baseline: str
     kinds: tuple[str, ...]
@@ -244,15 +252,18 @@ class _Run:
     def level(self) -> float:
         return stats.look_level(0, len(self.schedule))
 
-    def recipe_of(self, name: str) -> Recipe:
-        return self.configs[self.baseline if name == self.twin else name]
+    def trial_of(self, name: str) -> Trial:
+        if name in self.peers.engines:
+            return Trial(name, None, labels=self.peers.labels(name))
+        return Trial(name, self.configs[self.baseline if name == self.twin else name])
 
     def cell(self, cell: Cell, index: int, n_left: int) -> None:
         """Measures one cell, in as many groups as memory asks for."""
         each = trial_bytes(self.config, self.n_params, cell)
         # While it loads: the file's tensors beside the model; while it is checked: a reference and an fp32 twin.
         extra = 3 * 4 * self.n_params
-        challengers = [name for name in self.configs if name != self.baseline]
+        names = [*self.configs, *self.peers.engines]
+        challengers = [name for name in names if name != self.baseline]
         groups = groups_of(challengers, each, extra, hardware.available_memory_bytes())
         for g, group in enumerate(groups):
             share = len(groups) - g + (n_left - 1) * len(groups)
@@ -260,13 +271,13 @@ class _Run:
             trials = self._group(cell, index, g, [self.baseline, self.twin, *group], until)
             shown = [t for t in trials if g == 0 or t.name in group]
             first = trials[0]
-            order = {name: i for i, name in enumerate([*self.configs, self.twin])}
+            order = {name: i for i, name in enumerate([*self.configs, self.twin, *self.peers.engines])}
             for trial in sorted(shown, key=lambda t: order[t.name]):
                 row = make_row(trial, first, self.twin, cell, self.config, self.ceilings)
                 self.rows.append({**row, "group": g})
 
     def _group(self, cell: Cell, index: int, g: int, names: list[str], until: float | None) -> list[Trial]:
-        trials = {name: Trial(name, self.recipe_of(name)) for name in names}
+        trials = {name: self.trial_of(name) for name in names}
         if until is not None and clock.now() >= until:
             return list(trials.values())
         with contextlib.ExitStack() as stack:
@@ -274,15 +285,10 @@ class _Run:
             processes: dict[str, TrialProcess] = {}
             for i, trial in enumerate(trials.values()):
                 self.say(f"{cell.title}: loading {trial.name}")
-                process = TrialProcess(trial.name, self.kinds[0], log=scratch / f"{i}.log")
-                stack.callback(process.close)
                 try:
-                    trial.loaded = process.ask("load", LOAD_TIMEOUT_SEC, **self._request(cell, index, trial))
-                    process.pause()
-                    processes[trial.name] = process
+                    processes[trial.name] = self._load(stack, cell, index, trial, scratch / f"{i}.log")
                 except SubjectError as error:
-                    trial.cause = str(error)
-                    process.close()  # it may still be awake and hold memory
+                    trial.cause, trial.is_invalid = str(error), error.kind == INVALID
             for k, kind in enumerate(self.kinds):
                 left = None if until is None else max(0.0, until - clock.now()) / (len(self.kinds) - k)
                 self._pass(cell, g, kind, processes, trials, None if left is None else clock.now() + left)
@@ -295,14 +301,37 @@ class _Run:
                         process.pause()
         return list(trials.values())
 
-    def _request(self, cell: Cell, index: int, trial: Trial) -> dict[str, Any]:
+    def _load(self, stack: contextlib.ExitStack, cell: Cell, index: int, trial: Trial, log: Path) -> TrialProcess:
+        """A loaded process, asleep; one that fails is closed, because it may still be awake and hold memory."""
         # One seed a cell: its prompts are its own, and the same for all configurations.
         workload = Workload(**asdict(cell), seed=_seed(self.seed, "prompt", str(index)))
+        is_peer = trial.recipe is None
+        process = (
+            self.peers.start(trial.name, self.kinds[0], workload, log)
+            if is_peer
+            else TrialProcess(trial.name, self.kinds[0], log=log)
+        )
+        stack.callback(process.close)
+        try:
+            if is_peer:
+                trial.loaded = self.peers.load(process, workload)
+            else:
+                trial.loaded = process.ask("load", LOAD_TIMEOUT_SEC, **self._request(trial, workload))
+            process.pause()
+            return process
+        except SubjectError:
+            process.close()
+            raise
+        finally:
+            if is_peer:
+                trial.labels = self.peers.labels(trial.name)
+
+    def _request(self, trial: Trial, workload: Workload) -> dict[str, Any]:
         n_check = max(1, min(CHECK_TOKENS, self.config.n_positions - CHECK_STEPS))
         folder = self.folders.get(trial.name, self.folder)
         return {
             "folder": str(folder.resolve()),
-            "recipe": trial.recipe.to_dict(),
+            "recipe": self.configs[self.baseline if trial.name == self.twin else trial.name].to_dict(),
             "workload": asdict(workload),
             "device": self.device,
             "threads": self.threads,

@@ -19,6 +19,15 @@ MAX_AA = 0.25  # an A/A half width above it: the machine is too noisy to judge
 PHASES = {"ttft": "prefill", "tpot": "decode", "throughput": "throughput"}
 SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
 
+AGREEMENT = (
+    "agreement_top1_share",
+    "agreement_top1_share_beyond_ties",
+    "agreement_logits_rel_rms",
+    "agreement_greedy_same",
+    "agreement_greedy_n",
+    "agreement_n_positions",
+)
+
 # Printed under every table: peers disagree about these words.
 DEFINITIONS: dict[str, str] = {
     "Speed-up": "seconds of the baseline / seconds of the configuration: exp of the median over blocks of the log "
@@ -36,6 +45,10 @@ DEFINITIONS: dict[str, str] = {
     "measured here at that size.",
     "MFU": "arithmetic of the phase / its seconds / matrix rate measured here in the same number format.",
     "Pays back after": "output tokens until the extra seconds of loading and compiling are won back.",
+    "Same top token": "positions of random text at which a peer's most likely token is that of our fp32 eager, "
+    "teacher-forced. Invalid, and not timed: fewer than 99 % (32 bits), 95 % (16) or 90 % (8), near ties aside.",
+    "Logit error": "root mean square of the difference of a peer's logits from ours / that of ours.",
+    "Greedy tokens": "how many greedy tokens are equal before the first that differs; one near tie ends it.",
     "Peak memory": "largest resident memory of the process during one request, libraries included.",
 }
 
@@ -78,15 +91,20 @@ class Pass:
 
 @dataclass
 class Trial:
-    """What one process gave in one cell; `cause` says why it gave no more."""
+    """What one process gave in one cell; `cause` says why it gave no more.
+
+    `recipe` is None for a peer; `is_invalid`: it runs, and is not the same model; `labels` go into its row as they are.
+    """
 
     name: str
-    recipe: Recipe
+    recipe: Recipe | None
     loaded: dict[str, Any] | None = None
     cause: str | None = None
     passes: dict[str, Pass] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    labels: dict[str, Any] = field(default_factory=dict)
+    is_invalid: bool = False
 
     def seconds(self, kind: str) -> np.ndarray:
         """[n] seconds per unit of work."""
@@ -103,16 +121,19 @@ def make_row(
     """Everything that is known of a configuration in a cell. None: not measured."""
     loaded = trial.loaded or {}
     ttft, tpot = trial.median("ttft"), trial.median("tpot")
-    status = "failed" if trial.cause else "measured" if any(len(trial.seconds(k)) for k in PHASES) else "not_reached"
+    status = "measured" if any(len(trial.seconds(k)) for k in PHASES) else "not_reached"
+    if trial.cause:
+        status = "invalid" if trial.is_invalid else "failed"
     cause = trial.cause or ("" if status == "measured" else "the time budget ended before its turn")
     role = "baseline" if trial.name == baseline.name else "twin" if trial.name == twin else ""
+    role = "peer" if trial.recipe is None else role
     late = []
     if status == "measured":
         missing = [PHASES[kind] for kind in trial.passes if not len(trial.seconds(kind))]
         late = [f"{phase}: the time budget ended before its turn" for phase in missing]
     row: dict[str, Any] = {
         "config": trial.name,
-        "recipe": trial.recipe.name,
+        "recipe": trial.recipe.name if trial.recipe else "",
         "role": role,
         "cell": cell.title,
         "input_len": cell.input_len,
@@ -137,6 +158,12 @@ def make_row(
         "break_even_tokens": _break_even(trial, baseline, cell),
         **_limits(trial, cell, config, ceilings),
         "threads": (loaded.get("threads") or {}).get("threads"),
+        "disk_bytes": loaded.get("disk_bytes"),
+        "engine": "paretune",
+        "format": None,
+        "engine_version": loaded.get("version"),
+        **dict.fromkeys(AGREEMENT),
+        **trial.labels,
         "proof": list(loaded.get("proof", ())),
         "notes": [*loaded.get("notes", ()), *trial.notes, *late],
     }
@@ -188,6 +215,8 @@ def _break_even(trial: Trial, baseline: Trial, cell: Cell) -> float | None:
     ours, theirs = trial.median("tpot"), baseline.median("tpot")
     if trial.loaded is None or baseline.loaded is None or ours is None or theirs is None or trial is baseline:
         return None
+    if trial.recipe is None:  # a peer's conversion, kept in the cache, would have to be paid back too
+        return None
     once = [t.loaded["load_sec"] + t.loaded["compile_sec"] for t in (trial, baseline) if t.loaded]
     gain = (theirs - ours) / cell.batch_size
     if gain <= 0:
@@ -199,7 +228,7 @@ def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ce
     """MBU, MFU and what each phase is bound by."""
     out: dict[str, Any] = dict.fromkeys(("mbu", "decode_mfu", "prefill_mfu", "bound_by", "prefill_bound_by"))
     loaded, ttft, tpot = trial.loaded, trial.median("ttft"), trial.median("tpot")
-    if loaded is None:
+    if loaded is None or trial.recipe is None:  # what a peer reads in a step is its own affair
         return out
     weights = loaded.get("step_weights_bytes", loaded["weights_bytes"])
     per_token = loaded.get("kv_bytes_per_token", 0.0)

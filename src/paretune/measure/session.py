@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,30 @@ class TrialProcess:
         kind: what `sample` measures (`workload.KINDS`).
         module: the worker's module.
         log: where the worker's standard error goes.
+        command: starts another worker instead, in an environment of its own: program and arguments.
+        environment: variables of the worker beside the parent's.
     """
 
-    def __init__(self, name: str, kind: str, log: Path | None = None, module: str = WORKER) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        log: Path | None = None,
+        module: str = WORKER,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self.kind = name, kind
         self._log_path = log
         self._log = open(log, "wb") if log else subprocess.DEVNULL  # noqa: SIM115 - closed in `close`
         # Folders are given as absolute paths; nothing else of the parent is inherited but its environment.
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module],
+                [sys.executable, "-m", module] if command is None else list(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 start_new_session=True,  # Ctrl-C in the terminal reaches the parent only
             )
         except OSError as error:

@@ -53,6 +53,12 @@ class Workload:
             )
 
 
+def draw_prompts(workload: Workload, vocab_size: int) -> torch.Tensor:
+    """Random tokens `[B, input_len]`, the same for everyone who is measured under this workload."""
+    generator = torch.Generator().manual_seed(workload.seed)
+    return torch.randint(0, vocab_size, (workload.batch_size, workload.input_len), generator=generator)
+
+
 class Bench:
     """Samples of one runner under one workload. Output length is fixed: no early stop.
 
@@ -65,9 +71,7 @@ class Bench:
         workload.check(config.n_positions)
         self.runner, self.workload = runner, workload
         if prompts is None:
-            generator = torch.Generator().manual_seed(workload.seed)
-            shape = (workload.batch_size, workload.input_len)
-            prompts = torch.randint(0, config.vocab_size, shape, generator=generator)
+            prompts = draw_prompts(workload, config.vocab_size)
         self.prompts = prompts.to(runner.device)
         self.cache = runner.new_cache(workload.batch_size, workload.input_len + workload.output_len)
         self._first: torch.Tensor | None = None

@@ -330,7 +330,7 @@ def to_text(
     while excess > 0 and text_columns:
         # The widest text column gives way, down to a width at which wrapping still reads.
         i = max(text_columns, key=lambda i: widths[i])
-        cut = min(excess, max(0, widths[i] - 16))
+        cut = min(excess, max(0, widths[i] - 18))
         widths[i] -= cut
         excess -= cut
         text_columns.remove(i)

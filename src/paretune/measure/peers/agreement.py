@@ -1,0 +1,134 @@
+"""Whether a peer computes the same model: its logits and greedy tokens against our fp32 eager.
+
+Exact before fast: a peer that disagrees by more than its number format explains is not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from paretune import hardware
+from paretune.engine.load import load_recipe
+from paretune.engine.sampling import argmax
+from paretune.model.config import ModelConfig
+from paretune.recipe import preset
+
+N_SEQUENCES, SEQUENCE_LEN = 2, 128
+PROMPT_LEN, N_GREEDY = 16, 64
+# By bits of a weight: the least share of positions with the same top token, and how far apart our own logits have to
+# hold two tokens for a swap to count, as a share of the spread (standard deviation) of the logits at that position.
+# Random weights leave many tokens that close, trained ones few.
+LEAST_TOP1 = {32: 0.99, 16: 0.95, 8: 0.9}  # 4 bit: reported only
+TIE_WIDTH = {32: 0.01, 16: 0.02, 8: 0.05, 4: 0.05}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What our fp32 eager says.
+
+    Args:
+        sequences: token ids, each `T` long.
+        logits: fp32 `[len(sequences) * T, V]`.
+        prompt, greedy: a prompt and our greedy tokens after it.
+    """
+
+    sequences: list[list[int]]
+    logits: np.ndarray
+    prompt: list[int]
+    greedy: list[int]
+
+    @property
+    def n_tokens(self) -> int:
+        """The longest sequence that a peer has to hold for it."""
+        return max(len(self.sequences[0]), len(self.prompt) + len(self.greedy))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Args:
+    top1_share: positions at which the most likely token is the same.
+    top1_share_beyond_ties: the same, a swap of two tokens that are near ties for us counted as agreeing.
+    logits_rel_rms: RMS of the difference of the logits / RMS of ours.
+    greedy_same: greedy tokens that are equal before the first that differs, of `greedy_n`.
+    n_positions: compared positions.
+    """
+
+    top1_share: float
+    top1_share_beyond_ties: float
+    logits_rel_rms: float
+    greedy_same: int
+    greedy_n: int
+    n_positions: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {f"agreement_{key}": value for key, value in asdict(self).items()}
+
+
+def lengths(config: ModelConfig) -> tuple[int, int, int]:
+    """(sequence, prompt, greedy tokens) that fit this model, sliding windows included."""
+    most = min(config.n_positions, config.sliding_window or config.n_positions)
+    prompt = max(1, min(PROMPT_LEN, most // 2))
+    return min(SEQUENCE_LEN, most), prompt, max(1, min(N_GREEDY, most - prompt))
+
+
+@torch.inference_mode()
+def make_reference(folder: Path, config: ModelConfig, threads: int | None, seed: int = 0) -> Reference:
+    """Runs our fp32 eager on random tokens: at least 128 positions, more sequences where the context is short."""
+    hardware.set_threads(threads)
+    runner = load_recipe(folder, preset("fp32"), check=False).runner
+    length, n_prompt, n_greedy = lengths(config)
+    n = max(N_SEQUENCES, -(-SEQUENCE_LEN // length))
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, config.vocab_size, (n, length), generator=generator)
+    prompt = torch.randint(0, config.vocab_size, (1, n_prompt), generator=generator)
+    logits = [runner.forward(row[None], runner.new_cache(1, length), "all")[0].float().numpy() for row in tokens]
+    cache, step, greedy = runner.new_cache(1, n_prompt + n_greedy), prompt, []
+    for _ in range(n_greedy):
+        greedy += argmax(runner.forward(step, cache, "last")[:, 0])
+        step = torch.tensor([greedy[-1:]])
+    return Reference(tokens.tolist(), np.concatenate(logits), prompt[0].tolist(), [int(i) for i in greedy])
+
+
+def compare(reference: Reference, logits: np.ndarray, greedy: Sequence[int], bits: int) -> Agreement:
+    """Lays a peer's logits `[N, V]` and greedy tokens beside ours.
+
+    Raises:
+        ValueError: another shape, or values that are no numbers.
+    """
+    ours = reference.logits
+    if logits.shape != ours.shape:
+        raise ValueError(f"logits {list(logits.shape)} instead of {list(ours.shape)}")
+    if not np.isfinite(logits).all():
+        raise ValueError("logits that are not finite")
+    rows = np.arange(len(ours))
+    mine, theirs = ours.argmax(-1), logits.argmax(-1)
+    margins = ours[rows, mine] - ours[rows, theirs]  # 0 where they agree
+    tied = margins <= TIE_WIDTH[bits] * ours.std(-1)
+    same = next((i for i, (a, b) in enumerate(zip(reference.greedy, greedy, strict=False)) if a != b), None)
+    difference = np.square(logits.astype(np.float64) - ours).mean()
+    return Agreement(
+        top1_share=float((mine == theirs).mean()),
+        top1_share_beyond_ties=float(tied.mean()),
+        logits_rel_rms=float(np.sqrt(difference / np.square(ours.astype(np.float64)).mean())),
+        greedy_same=min(len(reference.greedy), len(greedy)) if same is None else same,
+        greedy_n=len(reference.greedy),
+        n_positions=len(ours),
+    )
+
+
+def shortfall(agreement: Agreement, bits: int) -> str | None:
+    """Why this is not the same model any more, as a clause; None where the format explains the difference."""
+    least = LEAST_TOP1.get(bits)
+    share = agreement.top1_share_beyond_ties
+    if least is None or share >= least:
+        return None
+    return (
+        f"the most likely token agrees with our fp32 at {share:.1%} of {agreement.n_positions} positions, near ties "
+        f"aside; {least:.0%} is the least for {bits} bits"
+    )

@@ -1,0 +1,143 @@
+"""Peers as subjects of `bench`: started in their environments, converted for, checked, then sampled like our own."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from paretune import files
+from paretune.errors import ParetuneError
+from paretune.measure.interleave import SubjectError
+from paretune.measure.peers import agreement, convert, envs
+from paretune.measure.peers.catalogue import Engine, refusal
+from paretune.measure.session import TrialProcess
+from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload, draw_prompts
+from paretune.model import checkpoint
+from paretune.model.config import ModelConfig
+
+CONVERT_TIMEOUT_SEC, LOAD_TIMEOUT_SEC, CHECK_TIMEOUT_SEC = 3600.0, 900.0, 600.0
+INVALID = "Invalid"  # the kind of a `SubjectError`: the peer runs, but it is not the same model
+
+
+class Peers:
+    """The peers of one `bench` run on one checkpoint.
+
+    Args:
+        threads: set in every peer.
+        say: called with a line, only while nothing is timed.
+    """
+
+    def __init__(
+        self, engines: Sequence[Engine], folder: Path, config: ModelConfig, threads: int, say: envs.Say
+    ) -> None:
+        self.engines = {engine.name: engine for engine in engines}
+        self.folder, self.config, self.threads, self.say = folder, config, threads, say
+        self._reference: agreement.Reference | None = None
+        self._agreements: dict[str, agreement.Agreement] = {}
+        self._converted: dict[str, Path] = {}
+
+    def labels(self, name: str) -> dict[str, Any]:
+        """What every row of that peer carries, measured or not."""
+        engine = self.engines[name]
+        checked = self._agreements.get(name)
+        return {
+            "engine": engine.peer.name,
+            "format": engine.format,
+            **({} if checked is None else checked.to_json()),
+        }
+
+    def start(self, name: str, kind: str, workload: Workload, log: Path) -> TrialProcess:
+        """The peer's process, nothing loaded yet; the checkpoint is converted first where the cache lacks it.
+
+        Raises:
+            SubjectError: it is not installed, does not take this model, or the conversion failed.
+        """
+        engine = self.engines[name]
+        reason = refusal(engine, self.config, workload.input_len + workload.output_len)
+        if reason:
+            raise SubjectError(reason)
+        if not engine.peer.reads_checkpoint:
+            self._converted[name] = self._convert(engine, log.with_suffix(".convert.log"))
+        return self._process(engine, kind, log)
+
+    def load(self, process: TrialProcess, workload: Workload) -> dict[str, Any]:
+        """Loads, and compares with our fp32 eager before anything is timed.
+
+        Raises:
+            SubjectError: it failed, with the cause; of kind `INVALID` where it is not the same model.
+        """
+        engine = self.engines[process.name]
+        length, n_prompt, n_greedy = agreement.lengths(self.config)
+        request: dict[str, Any] = {
+            "folder": str(self.folder.resolve()),
+            "config": convert.request_config(self.config),
+            "format": engine.format,
+            "threads": self.threads,
+            "workload": asdict(workload),
+            "prompts": draw_prompts(workload, self.config.vocab_size).tolist(),
+            "capacity": max(workload.input_len + workload.output_len, length, n_prompt + n_greedy),
+            "slice": {"min_sec": MIN_SLICE_SEC, "decode_steps": DECODE_SLICE},
+        }
+        if engine.peer.reads_checkpoint:
+            disk_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(self.folder))
+        else:
+            request["converted"] = str(self._converted[engine.name])
+            disk_bytes = envs.bytes_below(self._converted[engine.name])
+        answer = process.ask("load", LOAD_TIMEOUT_SEC, **request)
+        self._check(process, engine)
+        return {**answer, "disk_bytes": disk_bytes}
+
+    def _process(self, engine: Engine, kind: str, log: Path) -> TrialProcess:
+        try:
+            command = envs.command(engine.peer)
+        except ParetuneError as error:
+            raise SubjectError(error.cause, error.cure) from None
+        environment = {"OMP_NUM_THREADS": str(self.threads)}
+        return TrialProcess(engine.name, kind, log=log, command=command, environment=environment)
+
+    def _convert(self, engine: Engine, log: Path) -> Path:
+        """In a process of its own: what a conversion takes is not the memory of the engine."""
+        try:
+            files.ensure_folder(convert.models_folder())
+            target = convert.existing(self.folder, engine)
+            if target is not None:
+                return target
+            with contextlib.closing(self._process(engine, "ttft", log)) as process:
+
+                def ask(do: str, **request: Any) -> dict[str, Any]:
+                    return process.ask(do, CONVERT_TIMEOUT_SEC, **request)
+
+                return convert.converted(self.folder, self.config, engine, self.threads, ask, self.say)
+        except SubjectError as error:
+            if not error.kind:  # not installed, killed, timed out: no word of the conversion is needed
+                raise
+            raise SubjectError(f"the conversion failed: {error.cause}", error.cure, error.kind) from None
+        except ParetuneError as error:  # the cache folder is full or read-only: the other rows go on
+            raise SubjectError(f"the conversion failed: {error.cause}", error.cure) from None
+
+    def _check(self, process: TrialProcess, engine: Engine) -> None:
+        if self._reference is None:
+            self.say("our fp32 eager, for the comparison of tokens")
+            self._reference = agreement.make_reference(self.folder, self.config, self.threads)
+        reference = self._reference
+        # For every workload: the worker also holds the rows of its batch against each other.
+        greedy = process.ask("greedy", CHECK_TIMEOUT_SEC, prompt=reference.prompt, n=len(reference.greedy))
+        if engine.name not in self._agreements:
+            with tempfile.TemporaryDirectory(prefix="paretune-peer-") as scratch:
+                path = Path(scratch) / "logits.npy"
+                process.ask("logits", CHECK_TIMEOUT_SEC, sequences=reference.sequences, path=str(path))
+                logits = np.load(path, allow_pickle=False)
+            try:
+                found = agreement.compare(reference, logits, greedy["tokens"], engine.bits)
+            except ValueError as error:
+                raise SubjectError(f"{engine.name} gives {error}", kind=INVALID) from None
+            self._agreements[engine.name] = found
+        cause = agreement.shortfall(self._agreements[engine.name], engine.bits)
+        if cause:
+            raise SubjectError(cause, kind=INVALID)

@@ -1,0 +1,143 @@
+"""`bench` with real processes of fake peers: every way in which a peer can end is a row."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from paretune.measure import bench as measure
+from paretune.measure.peers import convert, envs, subject
+from paretune.measure.peers.catalogue import Engine, Format, Peer
+from paretune.recipe import preset
+
+SCRIPT = Path(__file__).parent / "fake_peer.py"
+FORMATS = ("good", "wrong", "dies", "hangs", "unconvertible", "mixed_rows")
+FAKE = Peer(
+    "fake",
+    worker="fake",
+    modules=(),
+    requirements=("fake==1",),
+    formats={name: Format(32) for name in FORMATS},
+    default=("good",),
+)
+ABSENT = Peer(
+    "absent", worker="x", modules=("x",), requirements=("x==1",), formats={"fp32": Format(32)}, default=("fp32",)
+)
+
+
+@pytest.fixture(scope="module")
+def result(tiny_gpt2_folder, tmp_path_factory):
+    """One real run with all of them, and the folder of the cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    threads = torch.get_num_threads()
+    real = envs.command
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARETUNE_CACHE", str(cache))
+        patch.setattr(measure, "WARM_UP_SEC", 0.5)
+        patch.setattr(subject, "LOAD_TIMEOUT_SEC", 20.0)
+        patch.setattr(envs, "command", lambda peer: [sys.executable, str(SCRIPT)] if peer is FAKE else real(peer))
+        found = measure.bench(
+            tiny_gpt2_folder,
+            [("baseline", preset("baseline"))],
+            input_lens=[8],
+            output_lens=[4],
+            batch_sizes=[2],
+            min_blocks=2,
+            max_blocks=2,
+            min_time_sec=0.0,
+            threads=1,
+            engines=[*(Engine(FAKE, name) for name in FORMATS), Engine(ABSENT, "fp32")],
+        )
+        models = sorted(path.name for path in convert.models_folder().iterdir())
+    torch.set_num_threads(threads)
+    json.dumps(found, allow_nan=False)
+    return found, models
+
+
+@pytest.fixture(scope="module")
+def rows(result):
+    return {row["config"]: row for row in result[0]["rows"]}
+
+
+def test_rows_come_in_the_order_asked_for(result, rows):
+    assert list(rows) == ["baseline", "baseline again", *(f"fake:{name}" for name in FORMATS), "absent:fp32"]
+    assert result[0]["engines"][0] == "fake:good"
+
+
+def test_a_peer_that_computes_what_we_do_is_measured(rows):
+    row = rows["fake:good"]
+    assert row["status"] == "measured" and row["cause"] == "" and row["role"] == "peer"
+    assert (row["engine"], row["format"], row["engine_version"]) == ("fake", "good", "1.2.3")
+    assert row["agreement_top1_share"] == 1.0 and row["agreement_logits_rel_rms"] < 1e-5
+    assert row["agreement_greedy_same"] == row["agreement_greedy_n"] > 40
+    assert row["agreement_n_positions"] >= 128
+    assert row["ttft_sec"] > 0 and row["tpot_sec"] > 0 and row["decode_speedup"] > 0
+    assert row["disk_bytes"] > 100 and row["rss_peak_bytes"] > 0 and row["threads"] == 1
+    assert row["mbu"] is None  # what a peer reads in a step is its own affair
+
+
+def test_a_peer_that_computes_something_else_is_invalid_and_not_timed(rows):
+    row = rows["fake:wrong"]
+    assert row["status"] == "invalid" and "agrees with our fp32" in row["cause"]
+    assert row["agreement_top1_share"] < 0.2 and row["tpot_sec"] is None
+    assert row["decode_verdict"] is None and row["decode_speedup"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("fake:dies", "exit code 7: the last words"),
+        ("fake:hangs", "no answer within 20 s"),
+        ("fake:unconvertible", "the conversion failed: it has no such matrix"),
+        ("fake:mixed_rows", "2 rows of one prompt give different tokens"),
+        ("absent:fp32", "absent is not installed. Run `paretune peers install absent`"),
+    ],
+)
+def test_a_failure_is_a_row_with_its_cause(rows, name, cause):
+    row = rows[name]
+    assert row["status"] == "failed" and cause in row["cause"] and "\n" not in row["cause"]
+    assert row["engine"] == name.partition(":")[0] and row["tpot_sec"] is None
+
+
+def test_our_own_rows_are_as_before(rows):
+    row = rows["baseline"]
+    assert row["status"] == "measured" and row["engine"] == "paretune" and row["format"] is None
+    assert row["agreement_top1_share"] is None and row["mbu"] > 0
+
+
+def test_only_whole_conversions_are_kept(result):
+    assert len(result[1]) == len(FORMATS) - 1 and not [name for name in result[1] if "unconvertible" in name]
+    assert not [name for name in result[1] if name.startswith(".")]
+
+
+def test_peers_get_our_prompts_threads_and_positions(tiny_gpt2_folder, tmp_path, monkeypatch):
+    """What a peer is asked to load, against what our own bench draws."""
+    from paretune.measure.peers.subject import Peers
+    from paretune.measure.workload import MIN_SLICE_SEC, Bench, Workload
+    from paretune.model import checkpoint
+
+    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path))
+    config = checkpoint.read_config(tiny_gpt2_folder)
+    peers = Peers([Engine(FAKE, "good")], tiny_gpt2_folder, config, 3, lambda line: None)
+    peers._converted["fake:good"] = tmp_path
+    monkeypatch.setattr(peers, "_check", lambda process, engine: None)
+    asked = {}
+
+    class Process:
+        name = "fake:good"
+
+        def ask(self, do, timeout_sec, **request):
+            asked.update(request)
+            return {}
+
+    workload = Workload(8, 4, 2, seed=5)
+    peers.load(Process(), workload)
+    from paretune.engine.load import load_recipe
+
+    bench = Bench(load_recipe(tiny_gpt2_folder, preset("fp32"), check=False).runner, workload)
+    assert asked["prompts"] == bench.prompts.tolist() and asked["threads"] == 3
+    assert asked["slice"] == {"min_sec": MIN_SLICE_SEC, "decode_steps": 16} and asked["capacity"] >= 64
