@@ -226,7 +226,9 @@ def _break_even(trial: Trial, baseline: Trial, cell: Cell) -> float | None:
 
 def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ceilings) -> dict[str, Any]:
     """MBU, MFU and what each phase is bound by."""
-    out: dict[str, Any] = dict.fromkeys(("mbu", "decode_mfu", "prefill_mfu", "bound_by", "prefill_bound_by"))
+    out: dict[str, Any] = dict.fromkeys(
+        ("decode_bytes", "mbu", "decode_mfu", "prefill_mfu", "bound_by", "prefill_bound_by")
+    )
     loaded, ttft, tpot = trial.loaded, trial.median("ttft"), trial.median("tpot")
     if loaded is None or trial.recipe is None:  # what a peer reads in a step is its own affair
         return out
@@ -240,6 +242,7 @@ def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ce
         n_bytes = roofline.decode_bytes(weights, round(per_token * context))
         flops = cell.batch_size * roofline.decode_flops(config, round(context))
         bandwidth = ceilings.bandwidth_at(n_bytes)
+        out["decode_bytes"] = n_bytes
         out["mbu"] = roofline.mbu(n_bytes, tpot, bandwidth)
         out["decode_mfu"] = roofline.mfu(flops, tpot, rate) if rate else None
         out["bound_by"] = roofline.bound_by("decode", tpot, n_bytes, flops, bandwidth, rate)[1]

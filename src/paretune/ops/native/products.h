@@ -51,8 +51,37 @@ constexpr bool kHasByteDot = true;
 #else
 constexpr bool kHasByteDot = false;
 #endif
+#if defined(PARETUNE_AVX2)
+constexpr bool kHasByteInputs = true;  // for 4-bit weights: `vpmaddubsw` holds 8 products of them and a byte
+#else
+constexpr bool kHasByteInputs = kHasByteDot;
+#endif
 
 // ---------------------------------------------------------------- inputs
+
+// 16 numbers that fit, as shorts.
+inline void store_shorts(const Vec* from, std::int16_t* to) {
+#if defined(PARETUNE_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)from[0])));
+#elif defined(PARETUNE_AVX2)
+  const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)from[0]), _mm256_cvtps_epi32((__m256)from[1]));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(both, 0xd8));
+#else
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<std::int16_t>(from[i / kLanes][i % kLanes]);
+#endif
+}
+
+// 16 shorts that fit, as bytes in the order of packed int8.
+inline void store_bytes(const std::int16_t* from, std::int8_t* to) {
+#if defined(PARETUNE_AVX512) || defined(PARETUNE_AVX2)
+  const __m128i* p = reinterpret_cast<const __m128i*>(from);
+  const __m128i bytes = _mm_packs_epi16(_mm_loadu_si128(p), _mm_loadu_si128(p + 1));
+  const __m128i order = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(bytes, order));
+#else
+  for (int i = 0; i < 16; ++i) to[i / 4 * 4 + kByteOf[i % 4]] = static_cast<std::int8_t>(from[i]);
+#endif
+}
 
 // x -> q * scale, |q| <= 32767 or 127. A NaN or infinity makes its chunk's scale NaN, and so every sum it is part of.
 inline void quantize_row(const float* x, int C, int bits, std::int16_t* q, std::int8_t* q8, float* scale,
@@ -75,19 +104,18 @@ inline void quantize_row(const float* x, int C, int bits, std::int16_t* q, std::
     scale[k / kChunk] = is_zero ? nan : absmax / limit;
     const float factor = is_zero ? 0.0f : limit / absmax;
     const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-    for (int i = 0; i < kChunk; i += kLanes) {
-      const Vec v = is_zero ? Vec{} : load_floats(row + i) * factor;
-      const IntVec rounded = __builtin_convertvector((v + magic) - magic, IntVec);
-      for (int j = 0; j < kLanes; ++j) q[k + i + j] = static_cast<std::int16_t>(rounded[j]);
+    for (int i = 0; i < kChunk; i += 16) {
+      Vec rounded[kVecs];
+      for (int v = 0; v < kVecs; ++v)
+        rounded[v] = is_zero ? Vec{} : (load_floats(row + i + v * kLanes) * factor + magic) - magic;
+      store_shorts(rounded, q + k + i);
+      if (q8 != nullptr) store_bytes(q + k + i, q8 + k + i);
     }
     for (int i = 0; i < kChunk; i += kSumOver) {
       std::int32_t total = 0;
       for (int j = 0; j < kSumOver; ++j) total += q[k + i + j];
       sums[(k + i) / kSumOver] = total;
     }
-    if (q8 != nullptr)
-      for (int i = 0; i < kChunk; i += 4)
-        for (int j = 0; j < 4; ++j) q8[k + i + kByteOf[j]] = static_cast<std::int8_t>(q[k + i + j]);
   }
 }
 
@@ -135,6 +163,16 @@ inline Vec to_floats(IntVec x) { return __builtin_convertvector(x, Vec); }
 
 // ---------------------------------------------------------------- one register tile
 
+// What a single input will read soon: further on in each block of the panel, or the start of the panel after it, where
+// the hardware's own prefetcher does not look.
+template <int NB>
+inline void prefetch_blocks(const char* base, std::int64_t bytes, std::int64_t at) {
+  at += kPrefetch;
+  const char* p = base + at + (at >= bytes ? (NB - 1) * bytes : 0);
+#pragma GCC unroll 8
+  for (int b = 0; b < NB; ++b) __builtin_prefetch(p + b * bytes);
+}
+
 // The same pointer, which the compiler does not know: it would rather keep a loaded vector than load it again from the
 // first cache, and spill a sum for it.
 inline const char* again(const char* p) {
@@ -176,9 +214,7 @@ inline void float_span(const Matrix& w, int block, int from, int to, const Input
   };
   int k = from;
   for (; k + Q <= to; k += Q) {
-    if constexpr (T == 1)
-      for (int b = 0; b < NB; ++b)
-        __builtin_prefetch(base + b * bytes + static_cast<std::int64_t>(k) * (F == kFp32 ? 64 : 32) + kPrefetch);
+    if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kFp32 ? 64 : 32));
     add(k, 0);
     if constexpr (Q == 2) add(k, 1);
   }
@@ -201,11 +237,11 @@ inline void bf16_dot_span(const Matrix& w, int block, int from, int to, const In
     for (int b = 0; b < NB; ++b)
       acc[i][b] = _mm512_setzero_ps();
   for (int k = from; k < to; k += 2) {
+    if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * 32);
     __m512i rows[NB];
 #pragma GCC unroll 8
     for (int b = 0; b < NB; ++b) {
       const char* p = base + b * bytes + static_cast<std::int64_t>(k) * 32;
-      if constexpr (T == 1) __builtin_prefetch(p + kPrefetch);
       rows[b] = _mm512_loadu_si512(p);
     }
 #pragma GCC unroll 8
@@ -253,10 +289,10 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
 #if defined(__AVX512VNNI__) && defined(PARETUNE_AVX512)
     if (w.activation_bits == 8) {  // 8-bit inputs have an instruction of their own here
       for (int k = start; k < end; k += Q) {
+        if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16));
         __m512i rows[NB], high[NB];
         for (int b = 0; b < NB; ++b) {
           const char* p = base + b * bytes + static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16);
-          if constexpr (T == 1) __builtin_prefetch(p + kPrefetch);
           rows[b] = _mm512_loadu_si512(p);
           if constexpr (F == kInt4) {
             high[b] = _mm512_and_si512(_mm512_srli_epi16(rows[b], 4), _mm512_set1_epi8(15));
@@ -274,11 +310,37 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
         }
       }
     } else
+#elif defined(PARETUNE_AVX2)
+    if (F == kInt4 && w.activation_bits == 8) {
+      const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+      for (int part = start; part < end; part += kSumOver) {  // 8 sums of two products of 15 * 127 stay below 2^15
+        __m256i shorts[T][NB * kVecs];
+        for (int i = 0; i < T; ++i)
+          for (int b = 0; b < NB * kVecs; ++b) shorts[i][b] = _mm256_setzero_si256();
+        for (int k = part; k < std::min(part + kSumOver, end); k += Q) {
+          if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * 8);
+#pragma GCC unroll 16
+          for (int b = 0; b < NB * kVecs; ++b) {
+            const char* p = base + b / kVecs * bytes + static_cast<std::int64_t>(k) * 8 + b % kVecs * kLanes * 4;
+            const __m256i row = (__m256i)load_bits(p);
+            const __m256i low = _mm256_and_si256(row, nibble);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(row, 4), nibble);
+#pragma GCC unroll 8
+            for (int i = 0; i < T; ++i) {
+              const std::int8_t* q = in.q8 + i * in.q_stride + k;
+              const __m256i x = _mm256_set1_epi32(load_int(q)), y = _mm256_set1_epi32(load_int(q + 4));
+              const __m256i both = _mm256_add_epi16(_mm256_maddubs_epi16(low, x), _mm256_maddubs_epi16(high, y));
+              shorts[i][b] = _mm256_add_epi16(shorts[i][b], both);
+            }
+          }
+        }
+        for (int i = 0; i < T; ++i)
+          for (int b = 0; b < NB * kVecs; ++b) acc[i][b] += (IntVec)_mm256_madd_epi16(shorts[i][b], ones);
+      }
+    } else
 #endif
     for (int k = start; k < end; k += Q) {
-      if constexpr (T == 1)
-        for (int b = 0; b < NB; ++b)
-          __builtin_prefetch(base + b * bytes + static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16) + kPrefetch);
+      if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16));
       const auto bits = [&](const char* p, int b) {
         return load_bits(p + b / kVecs * bytes + static_cast<std::int64_t>(k / Q) * kBlock * 4 + b % kVecs * kLanes * 4);
       };

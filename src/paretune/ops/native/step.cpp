@@ -130,7 +130,7 @@ struct Program {
         pairs_now |= work.pairs;
         widest = std::max(widest, matrix.n_in);
         has_integers |= is_integer(matrix.format);
-        has_bytes |= is_integer(matrix.format) && kHasByteDot && matrix.activation_bits == 8;
+        has_bytes |= is_integer(matrix.format) && kHasByteInputs && matrix.activation_bits == 8;
         has_pairs |= matrix.format == kBf16 && kHasBf16Dot;
       }
       if (op.code == kEmbed) widest = std::max(widest, matrices[op.matrix].n_in);
@@ -564,7 +564,7 @@ int paretune_step(void* program, const Step* step) {
 int paretune_products(const Matrix* w, const float* x, int M, float* y) {
   try {
     const int C = w->n_in, padded = round_up(C, kChunk);
-    const bool has_bytes = kHasByteDot && w->activation_bits == 8;
+    const bool has_bytes = kHasByteInputs && w->activation_bits == 8;
     Prepared p;
     p.reserve(M, C, is_integer(w->format), has_bytes, true);
     for (int m = 0; m < M; ++m) {
