@@ -1,12 +1,12 @@
-"""The native runner against the fastest peers on the same model, prompts, lengths and threads: one interleaved run a cell.
+"""The native runner against the fastest peers: the same model, prompts, lengths and threads, interleaved.
 
     paretune peers install all
     paretune new gpt2 -o /tmp/gpt2 --random
     python benchmarks/peers.py --model /tmp/gpt2 -o benchmarks/results/peers.json
 
-A block holds every engine once in random order; ratios are medians over blocks with 95 % intervals. Each of ours is laid
-beside every peer of the same number of bits. The share of the floor is bytes that a decode step must read (weights and
-cache) / its seconds / the bandwidth that the probes around the same slice read. Ratios above 1: we are faster.
+A block holds every engine once in random order; ratios are medians over blocks with 95 % intervals. Each of ours is
+laid beside every peer of the same number of bits. The share of the floor is bytes that a decode step must read (weights
+and cache) / its seconds / the bandwidth that the probes around the same slice read. Ratios above 1: we are faster.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from paretune.recipe import preset
 CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fp32": (
         ("native",),
-        ("llama.cpp:F32", "ctranslate2:fp32", "onnxruntime:fp32", "openvino:fp32", "transformers:fp32"),
+        ("llama.cpp:F32", "onnxruntime:fp32", "transformers:fp32"),
     ),
     "16 bits": (("native_bf16",), ("llama.cpp:BF16", "transformers:bf16", "openvino:bf16")),
     "8 bits": (
-        ("native_int8", "native_w8a8"),
+        ("native_int8", "native_int8_kv8"),
         ("llama.cpp:Q8_0", "ctranslate2:int8", "onnxruntime:int8", "openvino:int8"),
     ),
     "4 bits": (
-        ("native_int4", "native_q4_0"),
+        ("native_int4_a8", "native_q4_0_a8"),
         ("llama.cpp:Q4_0", "llama.cpp:Q4_K_M", "onnxruntime:int4", "openvino:int4"),
     ),
 }

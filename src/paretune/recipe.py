@@ -223,7 +223,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "native_w8a8": _preset([{"name": "groups", "bits": 8, "group": 128, "activation_bits": 8}], runner="native"),
     "native_int4": _preset([{"name": "groups"}], runner="native"),
     "native_int4_kv8": _preset([{"name": "groups"}], runner="native", cache_dtype="int8"),
+    "native_int4_a8": _preset([{"name": "groups", "activation_bits": 8}], runner="native", cache_dtype="int8"),
     "native_q4_0": _preset([{"name": "groups", "head_bits": 4}], runner="native"),
+    "native_q4_0_a8": _preset(
+        [{"name": "groups", "head_bits": 4, "activation_bits": 8}], runner="native", cache_dtype="int8"
+    ),
     "compile": _preset([], runner="compile"),
     "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),
     "compile_max": _preset([], runner="compile", compile_mode="max-autotune"),

@@ -13,6 +13,9 @@ from paretune.engine.probe import Observation, observe
 from paretune.engine.runners.base import CACHE_DTYPES, Runner
 from paretune.errors import NoEffectError, NotExactError, UsageError
 from paretune.model import checkpoint
+from paretune.model.base import LanguageModel
+from paretune.ops.native import packed
+from paretune.ops.weights.base import Weight
 from paretune.recipe import Recipe
 from paretune.transforms.base import Context
 
@@ -49,7 +52,18 @@ def load_recipe(
     started = clock.now()
     if recipe.engine.threads:
         hardware.set_threads(recipe.engine.threads)
-    model = checkpoint.load(folder, torch.float32 if device == "cpu" else None).to(device)
+    # Each weight takes its last form as soon as it is read: the peak is the converted model and one plain weight.
+    streams = device == "cpu" and all(t.per_weight for t in recipe.transforms)
+
+    def convert(model: LanguageModel, name: str, weight: Weight) -> Weight:
+        for transform in recipe.transforms:
+            weight = transform.convert(model, name, weight)
+        if recipe.engine.runner == "native" and weight.native() is not None:
+            weight = next(packed.pack([weight]))
+        return weight
+
+    dtype = torch.float32 if device == "cpu" else None
+    model = checkpoint.load(folder, dtype, convert if streams else None).to(device)
     model = recipe.apply(model, ctx or Context(device=device))
     return Loaded(folder, recipe, recipe.runner(model), clock.now() - started)
 

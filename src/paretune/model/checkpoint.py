@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ from paretune.files import write_json
 from paretune.model.base import LanguageModel
 from paretune.model.config import GPT2_SIZES, ModelConfig
 from paretune.model.layers import Embedding, Linear
+from paretune.model.stored import StoredTensors
+from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
 from paretune.registry import FAMILIES, FORMATS
 
@@ -139,8 +141,15 @@ def gpt2_config(size: str = "gpt2", n_positions: int = 1024) -> ModelConfig:
     )
 
 
-def load(folder: Path, dtype: torch.dtype | None = None) -> LanguageModel:
+OnWeight = Callable[[LanguageModel, str, Weight], Weight]
+
+
+def load(folder: Path, dtype: torch.dtype | None = None, on_weight: OnWeight | None = None) -> LanguageModel:
     """Loads a model for inference, each tensor as it is stored or cast to `dtype`.
+
+    Args:
+        on_weight: called with the model, a layer's name and its weight as soon as that is read; what it gives takes the
+            weight's place. So a model can be converted while no more than one of its weights is there twice.
 
     Raises:
         CheckpointError: names the first missing, extra or mis-shaped tensor, or the damaged file.
@@ -148,12 +157,14 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LanguageModel:
     config = read_config(folder)
     model = build(config)
     formats = _formats(config)
-    tensors = dict(_read_tensors(folder))
+    tensors = StoredTensors(weight_files(folder))
     rename = _renamer(model, tensors)
-    _swap_formats_(model, formats, tensors, rename)
+    _swap_formats_(model, formats, tensors, rename, on_weight)
     expected = dict(_dense_slots(model))
     _drop_redundant_(model, tensors, rename, expected)
-    for name, (owner, attribute) in expected.items():
+    # The largest first: while it is there twice, little else is.
+    for name in sorted(expected, key=lambda n: -getattr(*expected[n]).numel()):
+        owner, attribute = expected.pop(name)
         stored = rename(name)
         if stored not in tensors:
             raise CheckpointError(f"{folder}: tensor {stored} is missing", "Download or save the model again")
@@ -173,7 +184,10 @@ def load(folder: Path, dtype: torch.dtype | None = None) -> LanguageModel:
             )
         value = value.to(dtype or value.dtype).contiguous()
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
-    if tensors:
+        if on_weight is not None and isinstance(owner, Dense):
+            _replace_(model, owner, on_weight(model, name.removesuffix(".weight"), owner))
+        del value, owner
+    if len(tensors):
         extra = sorted(tensors)
         raise CheckpointError(
             f"{folder}: tensor {extra[0]} does not belong to this model (and {len(extra) - 1} more)",
@@ -258,21 +272,11 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no model.safetensors", "Pass a folder with safetensors weights")
 
 
-def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as f:
-                for name in f.keys():  # noqa: SIM118 - not a dict
-                    yield name, f.get_tensor(name)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path} is truncated or damaged ({error})", "Download the model again") from None
-
-
 def _hf_name(name: str, prefix: str) -> str:
     return name if name.startswith("lm_head.") else prefix + name
 
 
-def _renamer(model: LanguageModel, tensors: dict[str, Tensor]):
+def _renamer(model: LanguageModel, tensors: StoredTensors):
     """Our name -> the stored name; checkpoints of the bare model lack the prefix."""
     prefix = model.hf_prefix
     prefixed = any(name.startswith(prefix) for name in tensors)
@@ -318,7 +322,15 @@ def _formats(config: ModelConfig) -> dict[str, str]:
     return dict(formats)
 
 
-def _swap_formats_(model: LanguageModel, formats: dict[str, str], tensors: dict[str, Tensor], rename) -> None:
+def _replace_(model: LanguageModel, old: Weight, new: Weight) -> None:
+    for module in model.modules():  # tied layers stay tied
+        if isinstance(module, Linear | Embedding) and module.weight is old:
+            module.weight = new
+
+
+def _swap_formats_(
+    model: LanguageModel, formats: dict[str, str], tensors: StoredTensors, rename, on_weight: OnWeight | None
+) -> None:
     """Puts weights that are stored in another format into the tree, taking their tensors out of `tensors`."""
     for full_name, format_name in formats.items():
         module_name = full_name.removesuffix(".weight")
@@ -342,12 +354,10 @@ def _swap_formats_(model: LanguageModel, formats: dict[str, str], tensors: dict[
                 f"{old.out_features}x{old.in_features}",
                 "The weights belong to another config.json",
             )
-        for module in model.modules():  # tied layers stay tied
-            if isinstance(module, Linear | Embedding) and module.weight is old:
-                module.weight = weight
+        _replace_(model, old, weight if on_weight is None else on_weight(model, module_name, weight))
 
 
-def _drop_redundant_(model: LanguageModel, tensors: dict[str, Tensor], rename, expected: dict) -> None:
+def _drop_redundant_(model: LanguageModel, tensors: StoredTensors, rename, expected: dict) -> None:
     """Removes what old exporters add: mask buffers, and one of two names for a tied matrix.
 
     Raises:
@@ -361,11 +371,14 @@ def _drop_redundant_(model: LanguageModel, tensors: dict[str, Tensor], rename, e
     if head not in tensors:
         return
     if embedding not in tensors and f"{model.embedding_name}.weight" in expected:
-        tensors[embedding] = tensors.pop(head)  # safetensors keeps one of two shared names
+        tensors.rename_(head, embedding)  # safetensors keeps one of two shared names
         return
-    if embedding in tensors and not (
-        tensors[head].dtype == tensors[embedding].dtype and torch.equal(tensors[head], tensors[embedding])
-    ):
+    if embedding in tensors:
+        first, second = tensors[head], tensors[embedding]
+        is_same = first.dtype == second.dtype and torch.equal(first, second)
+    else:
+        is_same = True
+    if not is_same:
         raise CheckpointError(
             f"config.json ties the head to the embedding, but {head} and {embedding} differ",
             'Set "tie_word_embeddings": false in config.json',

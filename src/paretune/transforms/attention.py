@@ -21,6 +21,7 @@ class Attention(Transform):
     name: ClassVar[str] = "attention"
     stage: ClassVar[Stage] = Stage.ATTENTION
     exact: ClassVar[bool] = True
+    per_weight: ClassVar[bool] = True  # it changes none
     form: str = "sdpa"
 
     def __post_init__(self) -> None:

@@ -67,6 +67,9 @@ class Transform:
     stage: ClassVar[Stage]
     exact: ClassVar[bool] = False  # claims the reference's results: checked before it is timed
 
+    # `convert` does all that `apply` does to weights: a model can be converted while it is read.
+    per_weight: ClassVar[bool] = False
+
     @property
     def title(self) -> str:
         """A short name for tables."""
@@ -81,8 +84,12 @@ class Transform:
         return []
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
-        """Changes the model, in place where it can, and returns it."""
+        """Changes the model, in place where it can, and returns it. What `convert` did already it leaves alone."""
         raise NotImplementedError
+
+    def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
+        """The weight of the layer `name` as `apply` would leave it; the rest of the model may not be there yet."""
+        return weight
 
     def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         """Proof of effect on the transformed model: sentences with figures for the report.

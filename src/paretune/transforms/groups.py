@@ -31,6 +31,7 @@ class Groups(Transform):
 
     name: ClassVar[str] = "groups"
     stage: ClassVar[Stage] = Stage.QUANTIZE
+    per_weight: ClassVar[bool] = True
     bits: int = 4
     group: int = 32
     minimum: bool = False
@@ -60,30 +61,30 @@ class Groups(Transform):
         is_end = isinstance(module, Embedding) or id(getattr(module, "weight", None)) in tied
         return self.head_bits if is_end else self.bits
 
-    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
-        wanted = [
-            (name, m.weight, self._bits_of(model, m))
-            for name, m in weight_holders(model, lambda m, n: isinstance(m.weight, Dense))  # type: ignore[union-attr]
-        ]
-        # Before anything is changed.
-        for name, weight, bits in wanted:
-            if bits and weight.in_features % self.group:
-                raise UsageError(
-                    f"groups of {self.group} do not divide the {weight.in_features} inputs of {name}",
-                    "Choose a smaller group, or int8 rows",
-                )
-        bits_by_weight = {id(weight): bits for _, weight, bits in wanted}
-
-        def make(weight: Weight) -> Weight:
-            return IntGroups.quantize(
-                weight.dequantize(),
-                bits_by_weight[id(weight)],
-                self.group,
-                minimum=self.minimum,
-                activation_bits=self.activation_bits,
+    def _quantize(self, name: str, weight: Weight, bits: int) -> IntGroups:
+        if weight.in_features % self.group:
+            raise UsageError(
+                f"groups of {self.group} do not divide the {weight.in_features} inputs of {name}",
+                "Choose a smaller group, or int8 rows",
             )
+        return IntGroups.quantize(
+            weight.dequantize(), bits, self.group, minimum=self.minimum, activation_bits=self.activation_bits
+        )
 
-        swap_weights_(model, lambda m, n: bool(bits_by_weight.get(id(m.weight), 0)), make)  # type: ignore[union-attr]
+    def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
+        bits = self._bits_of(model, model.get_submodule(name))
+        return self._quantize(name, weight, bits) if bits and isinstance(weight, Dense) else weight
+
+    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
+        wanted = {
+            id(m.weight): (name, self._bits_of(model, m))
+            for name, m in weight_holders(model, lambda m, n: isinstance(m.weight, Dense))  # type: ignore[union-attr]
+        }
+        swap_weights_(
+            model,
+            lambda m, n: bool(wanted.get(id(m.weight), ("", 0))[1]),  # type: ignore[union-attr]
+            lambda weight: self._quantize(wanted[id(weight)][0], weight, wanted[id(weight)][1]),
+        )
         return model
 
     def verify(self, model: LanguageModel, probe: Observation) -> list[str]:

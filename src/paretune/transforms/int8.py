@@ -9,6 +9,7 @@ from torch import nn
 
 from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding, Linear
+from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.transforms.base import (
@@ -32,6 +33,7 @@ class Int8(Transform):
 
     name: ClassVar[str] = "int8"
     stage: ClassVar[Stage] = Stage.QUANTIZE
+    per_weight: ClassVar[bool] = True
     embeddings: bool = True
 
     @property
@@ -45,6 +47,10 @@ class Int8(Transform):
             return self.embeddings or not (isinstance(module, Embedding) or module is head)
 
         return keep
+
+    def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
+        is_wanted = self._wanted(model)(model.get_submodule(name), name) and isinstance(weight, Dense)
+        return Int8Rows.quantize(weight.dequantize()) if is_wanted else weight
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         keep = self._wanted(model)

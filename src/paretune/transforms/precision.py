@@ -11,6 +11,7 @@ from paretune import hardware
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.checkpoint import DTYPE_ALIASES, dtype_of
+from paretune.ops.weights.base import Weight
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure
 
 
@@ -22,6 +23,7 @@ class Precision(Transform):
 
     name: ClassVar[str] = "precision"
     stage: ClassVar[Stage] = Stage.PRECISION
+    per_weight: ClassVar[bool] = True
     dtype: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -41,6 +43,9 @@ class Precision(Transform):
     def notes(self, device: str) -> list[str]:
         support = hardware.dtype_support(device)[self.dtype]
         return [support.reason] if support.emulated else []
+
+    def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
+        return weight.to(dtype_of(self.dtype))
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         return model.to(dtype_of(self.dtype))

@@ -111,6 +111,11 @@ class PackedWeight(Weight):
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
 
+    def _apply(self, fn, recurse=True):
+        # `model.to(bfloat16)` changes what rows and products come out in; packed bytes and scales stay.
+        self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
+        return self
+
     @property
     def format(self) -> str:  # type: ignore[override]
         return self._origin.format
@@ -219,15 +224,28 @@ def pack(weights: Sequence[Weight]) -> Iterator[PackedWeight]:
     memory = _arena(sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes))
     at = 0
     for weight, size in zip(weights, sizes, strict=True):
+        _give_back()
         # Each has a storage of its own, so that bytes can be counted by storage.
         yield PackedWeight(weight, torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=at))
         at += -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
+def _private(n_bytes: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, n_bytes)
+    return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
+
+
+def _give_back() -> None:
+    """Freed tensors of some megabytes stay with the C library, which counts as memory of the process."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _arena(n_bytes: int) -> Any:
     """Memory in huge pages where the system gives them: fewer misses of the address cache when it is streamed."""
     try:
-        memory = mmap.mmap(-1, max(n_bytes, _ALIGNMENT))
+        memory = _private(max(n_bytes, _ALIGNMENT))
     except (OSError, ValueError):
         raise ParetuneError(f"no memory for {n_bytes >> 20} MiB of weights", "Free memory") from None
     if n_bytes >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -12,6 +12,9 @@ from paretune.ops.int8_linear import aten, reference
 from paretune.ops.weights.base import NativeForm, Weight
 
 
+AT_ONCE = 1 << 22  # numbers that are rounded together
+
+
 class Int8Rows(Weight):
     """`W[i] ~ q[i] * scale[i]`, `scale[i] = max |W[i]| / 127`.
 
@@ -50,6 +53,9 @@ class Int8Rows(Weight):
         Raises:
             ParetuneError: the matrix holds NaN or infinity.
         """
+        if values.numel() > AT_ONCE:  # rows are independent, and the steps in between take four times the memory
+            parts = [cls.quantize(part) for part in values.split(max(1, AT_ONCE // values.size(1)))]
+            return cls(torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts]), values.dtype)
         w = values.detach().float()
         if not bool(torch.isfinite(w).all()):
             raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")

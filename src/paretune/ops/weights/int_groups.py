@@ -12,6 +12,7 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.ops.weights.base import NativeForm, Weight
 
 GROUPS = (32, 64, 128)
+AT_ONCE = 1 << 22  # numbers that are rounded together
 
 
 class IntGroups(Weight):
@@ -71,6 +72,14 @@ class IntGroups(Weight):
         n_out, n_in = values.shape
         if n_in % group:
             raise UsageError(f"groups of {group} do not divide a layer of {n_in} inputs", "Choose a smaller --group")
+        if values.numel() > AT_ONCE:  # rows are independent, and the steps in between take many times the memory
+            parts = [
+                cls.quantize(part, bits, group, minimum=minimum, activation_bits=activation_bits)
+                for part in values.split(max(1, AT_ONCE // n_in))
+            ]
+            low = torch.cat([p.minimum for p in parts if p.minimum is not None]) if minimum else None
+            q, scale = torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
+            return cls(q, scale, low, values.dtype, activation_bits)
         w = values.detach().float()
         if not bool(torch.isfinite(w).all()):
             raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
