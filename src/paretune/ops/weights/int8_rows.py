@@ -11,7 +11,6 @@ from paretune.errors import ParetuneError
 from paretune.ops.int8_linear import aten, reference
 from paretune.ops.weights.base import NativeForm, Weight
 
-
 AT_ONCE = 1 << 22  # numbers that are rounded together
 
 
