@@ -248,7 +248,7 @@ def test_engines_that_are_usage_errors(given, device, words):
 
 
 def test_the_time_is_a_share_of_the_budget_and_at_least_enough():
-    assert peers.timing_sec(Goal(budget_sec=60, engines=(ENGINE,))) == 30
+    assert peers.timing_sec(Goal(budget_sec=60, engines=(ENGINE,))) == 40
     assert peers.timing_sec(Goal(budget_sec=600, engines=(ENGINE,))) == 90
     assert peers.timing_sec(Goal(budget_sec=60, engines="llama.cpp,openvino")) == 90
     assert "on top of the budget" in peers.announcement(Goal(engines=(ENGINE,)))

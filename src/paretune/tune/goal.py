@@ -92,7 +92,7 @@ class Goal:
     def _read_engines(self) -> tuple[str, ...]:
         """By their full names, each once; `paretune` itself adds nothing."""
         given: str | tuple[str, ...] = self.engines
-        if given == ():
+        if not given and not isinstance(given, str):  # an empty text was typed: a mistake
             return ()
         text = given if isinstance(given, str) else ",".join(given)
         for part in text.split(","):
