@@ -68,9 +68,10 @@ def tune(monkeypatch, tmp_path):
     """`tune(bench, **goal) -> result`: a search on a machine made up, its peers measured by `bench`."""
     name = only(monkeypatch, INT8)[INT8]
 
-    def call(bench, folder=tmp_path / "plan", wins=True, resume=False, **goal):
+    def call(bench, folder=tmp_path / "plan", wins=True, resume=False, gone=None, **goal):
         install(monkeypatch, Machine(cost={name: 0.005 if wins else 0.01}, weights={name: 9 * MB}))
         monkeypatch.setattr(measure, "bench", bench)
+        monkeypatch.setattr(peers, "missing", lambda goal: gone or {})
         monkeypatch.setattr("paretune.report.html.write_report", lambda result, path: path.write_text("-", "utf-8"))
         options = {"budget_sec": 300.0, "engines": (ENGINE,), **goal}
         return run("pocket", Goal(**options), folder, resume=resume)
@@ -143,6 +144,17 @@ def test_a_peer_that_cannot_be_measured_is_a_row_with_its_cause(tune):
     assert "onnxruntime:int8 was not compared: onnxruntime is not installed." in result["verdict"]
     page = render_report(result)
     assert "onnxruntime is not installed" in page and "failed" in page
+
+
+def test_where_no_peer_is_installed_nothing_is_started(tune, monkeypatch, tmp_path):
+    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path / "cache"))
+    gone = peers.missing(Goal(engines=(ENGINE,)))
+    assert "not installed" in gone[ENGINE] and "paretune peers install llama.cpp" in gone[ENGINE]
+    assert "\n" not in gone[ENGINE] and peers.missing(Goal()) == {}
+    result = tune(FakeBench(error=AssertionError("bench was called")), gone=gone)
+    assert result["peers"][0]["status"] == "failed" and result["peers"][0]["cause"] == gone[ENGINE]
+    assert "llama.cpp:Q8_0 was not compared: llama.cpp is not installed" in said(result)
+    assert "Nothing was measured beside other engines" in render_report(result)
 
 
 def test_nothing_won_and_a_peer_is_faster(tune):

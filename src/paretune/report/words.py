@@ -255,6 +255,8 @@ _UNITS = {"tpot": "an output token", "ttft": "the first token", "throughput": "a
 def peers_sentences(result: Result) -> list[str]:
     """How the other engines were compared, and what that does not say."""
     measured, limit = result.get("peers_measured") or {}, number(dig(result, "goal", "max_ppl_increase"))
+    if number(measured.get("reference_sec")) is None:
+        return ["Nothing was measured beside other engines; the table says why."]
     out = [
         "After the search, the plan's recipe, the baseline and each engine were timed again side by side in random "
         "order, in fresh processes on the same prompts. Times are for "

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from paretune import clock
 from paretune.errors import ParetuneError
 from paretune.measure import bench as measure
+from paretune.measure.peers import envs
 from paretune.measure.peers.catalogue import engines_of
 from paretune.tune.race import BASELINE
 from paretune.tune.search import baseline_recipe
@@ -51,6 +52,17 @@ def announcement(goal: Goal) -> str:
     if goal.in_bytes:
         said += f"; peers are compared in {_KINDS['tpot']} only, not in {goal.objective}"
     return said
+
+
+def missing(goal: Goal) -> dict[str, str]:
+    """Causes by name of the engines that cannot even be started here."""
+    causes = {}
+    for engine in engines_of(",".join(goal.engines))[1] if goal.engines else ():
+        try:
+            envs.command(engine.peer)
+        except ParetuneError as error:
+            causes[engine.name] = str(error)
+    return causes
 
 
 def chosen(out: Outcome) -> tuple[str, Recipe]:
@@ -93,6 +105,9 @@ def compare(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     known = journal.find("peers", reference=recipe.hash)
     if known and all(row["status"] == "measured" for row in known["rows"]):
         return {"rows": known["rows"], "measured": known["measured"]}
+    if len(gone := missing(goal)) == len(engines):  # nothing to start the others for
+        return {"rows": [_row({"config": e.name, "status": "failed", "cause": gone[e.name]}, kind) for e in engines],
+                "measured": about}  # fmt: skip
     say(f"comparing {recipe.name} with {', '.join(goal.engines)}: {announcement(goal)}")
     configs = [(name, recipe)] + ([(BASELINE, baseline_recipe(out))] if name != BASELINE else [])
     started = clock.now()

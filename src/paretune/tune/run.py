@@ -55,6 +55,8 @@ def run(
         ensure_folder(folder)
 
     search = Search(model, goal, folder, text=text, resume=resume, say=say, prepare=prepare)
+    for name, cause in peers.missing(goal).items():
+        say(f"{name} will not be compared: {cause}")
     try:
         out = search.run()
         say("writing the report")
