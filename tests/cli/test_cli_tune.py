@@ -72,6 +72,14 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     assert out.count("cannot run here") == 72 and "needs a C++ compiler" in out
 
 
+def test_dry_run_announces_the_peers_and_their_time(tune):
+    code, out, err = tune("pocket", "--dry-run", "--engine", "paretune,llama.cpp:q8_0", "--objective", "size")
+    assert code == 0 and not err
+    assert "engine llama.cpp:Q8_0: " in out and "45 s of timing on top of the budget" in out
+    assert "time per output token only, not in size" in out
+    assert "engine" not in tune("pocket", "--dry-run")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -91,6 +99,11 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
         (["--device", "tpu"], ["tpu"]),
         (["--bogus"], ["--bogus"]),
         (["--text", "absent.txt"], ["absent.txt"]),
+        (["--engine", "lama.cpp"], ["unknown engine 'lama.cpp'", "'llama.cpp'?"]),
+        (["--engine", "llama.cpp:Q9"], ["'Q9'", "llama.cpp:Q8_0"]),
+        (["--engine", "paretune:int8"], ["'paretune:int8'", "searched"]),
+        (["--engine", ""], ["--engine is empty"]),
+        (["--engine", "openvino", "--device", "cuda"], ["on the CPU", "--device cpu"]),
     ],
     ids=lambda v: "".join(v) if isinstance(v, list) else None,
 )

@@ -24,6 +24,13 @@ def tune(
         Path | None, typer.Option(help="UTF-8 text for quality; default: the project's own pieces.")
     ] = None,
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="Folder of the plan.")] = Path("plan"),
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Peers that the winner is compared with at the end, with or without a format: "
+            "llama.cpp:Q8_0,onnxruntime:int8. See `paretune peers ls`. [default: none]"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; default: physical cores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, block order and windows.")] = 0,
@@ -47,6 +54,7 @@ def tune(
         device=device,
         threads=threads,
         seed=seed,
+        engines=() if engine is None else engine,  # type: ignore[arg-type]
     )
     if dry_run:
         _show_space(model, goal)
@@ -86,6 +94,14 @@ def _show_space(model: str, goal: Any) -> None:
         print(f"  {candidate.recipe.name}")
     for name, reason in space.illegal:
         print(f"  cannot run here: {name}: {reason}")
+    if goal.engines:
+        from paretune.measure.peers.catalogue import peer_of
+        from paretune.measure.peers.envs import state
+        from paretune.tune import peers
+
+        for name in goal.engines:
+            print(f"engine {name}: {state(peer_of(name.partition(':')[0]))}")
+        print(f"After the search, the winner beside the engines: {peers.announcement(goal)}.")
     print(f"Nothing was measured. Budget of a real run: {goal.budget_sec:.0f} s and about 20 s around it.")
 
 
@@ -112,7 +128,7 @@ def _raise_for(result: dict[str, Any]) -> None:
     """The exit code of an outcome; what was found is written already."""
     from paretune.errors import NoRecipeError, TooNoisyError
 
-    if result["outcome"] == "interrupted":
+    if result["outcome"] == "interrupted" or (result.get("peers_measured") or {}).get("interrupted"):
         raise KeyboardInterrupt
     if result["outcome"] == "none":
         wanted = result["goal"].get("min_speedup")

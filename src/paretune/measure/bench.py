@@ -112,6 +112,7 @@ def bench(
     sample_log: Path | None = None,
     folders: Mapping[str, Path] | None = None,
     engines: Sequence[Engine] = (),
+    loading_counts: bool = True,
 ) -> dict[str, Any]:
     """Measures every configuration against the baseline on every cell of the grid.
 
@@ -126,6 +127,7 @@ def bench(
         sample_log: a JSON line for every sample, written the moment it is taken.
         folders: the checkpoint of a configuration where it is not `folder` (a plan's converted one).
         engines: peers that are measured beside the configurations, on the checkpoint of `folder`.
+        loading_counts: whether `budget_sec` also holds loading, converting and checking; else they come on top.
 
     Returns:
         strict JSON: the head of a result file, `rows`, `aa`, `samples`, `ceilings`, `definitions`, `too_noisy`.
@@ -170,6 +172,7 @@ def bench(
         say=say,
         ceilings=ceilings,
         deadline=None if budget_sec is None else clock.now() + budget_sec,
+        loading_counts=loading_counts,
     )
     with _log(sample_log) as log:
         run.log = log
@@ -238,6 +241,7 @@ class _Run:
     say: Callable[[str], None]
     ceilings: hardware.Ceilings
     deadline: float | None
+    loading_counts: bool = True
     log: IO[str] | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     aa: list[dict[str, Any]] = field(default_factory=list)
@@ -283,12 +287,15 @@ class _Run:
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="paretune-bench-")))
             processes: dict[str, TrialProcess] = {}
+            started = clock.now()
             for i, trial in enumerate(trials.values()):
                 self.say(f"{cell.title}: loading {trial.name}")
                 try:
                     processes[trial.name] = self._load(stack, cell, index, trial, scratch / f"{i}.log")
                 except SubjectError as error:
                     trial.cause, trial.is_invalid = str(error), error.kind == INVALID
+            if until is not None and self.deadline is not None and not self.loading_counts:
+                until, self.deadline = (t + clock.now() - started for t in (until, self.deadline))
             for k, kind in enumerate(self.kinds):
                 left = None if until is None else max(0.0, until - clock.now()) / (len(self.kinds) - k)
                 self._pass(cell, g, kind, processes, trials, None if left is None else clock.now() + left)

@@ -16,11 +16,13 @@ from paretune import files
 from paretune.report import plots, words
 from paretune.report.tables import (
     DEFINITIONS,
+    PEER_COLUMNS,
     TRIAL_COLUMNS,
     Column,
     Row,
     columns_of,
     definitions_of,
+    peer_rows,
     trial_rows,
 )
 from paretune.report.units import (
@@ -197,6 +199,7 @@ def _context(result: words.Result) -> dict[str, Any]:
     """All that the template prints, already in words."""
     rows = trial_rows(result)
     late = [r for r in rows if r["status"] == "not_reached"]
+    peers = peer_rows(result)
     fold = len(late) > _MAX_LATE
     shown = [r for r in rows if not (fold and r["status"] == "not_reached")]
     model = dict(result.get("model") or {})
@@ -222,6 +225,8 @@ def _context(result: words.Result) -> dict[str, Any]:
         "table_note": _CONFIRMED_NOTE if dig(result, "confirmation", "speedup") else "",
         "grid": _trial_grid(shown),
         "late": {**_trial_grid(late), "definitions": {}} if fold else None,
+        "peers": _grid(peers, PEER_COLUMNS) if peers else None,
+        "peers_text": words.peers_sentences(result) if peers else [],
         "why": _why(result),
         "latency": _markup(plots.latency_bars(result)),
         "latency_caption": _LATENCY_CAPTION,

@@ -34,6 +34,7 @@ from paretune.report.units import (
 __all__ = [
     "DEFINITIONS",
     "NOT_MEASURED",
+    "PEER_COLUMNS",
     "SHORT_COLUMNS",
     "TRIAL_COLUMNS",
     "Column",
@@ -51,6 +52,7 @@ __all__ = [
     "format_sec",
     "format_value",
     "number",
+    "peer_rows",
     "plain",
     "to_csv",
     "to_markdown",
@@ -268,6 +270,62 @@ SHORT_COLUMNS: tuple[Column, ...] = (
     *(c for c in TRIAL_COLUMNS if c.key in ("name", "judgement", "speedup", "tpot_sec")),
     Column("ppl_increase_upper", "Loss at most", term="Quality loss"),
     TRIAL_COLUMNS[-1],
+)
+
+
+# --- the peers of `tune` ----------------------------------------------------------------------------------
+
+
+def peer_rows(result: Mapping[str, Any]) -> list[Row]:
+    """What the plan runs, the baseline, then one row a peer; none where no peer was asked for."""
+    measured, peers = result.get("peers_measured") or {}, result.get("peers") or []
+    if not peers:
+        return []
+    ours, base = number(measured.get("reference_sec")), number(measured.get("baseline_sec"))
+    rows: list[Row] = [
+        {"engine": f"{plain(measured.get('reference'))} (ours)", "judgement": "the plan", "seconds": ours, "cause": ""}
+    ]
+    if base is not None and base != ours:
+        rows.append({"engine": "baseline (ours)", "judgement": "-", "seconds": base, "cause": ""})
+        rows[-1]["ratio"] = base / ours if ours else None
+    for peer in peers:
+        ratio, agreement = peer.get("ratio") or {}, peer.get("agreement") or {}
+        status = "not reached" if peer.get("status") == "not_reached" else plain(peer.get("status"))
+        rows.append(
+            {
+                "engine": plain(peer.get("engine")),
+                "version": peer.get("version"),
+                "judgement": _STATUS_WORDS.get(str(peer.get("verdict")), status),
+                "seconds": number(peer.get("seconds")),
+                **{f"ratio{end}": number(ratio.get(key)) for end, key in _ENDS},
+                "top1_share": number(agreement.get("top1_share")),
+                "logits_rel_rms": number(agreement.get("logits_rel_rms")),
+                "cause": plain(peer.get("cause") or ""),
+            }
+        )
+    return rows
+
+
+_ENDS = (("", "value"), ("_low", "low"), ("_high", "high"))
+
+
+def _share_cell(key: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row.get(key) is None else format_percent(row[key])
+
+
+def _peer_ratio_cell(row: Row) -> str:
+    return "-" if row.get("ratio") is None else format_ratio(*(row.get(f"ratio{end}") for end, _ in _ENDS))
+
+
+PEER_COLUMNS: tuple[Column, ...] = (
+    Column("engine", "Engine", numeric=False),
+    Column("judgement", "Against the plan", numeric=False),
+    Column("ratio", "Plan's speed over it", _peer_ratio_cell),
+    Column("seconds", "Time", lambda row: "-" if row.get("seconds") is None else format_sec(row["seconds"])),
+    Column("top1_share", "Same top token", _share_cell("top1_share")),
+    Column("logits_rel_rms", "Logit error", _share_cell("logits_rel_rms")),
+    Column("version", "Version", lambda row: plain(row.get("version") or "-"), numeric=False),
+    Column("cause", "Cause", lambda row: row.get("cause") or "-", numeric=False),
 )
 
 

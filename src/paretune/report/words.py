@@ -84,6 +84,10 @@ def top_of(result: Result) -> dict[str, Any]:
             "warn",
             said[0] if said else "The outcome was not recorded.",
         )
+    if any(peer.get("verdict") == "faster" for peer in result.get("peers") or []):
+        badge, tone = f"{badge}; another engine is faster", "warn"
+        if outcome == "baseline":
+            headline = "None of our recipes beat the baseline beyond noise: keep it."
     seen = {headline.strip(". ").lower()}
     sentences = []
     for sentence in said:
@@ -243,6 +247,31 @@ def _confirmation_sentence(result: Result) -> str:
     sentence += "; the numbers on top are from there"
     note = plain(confirmation.get("note") or "").rstrip(".")
     return f"{sentence}. {note}." if note else f"{sentence}."
+
+
+_UNITS = {"tpot": "an output token", "ttft": "the first token", "throughput": "an output token of the whole batch"}
+
+
+def peers_sentences(result: Result) -> list[str]:
+    """How the other engines were compared, and what that does not say."""
+    measured, limit = result.get("peers_measured") or {}, number(dig(result, "goal", "max_ppl_increase"))
+    if number(measured.get("reference_sec")) is None:
+        return ["Nothing was measured beside other engines; the table says why."]
+    out = [
+        "After the search, the plan's recipe, the baseline and each engine were timed again side by side in random "
+        "order, in fresh processes on the same prompts. Times are for "
+        f"{_UNITS.get(str(measured.get('kind')), 'a unit of work')}; above 1.00x the plan is faster."
+    ]
+    half = number(measured.get("aa_half_width"))
+    if half is not None:
+        out.append(f"The plan's recipe timed against itself there differed by up to {format_percent(half)}.")
+    bound = "the perplexity bound" if limit is None else f"the perplexity bound of {format_percent(limit)}"
+    out.append(
+        f"An engine has to agree with our fp32 on random tokens before it is timed; it was not held to {bound}. "
+        "Same top token: positions at which its most likely token is ours. Logit error: root mean square of the "
+        "difference of its logits from ours / that of ours."
+    )
+    return out
 
 
 def space_sentence(result: Result) -> str:

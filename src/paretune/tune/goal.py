@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from paretune.errors import UsageError
+from paretune.measure.peers.catalogue import OURS, engines_of
 
 OBJECTIVES = ("tpot", "ttft", "throughput", "memory", "size")
 Objective = Literal["tpot", "ttft", "throughput", "memory", "size"]
@@ -59,6 +60,7 @@ class Goal:
         min_speedup: what the winner has to reach at least; None asks for nothing.
         budget_sec: for the search and the confirmation, once the machine is measured and the baseline runs.
         input_len, output_len, batch_size: the request that is made fast.
+        engines: peers that the winner is compared with, `llama.cpp:Q8_0`; a text is split at its commas.
     """
 
     objective: Objective = "tpot"
@@ -71,6 +73,7 @@ class Goal:
     device: str = "cpu"
     threads: int | None = None
     seed: int = 0
+    engines: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -84,6 +87,22 @@ class Goal:
             raise UsageError(f"--max-ppl-increase is {self.max_ppl_increase}", "It has to be 0 or more")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}", "It has to be 1 or more")
+        object.__setattr__(self, "engines", self._read_engines())
+
+    def _read_engines(self) -> tuple[str, ...]:
+        """By their full names, each once; `paretune` itself adds nothing."""
+        given: str | tuple[str, ...] = self.engines
+        if not given and not isinstance(given, str):  # an empty text was typed: a mistake
+            return ()
+        text = given if isinstance(given, str) else ",".join(given)
+        for part in text.split(","):
+            if part.strip().startswith(f"{OURS}:"):
+                raise UsageError(f"{part.strip()!r}: the formats of {OURS} are what is searched", f"Write {OURS}")
+        names = tuple(engine.name for engine in engines_of(text)[1])
+        if names and self.device != "cpu":
+            cure = "Leave --engine out, or --device cpu"
+            raise UsageError(f"peers are measured on the CPU, not on {self.device!r}", cure)
+        return names
 
     @property
     def sample_kind(self) -> str:
@@ -95,4 +114,4 @@ class Goal:
         return self.objective in ("memory", "size")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "engines": list(self.engines)}

@@ -42,7 +42,8 @@ class Journal:
         plain = json.loads(json.dumps(key))
         if self.events and self.events[0].get("key") != plain:
             raise UsageError(
-                f"{folder} holds another run (its model, goal or version differ)", "Use the same flags, or --force"
+                f"{folder} holds another run (its model, goal, engines or version differ)",
+                "Use the same flags, or --force",
             )
         # What an earlier run has used of the budget.
         self.used_sec = max((line.get("elapsed_sec", 0.0) for line in (*self.events, *sample_lines)), default=0.0)
@@ -69,6 +70,10 @@ class Journal:
     def start_clock(self) -> None:
         """From here on the budget is used up: the limits of the machine and the baseline are its precondition."""
         self._started = clock.now()
+
+    def stop_clock(self) -> None:
+        """What follows is not of the budget."""
+        self.used_sec, self._started = self.elapsed_sec, None
 
     def record(self, event: str, **data: Any) -> dict[str, Any]:
         """Appends an event."""

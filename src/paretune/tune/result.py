@@ -19,6 +19,7 @@ from paretune.measure import roofline
 from paretune.measure.environment import header
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
+from paretune.tune import peers
 from paretune.tune.plan import PLAN_FILE, SCHEMA_VERSION
 from paretune.tune.race import BASELINE, TWIN, TrialState
 from paretune.tune.search import Outcome, baseline_recipe
@@ -82,6 +83,8 @@ def result_of(out: Outcome) -> dict[str, Any]:
         "confirmation": out.confirmation,
         "n_repeated_slices": blocks.n_repeated,
         "samples_file": "samples.jsonl",
+        "peers": out.peers["rows"] if out.peers else [],
+        "peers_measured": out.peers["measured"] if out.peers else None,
     }
     result["again"] = result["command"]
     result["verdict"] = sentences(out, result)
@@ -236,7 +239,7 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
             )
     if out.kind == "none":
         said.append(f"No recipe reaches the asked speed-up of {goal.min_speedup:g} within the quality bound.")
-    return said + out.notes
+    return said + out.notes + peers.sentences(goal, out.peers)
 
 
 def _other_phase(out: Outcome, winner: TrialState, base: TrialState) -> list[str]:
@@ -269,8 +272,12 @@ def result_speed(out: Outcome, id: str) -> dict[str, Any]:
     return _interval(out.race.measured().ratio(BASELINE, id))
 
 
-def write(out: Outcome, folder: Path, again: str = "") -> dict[str, Any]:
-    """Writes `plan.json`, `trials.jsonl`, `report.html` and `report.json`, each whole or not at all."""
+def write(out: Outcome, folder: Path, again: str = "", is_stored: bool = False) -> dict[str, Any]:
+    """Writes `plan.json`, `trials.jsonl`, `report.html` and `report.json`, each whole or not at all.
+
+    Args:
+        is_stored: the converted model lies there already, from a moment ago.
+    """
     from paretune.report.html import write_report  # matplotlib and jinja2 only when a report is written
 
     ensure_folder(folder)
@@ -281,7 +288,10 @@ def write(out: Outcome, folder: Path, again: str = "") -> dict[str, Any]:
     recipe = chosen.recipe if chosen else baseline_recipe(out)
     if out.goal.threads and not recipe.engine.threads:  # the plan runs as it was measured
         recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, threads=out.goal.threads))
-    inside = _store_checkpoint(out, chosen, recipe, folder)
+    if is_stored:
+        inside = "model" if (folder / "model").is_dir() else None
+    else:
+        inside = _store_checkpoint(out, chosen, recipe, folder)
     write_text(folder / "trials.jsonl", "".join(json.dumps(t, allow_nan=False) + "\n" for t in result["trials"]))
     write_json(folder / "report.json", result)
     write_report(result, folder / "report.html")

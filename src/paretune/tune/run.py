@@ -9,13 +9,15 @@ from typing import Any
 
 from paretune.errors import UsageError
 from paretune.files import ensure_folder, write_error
+from paretune.tune import peers
 from paretune.tune import result as results
 from paretune.tune.goal import Goal
 from paretune.tune.journal import EVENTS, SAMPLES
 from paretune.tune.plan import PLAN_FILE
 from paretune.tune.search import Search
 
-OURS = (EVENTS, SAMPLES, "trials.jsonl", PLAN_FILE, "report.json", "report.html", "logs", "scores", "model")
+REPORTS = ("trials.jsonl", PLAN_FILE, "report.json", "report.html")
+OURS = (EVENTS, SAMPLES, *REPORTS, peers.SAMPLES, "logs", "scores", "model")
 
 
 def run(
@@ -53,10 +55,18 @@ def run(
         ensure_folder(folder)
 
     search = Search(model, goal, folder, text=text, resume=resume, say=say, prepare=prepare)
+    for name, cause in peers.missing(goal).items():
+        say(f"{name} will not be compared: {cause}")
     try:
         out = search.run()
         say("writing the report")
-        return results.write(out, folder)
+        if not goal.engines:
+            return results.write(out, folder)
+        search.journal.stop_clock()
+        results.write(out, folder)  # whatever happens beside the peers, there is a plan
+        out.peers = peers.compare(out, folder, say)
+        say("writing the report again, with the peers")
+        return results.write(out, folder, is_stored=True)
     finally:
         search.journal.close()
 

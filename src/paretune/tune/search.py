@@ -68,6 +68,7 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)  # won the finals and did not hold
     too_noisy: bool = False
+    peers: dict[str, Any] | None = None  # of `peers.compare`
 
     @property
     def resolution(self) -> float:

@@ -1,0 +1,288 @@
+"""Other engines beside the winner: what is asked of `bench`, what is said of its answer, and that the plan survives."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from fake_race import MB, Machine, install, only
+
+from paretune import clock
+from paretune.errors import ParetuneError, UsageError
+from paretune.measure import bench as measure
+from paretune.measure.bench import _Run
+from paretune.report.html import render_report
+from paretune.tune import peers
+from paretune.tune.goal import Goal
+from paretune.tune.plan import read_plan
+from paretune.tune.run import run
+
+INT8 = ("sdpa", None, "int8", "eager", None)
+ENGINE = "llama.cpp:Q8_0"
+AGREEMENT = {
+    "agreement_top1_share": 0.981,
+    "agreement_top1_share_beyond_ties": 1.0,
+    "agreement_logits_rel_rms": 0.0123,
+    "agreement_greedy_same": 64,
+    "agreement_greedy_n": 64,
+    "agreement_n_positions": 256,
+}
+
+
+class FakeBench:
+    """Stands in for `bench`: ratios over the winner by name of the engine, or a cause, or an error for all."""
+
+    def __init__(self, speed=None, causes=None, error=None, our_cause="", noisy=False):
+        self.speed, self.causes, self.error = speed or {}, causes or {}, error
+        self.our_cause, self.noisy, self.calls = our_cause, noisy, []
+
+    def __call__(self, folder, configs, **options):
+        self.calls.append({"folder": folder, "configs": configs, **options})
+        if self.error:
+            raise self.error
+        phase = peers._PHASES[options["kinds"][0]]
+        rows = []
+        for i, (name, _) in enumerate(configs):
+            cause = self.our_cause if i == 0 else ""
+            role = "baseline" if i == 0 else ""
+            rows.append({"config": name, "role": role, "cause": cause, "status": "failed" if cause else "measured",
+                         "tpot_sec": 0.004 * (i + 1), "notes": []})  # fmt: skip
+        rows.append({**rows[0], "config": f"{configs[0][0]} again", "role": "twin"})
+        for engine in options["engines"]:
+            row = {"config": engine.name, "role": "peer", "status": "measured", "cause": "", "notes": [],
+                   "engine_version": "1.2", "rss_peak_bytes": 5 * MB, "tpot_sec": 0.002, **AGREEMENT}  # fmt: skip
+            if engine.name in self.causes:
+                row |= {"status": "failed", "cause": self.causes[engine.name], "tpot_sec": None}
+                row |= dict.fromkeys(AGREEMENT)
+            elif not self.our_cause:
+                value, low, high, verdict = self.speed[engine.name]
+                row |= {f"{phase}_speedup": value, f"{phase}_speedup_low": low, f"{phase}_speedup_high": high}
+                row[f"{phase}_verdict"] = verdict
+            rows.append(row)
+        aa = [{"half_width": 0.4 if self.noisy else 0.013}]
+        return {"rows": rows, "aa": aa, "too_noisy": self.noisy}
+
+
+@pytest.fixture
+def tune(monkeypatch, tmp_path):
+    """`tune(bench, **goal) -> result`: a search on a machine made up, its peers measured by `bench`."""
+    name = only(monkeypatch, INT8)[INT8]
+
+    def call(bench, folder=tmp_path / "plan", wins=True, resume=False, gone=None, **goal):
+        install(monkeypatch, Machine(cost={name: 0.005 if wins else 0.01}, weights={name: 9 * MB}))
+        monkeypatch.setattr(measure, "bench", bench)
+        monkeypatch.setattr(peers, "missing", lambda goal: gone or {})
+        monkeypatch.setattr("paretune.report.html.write_report", lambda result, path: path.write_text("-", "utf-8"))
+        options = {"budget_sec": 300.0, "engines": (ENGINE,), **goal}
+        return run("pocket", Goal(**options), folder, resume=resume)
+
+    call.winner = name
+    return call
+
+
+def said(result):
+    return " ".join(result["verdict"])
+
+
+def test_what_is_asked_of_bench_and_the_shape_of_the_answer(tune, tmp_path):
+    bench = FakeBench({ENGINE: (0.5, 0.4, 0.625, "slower")})
+    result = tune(bench, threads=2, input_len=64, output_len=16)
+    (call,) = bench.calls
+    assert [(n, r.name) for n, r in call["configs"]] == [("winner", tune.winner), ("baseline", "sdpa, eager")]
+    assert call["baseline"] == "winner" and call["kinds"] == ("tpot",) and call["budget_sec"] == 45.0
+    assert call["input_lens"] == (64,) and call["output_lens"] == (16,) and call["batch_sizes"] == (1,)
+    assert call["threads"] == 2 and call["device"] == "cpu" and not call["loading_counts"]
+    assert [e.name for e in call["engines"]] == [ENGINE]
+    written = json.loads((tmp_path / "plan" / "report.json").read_text("utf-8"))
+    assert written["peers"] == result["peers"] and written["goal"]["engines"] == [ENGINE]
+    (row,) = written["peers"]
+    assert row["engine"] == ENGINE and row["format"] == "Q8_0" and row["cause"] is None
+    assert row["ratio"] == pytest.approx({"value": 2.0, "low": 1.6, "high": 2.5}) and row["verdict"] == "slower"
+    assert row["agreement"]["logits_rel_rms"] == 0.0123 and row["agreement"]["greedy_n"] == 64
+    measured = written["peers_measured"]
+    assert measured["reference"] == tune.winner and measured["aa_half_width"] == 0.013
+    assert measured["reference_sec"] == 0.004 and measured["baseline_sec"] == 0.008
+    plan = read_plan(tmp_path / "plan")
+    assert plan.recipe.name == f"{tune.winner} x2" and plan.data["verdict"] == result["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("speed", "words"),
+    [
+        (
+            (1.25, 1.2, 1.3, "faster"),
+            ["llama.cpp:Q8_0 won: ", "1.25 times as fast", "1.20 to 1.30", "format Q8_0", "logit error of 1.23%",
+             "98.1%", "not to your perplexity bound of 1 %", "A plan cannot run llama.cpp: this plan runs the best of"],
+        ),
+        ((0.5, 0.4, 0.625, "slower"), ["llama.cpp:Q8_0 is slower: ", "2.00 times as fast", "1.60 to 2.50"]),
+        ((1.0, 0.99, 1.01, "indistinguishable"), ["no difference beyond noise", "1.00 times", "0.99 to 1.01"]),
+        ((1.1, 0.9, 1.3, "undecided"), ["is undecided", "1.10 times as fast", "0.90 to 1.30"]),
+        ((1.1, None, None, "undecided"), ["is undecided", "too few samples for an interval"]),
+    ],
+    ids=lambda v: str(v[3]) if isinstance(v, tuple) else "",
+)  # fmt: skip
+def test_each_verdict_has_its_sentence(tune, speed, words):
+    result = tune(FakeBench({ENGINE: speed}))
+    for word in words:
+        assert word in said(result), said(result)
+    assert "perplexity bound of 1 %" in said(result)
+    assert ("won: " in said(result)) == (speed[3] == "faster")
+    page = render_report(result)
+    assert "Beside other engines" in page and ENGINE in page
+    assert ("another engine is faster" in page) == (speed[3] == "faster")
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_peer_that_cannot_be_measured_is_a_row_with_its_cause(tune):
+    other = "onnxruntime:int8"
+    bench = FakeBench({ENGINE: (0.5, 0.4, 0.6, "slower")}, {other: "onnxruntime is not installed"})
+    result = tune(bench, engines=f"{ENGINE},{other}")
+    first, second = result["peers"]
+    assert first["verdict"] == "slower"
+    assert second == second | {"status": "failed", "cause": "onnxruntime is not installed", "verdict": None,
+                               "ratio": None, "agreement": None}  # fmt: skip
+    assert "onnxruntime:int8 was not compared: onnxruntime is not installed." in result["verdict"]
+    page = render_report(result)
+    assert "onnxruntime is not installed" in page and "failed" in page
+
+
+def test_where_no_peer_is_installed_nothing_is_started(tune, monkeypatch, tmp_path):
+    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path / "cache"))
+    gone = peers.missing(Goal(engines=(ENGINE,)))
+    assert "not installed" in gone[ENGINE] and "paretune peers install llama.cpp" in gone[ENGINE]
+    assert "\n" not in gone[ENGINE] and peers.missing(Goal()) == {}
+    result = tune(FakeBench(error=AssertionError("bench was called")), gone=gone)
+    assert result["peers"][0]["status"] == "failed" and result["peers"][0]["cause"] == gone[ENGINE]
+    assert "llama.cpp:Q8_0 was not compared: llama.cpp is not installed" in said(result)
+    assert "Nothing was measured beside other engines" in render_report(result)
+
+
+def test_nothing_won_and_a_peer_is_faster(tune):
+    bench = FakeBench({ENGINE: (1.5, 1.4, 1.6, "faster")})
+    result = tune(bench, wins=False)
+    assert result["outcome"] == "baseline"
+    assert [n for n, _ in bench.calls[0]["configs"]] == ["baseline"]
+    assert "won: " in said(result) and "best of our own recipes, sdpa, eager" in said(result)
+    page = render_report(result)
+    assert "None of our recipes beat the baseline" in page and "Keep the baseline; another engine is faster" in page
+
+
+@pytest.mark.parametrize("objective", ["memory", "size"])
+def test_objectives_in_bytes_say_that_peers_are_compared_in_time_only(tune, objective):
+    bench = FakeBench({ENGINE: (0.5, 0.4, 0.6, "slower")})
+    result = tune(bench, objective=objective)
+    assert bench.calls[0]["kinds"] == ("tpot",)
+    assert f"compared in time per output token only, not in {objective}." in said(result)
+    assert "output token only" in peers.announcement(Goal(objective=objective, engines=(ENGINE,)))
+
+
+@pytest.mark.parametrize(
+    ("bench", "cause"),
+    [
+        (FakeBench(error=ParetuneError("the disk is full", "Free some")), "the comparison failed: the disk is full"),
+        (FakeBench(our_cause="it was killed"), "failed beside it: it was killed"),
+    ],
+)
+def test_a_comparison_that_fails_keeps_the_plan(tune, tmp_path, bench, cause):
+    result = tune(bench)
+    assert result["outcome"] == "winner" and cause in result["peers"][0]["cause"]
+    assert result["peers"][0]["verdict"] is None
+    assert read_plan(tmp_path / "plan").recipe.name == tune.winner
+
+
+def test_ctrl_c_during_the_comparison_keeps_the_plan(tune, tmp_path):
+    folder = tmp_path / "plan"
+
+    def bench(*_, **__):
+        assert read_plan(folder).recipe.name == tune.winner, "the plan is there before the peers are measured"
+        raise KeyboardInterrupt
+
+    result = tune(bench)
+    assert result["outcome"] == "winner" and result["peers_measured"]["interrupted"]
+    assert "llama.cpp:Q8_0 was not compared: the comparison was interrupted." in result["verdict"]
+    assert read_plan(folder).recipe.name == tune.winner
+
+    from paretune.cli.tune import _raise_for
+
+    with pytest.raises(KeyboardInterrupt):
+        _raise_for(result)
+
+
+def test_a_noisy_machine_is_told(tune):
+    result = tune(FakeBench({ENGINE: (1.2, 0.8, 1.5, "undecided")}, noisy=True))
+    assert "too noisy while the peers were measured" in said(result)
+
+
+def test_without_engines_nothing_is_measured(tune):
+    result = tune(FakeBench(error=AssertionError("bench was called")), engines=())
+    assert result["peers"] == [] and result["peers_measured"] is None
+    assert "Beside other engines" not in render_report(result)
+
+
+def test_a_resumed_run_has_the_same_engines_and_measures_only_what_is_open(tune, tmp_path):
+    slower = {ENGINE: (0.5, 0.4, 0.6, "slower")}
+    first = tune(FakeBench(slower, {ENGINE: "it is not installed"}))
+    with pytest.raises(UsageError, match="another run"):
+        tune(FakeBench(slower), resume=True, engines=())
+    with pytest.raises(UsageError, match="another run"):
+        tune(FakeBench(slower), resume=True, engines=("openvino:int8",))
+    again = FakeBench(slower)
+    second = tune(again, resume=True, engines=[ENGINE])  # installed since
+    assert len(again.calls) == 1 and second["peers"][0]["verdict"] == "slower"
+    assert second["elapsed_sec"] == pytest.approx(first["elapsed_sec"], abs=0.01), "the comparison is not of the budget"
+    third = tune(FakeBench(error=AssertionError("measured twice")), resume=True)
+    assert third["peers"] == second["peers"] and third["winner_id"] == first["winner_id"]
+
+
+def test_the_engines_of_a_goal():
+    assert Goal().engines == () and Goal().to_json()["engines"] == []
+    assert Goal(engines="paretune").engines == ()
+    assert Goal(engines="paretune, llama.cpp:q8_0,llama.cpp:Q8_0").engines == (ENGINE,)
+    assert Goal(engines=["openvino"]).engines == ("openvino:fp32", "openvino:int8", "openvino:int4")
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "words"),
+    [
+        ("vllama", "cpu", ["unknown engine 'vllama'", "llama.cpp"]),
+        ("llama.cpp:Q9", "cpu", ["no format 'Q9'", "llama.cpp:Q8_0"]),
+        ("paretune:int8", "cpu", ["'paretune:int8'", "searched"]),
+        (" ,", "cpu", ["--engine is empty"]),
+        ("", "cpu", ["--engine is empty"]),
+        (ENGINE, "cuda", ["on the CPU", "'cuda'", "--device cpu"]),
+    ],
+)
+def test_engines_that_are_usage_errors(given, device, words):
+    with pytest.raises(UsageError) as caught:
+        Goal(engines=given, device=device)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_time_is_a_share_of_the_budget_and_at_least_enough():
+    assert peers.timing_sec(Goal(budget_sec=60, engines=(ENGINE,))) == 40
+    assert peers.timing_sec(Goal(budget_sec=600, engines=(ENGINE,))) == 90
+    assert peers.timing_sec(Goal(budget_sec=60, engines="llama.cpp,openvino")) == 90
+    assert "on top of the budget" in peers.announcement(Goal(engines=(ENGINE,)))
+
+
+@pytest.mark.parametrize("loading_counts", [True, False])
+def test_loading_is_or_is_not_of_the_time_of_bench(monkeypatch, loading_counts):
+    """With 30 s of timing and 100 s of loading, the pass has 30 s or nothing."""
+    fake = clock.FakeClock(1000.0)
+    monkeypatch.setattr(clock, "_clock", fake)
+    left = []
+
+    def load(self, *_):
+        fake.now_sec += 50
+        return object()
+
+    monkeypatch.setattr(_Run, "_load", load)
+    monkeypatch.setattr(_Run, "trial_of", lambda self, name: type("T", (), {"name": name, "cause": "-"})())
+    monkeypatch.setattr(_Run, "_pass", lambda self, c, g, k, p, t, until: left.append(until - clock.now()))
+    one = object.__new__(_Run)
+    one.deadline, one.loading_counts, one.kinds = 1030.0, loading_counts, ("tpot",)
+    one.say = lambda line: None
+    one._group(type("C", (), {"title": "-"})(), 0, 0, ["a", "b"], 1030.0)
+    assert left == [0.0 if loading_counts else 30.0]
+    assert one.deadline == (1030.0 if loading_counts else 1130.0)
