@@ -255,7 +255,8 @@ void check_attention(std::int32_t format, int D, int length, int n_queries) {
           format);
     for (int d = 0; d < D; ++d)
       CHECK(std::fabs(out[i][d] / gathered[i].total - exact[d] / total) < 1e-5,
-            "%g for %g, D %d, format %d, query %d of %d", out[i][d] / gathered[i].total, exact[d] / total, D, format, i, n_queries);
+            "%g for %g, D %d, format %d, query %d of %d", out[i][d] / gathered[i].total, exact[d] / total, D, format,
+            i, n_queries);
     // Alone the same bits, and what lies behind its end is not read.
     Keys poisoned = keys;
     poisoned.cache.k = poisoned.k.data(), poisoned.cache.v = poisoned.v.data();
@@ -318,8 +319,8 @@ void check_rows(int C) {
                            : kind == 3 ? v / (1 + std::exp(-1.702 * v))
                            : kind == 4 ? std::max(v, 0.0)
                                        : v / (1 + std::exp(-v));
-      CHECK(std::fabs(out[c] - exact) < 1e-6 * std::max(1.0, std::fabs(v)) + 1e-6, "activation %d of %g: %g for %g", kind,
-            v, out[c], exact);
+      CHECK(std::fabs(out[c] - exact) < 1e-6 * std::max(1.0, std::fabs(v)) + 1e-6,
+            "activation %d of %g: %g for %g", kind, v, out[c], exact);
     }
   }
 }

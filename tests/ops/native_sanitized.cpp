@@ -22,6 +22,11 @@ namespace {
     }                                                                            \
   } while (false)
 
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kOnlyRaces = true;  // ThreadSanitizer is slow: what one thread does alone is left to the others
+#else
+constexpr bool kOnlyRaces = false;
+#endif
 constexpr int kLayers = 2, kVocab = 37, kMaxThreads = 5;
 
 struct Shape {
@@ -235,7 +240,8 @@ void check_pieces(const Model& model, std::int32_t format) {
   const std::vector<float> wanted = logits_of(model, tokens, B, ways.back(), format, 1);
   for (const std::vector<int>& pieces : ways)
     for (int n_threads : {1, 2, 3, kMaxThreads})
-      REQUIRE(are_same(logits_of(model, tokens, B, pieces, format, n_threads), wanted));
+      if (!kOnlyRaces || n_threads == 2 || n_threads == (pieces.size() > 1 ? kMaxThreads : 3))
+        REQUIRE(are_same(logits_of(model, tokens, B, pieces, format, n_threads), wanted));
 }
 
 // Rows of unequal length, padded; `best`; steps that grow and shrink, on one program; threads that slept in between.
@@ -306,22 +312,26 @@ void check_products(const Kind& kind) {
 }  // namespace
 
 int main() {
-  for (const Kind& kind : kKinds) check_products(kind);
+  for (const Kind& kind : kKinds)
+    if (!kOnlyRaces) check_products(kind);
   const std::vector<Kind> all(std::begin(kKinds), std::end(kKinds));
   int seed = 0;
   for (const Shape& shape : kShapes) {
     const Model mixed(shape, all, ++seed);
-    for (std::int32_t format : {kFp32, kBf16, kFp16, kInt8}) {
+    for (std::int32_t format : {kBf16, kInt8, kFp32, kFp16}) {
+      if (kOnlyRaces && format != (shape.n_head % 2 ? kBf16 : kInt8)) continue;
       check_pieces(mixed, format);
       if (shape.window == 0) check_batches(mixed, format, 3);
     }
     check_lives(mixed);
   }
-  for (const Kind& kind : kKinds)
+  for (const Kind& kind : kKinds) {
+    if (kOnlyRaces) break;
     for (int which : {0, 3}) {
       const Model pure(kShapes[which], {kind, kKinds[0]}, ++seed);
       check_pieces(pure, kBf16);
     }
+  }
   std::fprintf(stderr, "%s: done\n", paretune_isa());
   return 0;
 }
