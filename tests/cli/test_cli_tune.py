@@ -58,9 +58,9 @@ def test_dry_run_shows_the_space_and_measures_nothing(tune, tmp_path):
     code, out, err = tune("pocket", "--dry-run", "-o", tmp_path / "plan")
     lines = out.splitlines()
     assert code == 0 and not err
-    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "80 candidates:"
-    names = [line.strip() for line in lines[2:82]]
-    assert len(set(names)) == 80 and "sdpa + bf16 + int8, compile(default)" in names
+    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "98 candidates:"
+    names = [line.strip() for line in lines[2:100]]
+    assert len(set(names)) == 98 and "sdpa + bf16 + int8, compile(default)" in names
     assert "Nothing was measured" in lines[-1] and "300 s" in lines[-1]
     assert not (tmp_path / "plan").exists()
 

@@ -544,3 +544,16 @@ print(packed.isa())
     assert done.returncode == 0, done.stderr
     has_avx2 = {"avx2", "fma"} <= native_build.cpu_info()[1]
     assert done.stdout.strip().split()[0] == (path if has_avx2 else "portable")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ["portable", "avx2"])
+def test_all_of_this_on_slower_paths(path):
+    """Every test of this file on the code of other processors: formats, shapes, caches, bits."""
+    if native_build.cpu_info()[1] >= {"avx512f"} or path == "portable":
+        environment = {**os.environ, "PARETUNE_ISA": path}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", __file__]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout[-4000:]
+    else:
+        pytest.skip("this processor runs the AVX2 path anyway")

@@ -122,12 +122,13 @@ class GPT2(LanguageModel):
         blocks: list[Any] = list(self.h)
         for i, block in enumerate(blocks):
             attn, mlp = block.attn, block.mlp
-            program.linear(attn.c_attn, "x", "qkv", norm=block.ln_1)
+            program.linear(attn.c_attn, "x", "qkv", norm=block.ln_1, part="norm_1+qkv_projection", block=i)
             program.attention("qkv", "mixed", i, attn.attention, attn.spec, c.n_head, c.n_head, c.head_dim)
-            program.linear(attn.c_proj, "mixed", "x", add=True)
-            program.linear(mlp.c_fc, "x", "inner", norm=block.ln_2, activation=c.activation)
-            program.linear(mlp.c_proj, "inner", "x", add=True)
-        program.linear(self.lm_head, "x", LOGITS, norm=self.ln_f, last_only=True)
+            program.linear(attn.c_proj, "mixed", "x", add=True, part="output_projection+residual_1", block=i)
+            part = "norm_2+expansion+activation"
+            program.linear(mlp.c_fc, "x", "inner", norm=block.ln_2, activation=c.activation, part=part, block=i)
+            program.linear(mlp.c_proj, "inner", "x", add=True, part="projection+residual_2", block=i)
+        program.linear(self.lm_head, "x", LOGITS, norm=self.ln_f, last_only=True, part="final_norm+head")
 
     def initialize_(self, generator: torch.Generator) -> None:
         """GPT-2's own initialisation: normal, residual projections scaled by 1/sqrt(2 n_layer)."""

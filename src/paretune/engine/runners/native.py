@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,6 +45,24 @@ def pack_(model: LanguageModel) -> None:
         del weights[old]  # the original is free before the next one is packed
 
 
+@dataclass
+class _Counted:
+    """What the counted steps did, for bytes and FLOP."""
+
+    calls: int = 0
+    rows: int = 0  # tokens
+    head_rows: int = 0  # tokens that went through the head
+    kv_positions: int = 0  # positions read, a sequence's once a step
+    pairs: int = 0  # of a query and a key it sees (a window aside)
+
+    def add(self, lengths: Sequence[int], K: int, head_rows: int) -> None:
+        self.calls += 1
+        self.rows += len(lengths) * K
+        self.head_rows += head_rows
+        self.kv_positions += sum(n + K for n in lengths)
+        self.pairs += sum(K * n + K * (K + 1) // 2 for n in lengths)
+
+
 class NativeRunner(Runner):
     """Raises `CannotLower` with the first module that has no native form."""
 
@@ -56,6 +76,7 @@ class NativeRunner(Runner):
         self._pointers: weakref.WeakKeyDictionary[KVCache, tuple[Any, ...]] = weakref.WeakKeyDictionary()
         self.n_native_steps = 0
         self._op_ns: Any = None
+        self._counted = _Counted()
 
     def _lower(self) -> None:
         program = native.Program()
@@ -158,6 +179,8 @@ class NativeRunner(Runner):
         )
         self._program.step(step)
         self.n_native_steps += 1
+        if self._op_ns is not None:
+            self._counted.add(cache.host_lengths, K, B * K if is_all else B)
         return out
 
     def _cache_pointers(self, cache: KVCache) -> tuple[Any, ...]:
@@ -176,15 +199,29 @@ class NativeRunner(Runner):
 
     def count_(self, is_on: bool) -> None:
         """Starts counting from zero, or stops."""
-        n = len(self._program.names)
+        n = len(self._program.infos)
         self._op_ns = (ctypes.c_int64 * n)() if is_on else None
+        self._counted = _Counted()
 
     @property
-    def counters(self) -> list[tuple[str, float]]:
-        """Every operation of a step in order with the seconds it took since `count_(True)`, barriers included."""
+    def counters(self) -> list[tuple[str, int, int, float, int, int]] | None:
+        """Every operation of a step in order since `count_(True)`: parts, layer or -1, calls, seconds (barriers
+        included), bytes read of weights and cache, FLOP (a multiply-add counts 2); None while it is off."""
         if self._op_ns is None:
-            return []
-        return [(name, ns / 1e9) for name, ns in zip(self._program.names, self._op_ns, strict=True)]
+            return None
+        c = self._counted
+        out = []
+        for info, ns in zip(self._program.infos, self._op_ns, strict=True):
+            n_bytes = flops = 0
+            if info.weight is not None:
+                n_bytes = info.weight.stored_bytes * c.calls
+                n_rows = c.head_rows if info.parts.endswith("head") else c.rows
+                flops = 2 * info.weight.out_features * info.weight.in_features * n_rows
+            elif info.q_width:
+                n_bytes = int(2 * info.kv_width * self.cache_dtype.itemsize * c.kv_positions)
+                flops = 4 * info.q_width * c.pairs
+            out.append((info.parts, info.layer, c.calls, ns / 1e9, n_bytes, flops))
+        return out
 
     def describe(self) -> dict[str, object]:
         return {"runner": self.name, "isa": packed.isa(), "threads": self.n_threads}

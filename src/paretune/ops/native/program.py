@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int32, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,18 @@ EXACT_ATTENTION = ("eager", "sdpa")  # the native form computes the same sums
 LOGITS = "logits"
 
 _EMBED, _LINEAR, _ATTENTION = 1, 2, 3
-_LAYER_NORM, _RMS_NORM, _SAME_INPUT = 1, 2, 3
+_NO_NORM, _LAYER_NORM, _RMS_NORM, _SAME_INPUT = 0, 1, 2, 3
 _STORE, _ADD, _ACTIVATE, _GATE = 0, 1, 2, 3
+
+
+class OpInfo(NamedTuple):
+    """What a profile says of an operation: its parts, its layer (-1: none), and what it reads."""
+
+    parts: str
+    layer: int
+    weight: Weight | None = None
+    q_width: int = 0  # of attention
+    kv_width: int = 0
 
 
 class CannotLower(ParetuneError):
@@ -87,7 +97,7 @@ class Program:
         self._kept: list[Any] = []  # what native code points into
         self.kernels: Counter[str] = Counter()  # what a step runs, for the proof of effect
         self.n_vocab = 0
-        self._names: list[str] = []  # of the operations, for profiles
+        self._infos: list[OpInfo] = []  # of the operations, for profiles
 
     # -- what models call
 
@@ -95,7 +105,12 @@ class Program:
         self, target: str, table: Weight, positions: Weight | None = None, rope: Tensor | None = None, head_dim: int = 0
     ) -> None:
         """Looks tokens up, adds learned positions, or prepares rotary angles (`rope`: `[head_dim / 2]` frequencies)."""
-        op = self._op(_EMBED, "embedding", out=self._buffer(target, table.in_features), matrix=self._matrix(table))
+        op = self._op(
+            _EMBED,
+            OpInfo("token_embedding", -1),
+            out=self._buffer(target, table.in_features),
+            matrix=self._matrix(table),
+        )
         op.matrix2 = -1 if positions is None else self._matrix(positions)
         if rope is not None:
             op.rope, op.head_dim = self._floats(rope), head_dim
@@ -114,6 +129,8 @@ class Program:
         columns: tuple[int, int] | None = None,
         last_only: bool = False,
         barrier: bool = True,
+        part: str = "linear",
+        block: int = -1,
     ) -> None:
         """`target = layer(norm(source))`.
 
@@ -127,12 +144,13 @@ class Program:
             columns: (first, all): write a part of a wider buffer.
             last_only: only each row's last valid token, unless all logits are wanted.
             barrier: False where no other thread's part is read next.
+            part, block: what it is called in a profile (`measure.profile_parts`), and the layer it belongs to.
         """
         weight: Weight = layer.weight
         first, width = columns or (0, weight.out_features)
-        op = self._op(
-            _LINEAR, f"{source} -> {target}", in_=self._buffers[source], matrix=self._matrix(weight), barrier=barrier
-        )
+        assert not same_input or self._ops[-1].norm != _NO_NORM, "the operation before has normalised nothing"
+        of_profile = OpInfo(part, block, weight)
+        op = self._op(_LINEAR, of_profile, in_=self._buffers[source], matrix=self._matrix(weight), barrier=barrier)
         op.out_offset, op.last_only = first, last_only
         if target == LOGITS:
             op.out, self.n_vocab = -1, weight.out_features
@@ -176,9 +194,9 @@ class Program:
         if function not in [ATTENTION.get(name) for name in EXACT_ATTENTION]:
             name = next((n for n in ATTENTION.names() if ATTENTION.get(n) is function), "?")
             raise CannotLower(f"layer {layer}: native code has no attention form {name!r}", "Use the eager runner")
-        op = self._op(
-            _ATTENTION, f"{layer}: attention", in_=self._buffers[source], out=self._buffer(target, n_head * head_dim)
-        )
+        of_profile = OpInfo("cache_append+fused_attention", layer, None, n_head * head_dim, n_kv_head * head_dim)
+        out = self._buffer(target, n_head * head_dim)
+        op = self._op(_ATTENTION, of_profile, in_=self._buffers[source], out=out)
         op.layer, op.n_head, op.n_kv_head, op.head_dim = layer, n_head, n_kv_head, head_dim
         op.scale, op.window = spec.scale, spec.window or 0
         op.rope = None if rope is None else self._floats(rope)
@@ -196,12 +214,12 @@ class Program:
         handle = lib.paretune_program(ops, *counts)
         if not handle:
             raise ParetuneError("no memory or threads for the native program", "Free memory, or use the eager runner")
-        return CompiledProgram(handle, self._kept, self.kernels, self.n_vocab, self._names)
+        return CompiledProgram(handle, self._kept, self.kernels, self.n_vocab, self._infos)
 
-    def _op(self, code: int, name: str, *, barrier: bool = True, **fields: int) -> _Op:
+    def _op(self, code: int, info: OpInfo, *, barrier: bool = True, **fields: int) -> _Op:
         op = _Op(code=code, has_barrier=barrier, **fields)
         self._ops.append(op)
-        self._names.append(name)
+        self._infos.append(info)
         return op
 
     def _buffer(self, name: str, width: int) -> int:
@@ -230,10 +248,10 @@ class CompiledProgram:
     """A program with its threads and buffers; they go when it goes."""
 
     def __init__(
-        self, handle: int, kept: Sequence[Any], kernels: Counter[str], n_vocab: int, names: Sequence[str]
+        self, handle: int, kept: Sequence[Any], kernels: Counter[str], n_vocab: int, infos: Sequence[OpInfo]
     ) -> None:
         self._handle: int | None = handle
-        self._kept, self.kernels, self.n_vocab, self.names = kept, kernels, n_vocab, names
+        self._kept, self.kernels, self.n_vocab, self.infos = kept, kernels, n_vocab, infos
         self._library = library()
         self._lock = threading.Lock()  # ctypes lets other Python threads run meanwhile; there is one team
         self._process = os.getpid()
