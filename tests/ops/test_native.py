@@ -120,6 +120,17 @@ def test_inputs_of_integer_formats_are_rounded_little(bits):
     assert float(error.norm()) / size < (1e-4 if bits == 16 else 2e-2)
 
 
+@pytest.mark.parametrize("name", ["int8 groups, 8-bit inputs", "int4, 8-bit inputs"])
+def test_pytorchs_form_rounds_inputs_to_bytes_too(name):
+    """So that a recipe is held to a reference of its own numbers; a number between two steps may go either way."""
+    g = torch.Generator().manual_seed(6)
+    weight, x = FORMATS[name](torch.randn(40, 256, generator=g)), torch.randn(7, 256, generator=g)
+    x[3] = 0
+    got, reference = packed(weight).matmul(x), weight.matmul(x)
+    assert float((got - reference).norm() / reference.norm()) < 1e-3
+    assert float((got - x @ weight.dequantize().T).norm() / reference.norm()) > 3e-3
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_products_do_not_depend_on_the_number_of_rows(name):
     """Bit for bit: a batch gives each row what it gets alone, by whatever tiles it is computed."""
