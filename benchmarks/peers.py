@@ -84,7 +84,7 @@ def rows_of(result: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
             continue
         median = float(np.median(values))
         rows[name] = {"sec": median, "tokens_per_sec": per_unit / median, "n": len(values)}
-        if row.get("decode_bytes"):
+        if kind == "tpot" and row.get("decode_bytes"):
             shares = [
                 roofline.mbu(row["decode_bytes"], s.value_sec, (s.bandwidth_before + s.bandwidth_after) / 2)
                 for s in blocks.samples.values()
