@@ -39,6 +39,7 @@ class Matrix(ctypes.Structure):
         ("n_in", c_int32),
         ("group", c_int32),
         ("activation_bits", c_int32),
+        ("largest", c_int32),
     ]
 
 
@@ -97,6 +98,8 @@ class PackedWeight(Weight):
         self.out_features, self.in_features = original.out_features, original.in_features
         self.kind, self.group, self.activation_bits = form.kind, form.group, form.activation_bits
         data = form.data.contiguous()
+        # Small numbers let byte products be added in 16 bits for longer (tiles.h).
+        self._largest = max(-int(data.min()), int(data.max())) if form.kind == "int8" else 8
         assert data.device.type == "cpu" and memory.numel() == packed_bytes(original)
         library().paretune_pack(
             KINDS[form.kind], data.data_ptr(), self.out_features, self.in_features, memory.data_ptr()
@@ -135,6 +138,7 @@ class PackedWeight(Weight):
             n_in=self.in_features,
             group=self.group,
             activation_bits=self.activation_bits,
+            largest=self._largest,
         )
 
     def original(self) -> Weight:
