@@ -59,6 +59,7 @@ FAMILIES: Registry[Any] = Registry("model family")
 
 # An optimisation is one new file and one line here.
 TRANSFORMS.register("attention", "paretune.transforms.attention:Attention")
+TRANSFORMS.register("mechanism", "paretune.transforms.mechanism:Mechanism")
 TRANSFORMS.register("precision", "paretune.transforms.precision:Precision")
 TRANSFORMS.register("int8", "paretune.transforms.int8:Int8")
 TRANSFORMS.register("groups", "paretune.transforms.groups:Groups")
@@ -69,6 +70,7 @@ RUNNERS.register("native", "paretune.engine.runners.native:NativeRunner")
 
 ATTENTION.register("eager", "paretune.ops.attention.reference:attention")
 ATTENTION.register("sdpa", "paretune.ops.attention.sdpa:attention")
+ATTENTION.register("native", "paretune.ops.attention.native:attention")
 
 FORMATS.register("dense", "paretune.ops.weights.dense:Dense")
 FORMATS.register("int8_rows", "paretune.ops.weights.int8_rows:Int8Rows")
