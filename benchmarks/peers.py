@@ -46,6 +46,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 CELLS = {
     "decode 128+128": (128, 128, 1, ("tpot",)),
     "512+128": (512, 128, 1, ("ttft", "tpot")),
+    "prefill 1008": (1008, 16, 1, ("ttft",)),
     "context 896": (896, 64, 1, ("ttft", "tpot")),
     "batch 8, 128+128": (128, 128, 8, ("tpot",)),
 }
