@@ -43,14 +43,14 @@ struct Tiles {
   Content content = kFloats;
   int T = 0, M = 0, words = 0, chunks = 0;
 
-  // As little padding as there can be, and the largest tile of those.
+  // Little padding, and large tiles: they read the panel less often.
   void shape(int rows, int C, Content kind) {
     content = kind, M = rows;
     words = kind == kFloats ? C : round_up(C, kChunk) / (kind == kShorts ? 2 : 4);
     chunks = round_up(C, kChunk) / kChunk;
     T = 4;
     for (int t = 5; t <= (kind == kUnsignedBytes ? 5 : 6); ++t)
-      if (round_up(M, t) <= round_up(M, T)) T = t;
+      if (round_up(M, t) * 25 <= round_up(M, T) * 26) T = t;
   }
   void reserve(int rows, int C, bool has_floats, bool has_integers) {
     const std::size_t padded = rows + 5, n_chunks = round_up(C, kChunk) / kChunk;
