@@ -12,7 +12,7 @@ from paretune import hardware
 from paretune.cli.app import run
 from paretune.hardware import Ceilings
 from paretune.measure import profile as measure
-from paretune.measure import profile_facts, profile_trace
+from paretune.measure import profile_blocks, profile_facts, profile_trace
 
 CEILINGS = Ceilings(
     device="cpu",
@@ -27,7 +27,7 @@ CEILINGS = Ceilings(
 def command(capsys, monkeypatch):
     before = torch.get_num_threads()
     for name, value in (("QUICK_SLICE_SEC", 0.0), ("QUICK_BLOCKS", 1), ("WARM_UP_SEC", 0.0), ("MAX_WARM_UP_SEC", 0.0)):
-        monkeypatch.setattr(measure, name, value)
+        monkeypatch.setattr(profile_blocks, name, value)
     monkeypatch.setattr(measure, "QUICK_KERNELS", (0.0, 3))
     monkeypatch.setattr(profile_facts, "_WATCH_SEC", 0.0)
     monkeypatch.setattr(hardware, "BandwidthProbe", lambda threads: lambda: 1e10)

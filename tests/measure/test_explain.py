@@ -195,7 +195,7 @@ def test_weight_bandwidth():
 def test_cache_bandwidth():
     row = part("fused_attention", 0.6, 0.5, "memory", cache_bytes=8 * 10**7, bytes=9 * 10**7)
     (found,) = explain.explain(result(row))
-    assert found.cause == "cache bandwidth" and "60 %" in found.sentence and "16-bit cache" in found.try_next
+    assert found.cause == "cache bandwidth" and "60 %" in found.sentence and "int8 cache" in found.try_next
 
 
 def test_arithmetic():

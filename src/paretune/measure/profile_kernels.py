@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from paretune import clock
 
-# The profiler's own log lines ("profiler_start") would stand between a command's results; read at its first use.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 CLASSES = (
     "GEMM",

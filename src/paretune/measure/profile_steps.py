@@ -80,7 +80,7 @@ class Step:
 
     def __init__(self, loaded: Loaded, phase: Phase, input_len: int, batch_size: int, seed: int = 0) -> None:
         runner, config = loaded.runner, loaded.runner.config
-        self.runner, self.model, self.phase = runner, runner.model, phase
+        self.loaded, self.runner, self.model, self.phase = loaded, runner, runner.model, phase
         self.input_len, self.batch_size = input_len, batch_size
         n_tokens = input_len + (phase != "prefill")
         if n_tokens > config.n_positions:
