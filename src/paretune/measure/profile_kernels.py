@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from paretune import clock
 
-
 CLASSES = (
     "GEMM",
     "GEMV",

@@ -76,9 +76,12 @@ class Step:
 
     Args:
         input_len: prompt tokens; of a decode step, what the cache holds before it; of training, the window.
+        capacity: of the cache at least; a compiled runner has a graph for each.
     """
 
-    def __init__(self, loaded: Loaded, phase: Phase, input_len: int, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, loaded: Loaded, phase: Phase, input_len: int, batch_size: int, seed: int = 0, capacity: int = 0
+    ) -> None:
         runner, config = loaded.runner, loaded.runner.config
         self.loaded, self.runner, self.model, self.phase = loaded, runner, runner.model, phase
         self.input_len, self.batch_size = input_len, batch_size
@@ -95,7 +98,7 @@ class Step:
         if phase == "train":
             self._start_training()
             return
-        self.cache = runner.new_cache(batch_size, n_tokens)
+        self.cache = runner.new_cache(batch_size, max(capacity, n_tokens))
         self._last = self.tokens[:, input_len:].contiguous()
         self._prompt = self.tokens[:, :input_len].contiguous()
         if phase == "decode":
