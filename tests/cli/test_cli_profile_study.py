@@ -109,6 +109,8 @@ def test_native_profile_says_what_is_not_there(command, tiny_gpt2_folder):
         (["--threads", "0"], "--threads is 0"),
         (["--device", "tpu"], "there is no device 'tpu'"),
         (["--device-profile", "tpu"], "unknown device profile 'tpu'"),
+        (["--predict", "--device-profile", "t4"], "--predict is about this machine"),
+        (["--predict", "--batch-size", "2", "--input-len", "9"], "--predict knows one sequence"),
     ],
 )
 def test_usage_errors_are_one_line(command, tiny_gpt2_folder, arguments, words):
@@ -140,6 +142,24 @@ def test_device_profile_predicts_and_says_so(command, tiny_gpt2_folder):
     code, text, _ = command("profile", str(tiny_gpt2_folder), "--device-profile", "h100", "--json", "--input-len", "9")
     found = json.loads(text)
     assert found["is_prediction"] is True and all(row["is_prediction"] for row in found["rows"])
+
+
+def test_predict_says_so_and_loads_the_small_model_alone(command, tiny_gpt2_folder, monkeypatch):
+    from paretune.measure import predict_here
+
+    monkeypatch.setattr(predict_here, "MIN_SEC", 0.0)
+    monkeypatch.setattr(predict_here, "SIDES", (16, 32))
+    monkeypatch.setattr(hardware, "probe_bytes", lambda: 1 << 14)
+    loaded = []
+    load = measure.load_recipe
+    monkeypatch.setattr(measure, "load_recipe", lambda folder, *a: loaded.append(folder.name) or load(folder, *a))
+    code, text, err = command("profile", str(tiny_gpt2_folder), "--predict", "--quick", "--input-len", "9")
+    assert code == 0, err
+    assert loaded == ["pocket"] and "a prediction, the model was not loaded" in text and "native_int4" in text
+    code, text, _ = command(
+        "profile", str(tiny_gpt2_folder), "--predict", "--quick", "--input-len", "9", "--json", "-q"
+    )
+    assert code == 0 and json.loads(text)["is_prediction"] is True
 
 
 # ---- the study

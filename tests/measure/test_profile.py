@@ -230,6 +230,18 @@ def test_needed_memory_grows_with_the_phase(tiny_gpt2_folder):
     assert needed[0] < needed[1]
 
 
+def test_needed_memory_is_that_of_the_converted_weights():
+    config = checkpoint.gpt2_config("gpt2-xl")
+    needed = {
+        c: profile_steps.needed_bytes(config, "decode", 128, 1, preset(c)) for c in ("fp32", "bf16", "native_int4")
+    }
+    n = 1.56e9
+    assert needed["fp32"] == pytest.approx(4 * n, rel=0.25) and needed["fp32"] - needed["bf16"] == pytest.approx(
+        2 * n, rel=0.05
+    )
+    assert needed["native_int4"] < needed["bf16"] < needed["fp32"]
+
+
 @pytest.mark.parametrize(
     ("phase", "config", "words"),
     [

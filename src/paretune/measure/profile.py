@@ -82,7 +82,7 @@ def profile(
     """
     check_phase(phase, recipe, name)
     config = checkpoint.read_config(folder)
-    check_memory(config, phase, input_len, batch_size)
+    check_memory(config, phase, input_len, batch_size, recipe)
     threads_read = hardware.set_threads(recipe.engine.threads or threads)
     header = environment.header(seed=seed)
     if ceilings is None:
