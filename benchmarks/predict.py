@@ -6,8 +6,8 @@
 
 Calibrates once (ceilings, products with one row, the embedded model), predicts every model from its config alone, then
 measures each preset in a process of its own: `paretune profile --phase decode`, the mean over the middle half of the
-steps. Passes where predicted / measured lies within 30 %: the plain roofline for `native`, the cost model for `baseline`
-and `compile`. The other native formats are reported and not judged.
+steps. Passes where predicted / measured lies within 30 %: the plain roofline for `native`, the cost model for
+`baseline` and `compile`. The other native formats are reported and not judged.
 """
 
 from __future__ import annotations
