@@ -26,6 +26,7 @@ CAUSES = (
     "arithmetic",
     "dispatch overhead",
     "Python",
+    "launch overhead",
     "memory allocation",
     "no single cause",
 )

@@ -189,9 +189,9 @@ def _python(result: Result) -> Iterator[Explanation]:
     if not gap or not sec or gap / sec < NOTABLE:
         return
     share = min(1.0, gap / sec)
-    where = "Python" if result.get("device") == "cpu" else "the GPU is idle"
+    cause, where = ("Python", "Python") if is_on_cpu(result) else ("launch overhead", "the GPU is idle")
     yield Explanation(
-        "Python",
+        cause,
         share,
         f"{duration(gap)} of a step ({percent(share)}) pass between kernels, the profiler taken off: {where}",
         runners_to_try(result, *_LESS_DISPATCH),
