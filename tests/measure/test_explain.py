@@ -246,7 +246,7 @@ def test_slow_products():
     graph = result(kernels=(("GEMV", 0.8, 24),))
     graph["whole"] |= {"mbu": 0.3, "mfu": 0.01, "needed_flops": 1e7}
     found = explain.explain(graph | {"recipe": {"engine": {"runner": "compile"}}})[0]
-    assert found.cause == "slow products" and "90 MB at 11.3 GB/s, 38 %" in found.sentence
+    assert found.cause == "slow products" and "90 MB at 11.2 GB/s, 38 %" in found.sentence
 
 
 def test_what_the_profiler_costs_is_no_cause():
