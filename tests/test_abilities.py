@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from paretune import hardware, native_build
+from paretune import native_build
 from paretune.cli.ls import mechanism_lines
 from paretune.errors import UsageError
 from paretune.hardware import DtypeSupport, abilities
@@ -101,12 +101,3 @@ def test_a_model_too_large_for_the_device():
 def test_an_unknown_device_profile():
     with pytest.raises(UsageError, match=r"unknown device profile 'tpu'. Known: t4, a100"):
         device_profile("tpu")
-
-
-def test_a_cost_model_gives_back_what_it_was_made_from():
-    part = {"part": "expansion", "product_weight_bytes": 1, "sec": 2e-3, "bytes": 4e7, "product_flops": 1e8}
-    decode = {"parts": [part], "whole": {"sec": 3e-3}, "facts": {"n_ops": 100}}
-    prefill = {"parts": [part | {"product_flops": 2e9}]}
-    model = predict.calibrate(decode, prefill)
-    assert model.sec(4e7, 1e8, 100) == pytest.approx(3e-3)
-    assert model.rate == pytest.approx(1e12) and hardware.has_cuda() in (True, False)

@@ -12,7 +12,7 @@ from paretune import hardware
 from paretune.cli.app import run
 from paretune.hardware import Ceilings
 from paretune.measure import profile as measure
-from paretune.measure import profile_facts, profile_trace
+from paretune.measure import profile_blocks, profile_facts, profile_trace
 
 CEILINGS = Ceilings(
     device="cpu",
@@ -27,7 +27,7 @@ CEILINGS = Ceilings(
 def command(capsys, monkeypatch):
     before = torch.get_num_threads()
     for name, value in (("QUICK_SLICE_SEC", 0.0), ("QUICK_BLOCKS", 1), ("WARM_UP_SEC", 0.0), ("MAX_WARM_UP_SEC", 0.0)):
-        monkeypatch.setattr(measure, name, value)
+        monkeypatch.setattr(profile_blocks, name, value)
     monkeypatch.setattr(measure, "QUICK_KERNELS", (0.0, 3))
     monkeypatch.setattr(profile_facts, "_WATCH_SEC", 0.0)
     monkeypatch.setattr(hardware, "BandwidthProbe", lambda threads: lambda: 1e10)
@@ -109,6 +109,8 @@ def test_native_profile_says_what_is_not_there(command, tiny_gpt2_folder):
         (["--threads", "0"], "--threads is 0"),
         (["--device", "tpu"], "there is no device 'tpu'"),
         (["--device-profile", "tpu"], "unknown device profile 'tpu'"),
+        (["--predict", "--device-profile", "t4"], "--predict is about this machine"),
+        (["--predict", "--batch-size", "2", "--input-len", "9"], "--predict knows one sequence"),
     ],
 )
 def test_usage_errors_are_one_line(command, tiny_gpt2_folder, arguments, words):
@@ -140,6 +142,24 @@ def test_device_profile_predicts_and_says_so(command, tiny_gpt2_folder):
     code, text, _ = command("profile", str(tiny_gpt2_folder), "--device-profile", "h100", "--json", "--input-len", "9")
     found = json.loads(text)
     assert found["is_prediction"] is True and all(row["is_prediction"] for row in found["rows"])
+
+
+def test_predict_says_so_and_loads_the_small_model_alone(command, tiny_gpt2_folder, monkeypatch):
+    from paretune.measure import predict_here
+
+    monkeypatch.setattr(predict_here, "MIN_SEC", 0.0)
+    monkeypatch.setattr(predict_here, "SIDES", (16, 32))
+    monkeypatch.setattr(hardware, "probe_bytes", lambda: 1 << 14)
+    loaded = []
+    load = measure.load_recipe
+    monkeypatch.setattr(measure, "load_recipe", lambda folder, *a: loaded.append(folder.name) or load(folder, *a))
+    code, text, err = command("profile", str(tiny_gpt2_folder), "--predict", "--quick", "--input-len", "9")
+    assert code == 0, err
+    assert loaded == ["pocket"] and "a prediction, the model was not loaded" in text and "native_int4" in text
+    code, text, _ = command(
+        "profile", str(tiny_gpt2_folder), "--predict", "--quick", "--input-len", "9", "--json", "-q"
+    )
+    assert code == 0 and json.loads(text)["is_prediction"] is True
 
 
 # ---- the study

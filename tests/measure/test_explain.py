@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,29 +15,23 @@ from paretune import hardware
 from paretune.engine.load import Loaded, load_recipe
 from paretune.engine.runners.eager import EagerRunner
 from paretune.hardware import DtypeSupport
-from paretune.measure import explain, profile_facts
-from paretune.measure.profile import take_apart
+from paretune.measure import explain, explain_bounds, explain_mistakes, profile_facts
+from paretune.measure.profile import examine
 from paretune.measure.profile_steps import Step
 from paretune.model.layers import Linear
 from paretune.ops.weights.dense import Dense
-from paretune.recipe import preset
+from paretune.recipe import PRESETS, preset
 
 
-def explained(loaded: Loaded, phase: str = "decode", threads: int = 2, **environment) -> dict[str, explain.Explanation]:
+def explained(loaded: Loaded, threads: dict[str, int] | None = None) -> dict[str, explain.Explanation]:
     """What `profile` says of a runner that is ready."""
     breaks = profile_facts.BreakCounter()
-    step = Step(loaded, phase, 7, 1)  # type: ignore[arg-type]
+    step = Step(loaded, "decode", 7, 1)
     step.prepare()
     step.run()
-    result = {
-        "phase": phase,
-        "device": "cpu",
-        "ceilings": CEILINGS.to_json(),
-        "threads": {"threads": threads, "usable_cores": 2},
-        **take_apart(loaded, step, CEILINGS, quick=True),
-    }
-    result["facts"] = profile_facts.facts(loaded, step, result, breaks)
-    return {e.cause: e for e in explain.explain(result)}
+    result = examine(step, CEILINGS, threads or {"threads": 2, "usable_cores": 2}, breaks, quick=True)
+    known = {"ceilings": CEILINGS.to_json(), "recipe": loaded.recipe.to_dict()}
+    return {e.cause: e for e in explain.explain(result | known)}
 
 
 def ready(folder, change=None, config: str = "baseline") -> Loaded:
@@ -108,18 +104,36 @@ def test_a_mask_on_every_call_is_both(tiny_gpt2_folder):
 
 
 def test_a_single_thread_run(tiny_gpt2_folder):
-    found = explained(ready(tiny_gpt2_folder), threads=1)["threads"]
-    # The ceilings of this test: twice the bandwidth on twice the threads.
-    assert "1 of 2 usable cores" in found.sentence and found.gain == pytest.approx(2.0)
-    assert "10 GB/s" in found.sentence and "--threads 2" in found.try_next
+    """The threads are set and read back, as `--threads 1` does."""
+    threads = hardware.set_threads(1)
+    if threads["usable_cores"] == 1:
+        pytest.skip("this machine has one core")
+    loaded = ready(tiny_gpt2_folder)
+    assert torch.get_num_threads() == 1
+    found = explained(loaded, threads)["threads"]
+    n = threads["usable_cores"]
+    assert f"1 of {n} usable cores" in found.sentence and f"--threads {n}" in found.try_next and found.gain > 1
+    if n == 2:  # the ceilings of this test: twice the bandwidth on twice the threads
+        assert found.gain == pytest.approx(2.0) and "10 GB/s" in found.sentence and "20 GB/s" in found.sentence
 
 
-def test_an_emulated_dtype(tiny_gpt2_folder, monkeypatch):
+@pytest.mark.slow
+def test_an_emulated_dtype(tiny_gpt2_folder):
+    """Found by the micro-kernels of this machine, on a model that really runs in the format."""
+    support = hardware.dtype_support()
+    emulated = [name for name in ("bf16", "fp16") if support[name].works and support[name].emulated]
+    if not emulated:
+        pytest.skip("this machine emulates no 16-bit format")
+    for name in emulated:
+        found = explained(load_recipe(tiny_gpt2_folder, preset(name), check=False))["emulated dtype"]
+        assert name in found.sentence and support[name].reason in found.sentence and "native_bf16" in found.try_next
+
+
+def test_an_emulated_dtype_on_any_machine(tiny_gpt2_folder, monkeypatch):
     support = {"bf16": DtypeSupport(True, True, 0.4, 0.3, "bf16 is only emulated here: 0.40x the speed of fp32")}
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
-    loaded = load_recipe(tiny_gpt2_folder, preset("bf16"), check=False)
-    found = explained(loaded)["emulated dtype"]
-    assert "bf16" in found.sentence and "0.40x" in found.sentence and "fp32" in found.try_next
+    found = explained(load_recipe(tiny_gpt2_folder, preset("bf16"), check=False))["emulated dtype"]
+    assert "bf16" in found.sentence and "0.40x" in found.sentence and "baseline" in found.try_next
 
 
 class _BrokenCompile(EagerRunner):
@@ -195,7 +209,7 @@ def test_weight_bandwidth():
 def test_cache_bandwidth():
     row = part("fused_attention", 0.6, 0.5, "memory", cache_bytes=8 * 10**7, bytes=9 * 10**7)
     (found,) = explain.explain(result(row))
-    assert found.cause == "cache bandwidth" and "60 %" in found.sentence and "16-bit cache" in found.try_next
+    assert found.cause == "cache bandwidth" and "60 %" in found.sentence and "int8 cache" in found.try_next
 
 
 def test_arithmetic():
@@ -220,6 +234,52 @@ def test_memory_allocation():
 def test_a_busy_machine():
     found = explain.explain(result(preemptions=5.0, cpu_pressure=0.9))[0]
     assert found.cause == "busy machine" and "500 times a second" in found.sentence and "90 %" in found.sentence
+
+
+def test_slow_products():
+    """Kernels that reach neither ceiling are named, in a step with parts and in a graph."""
+    row = part("expansion", 0.9, 0.2, "memory", product_weight_bytes=4 * 10**7, bytes=4 * 10**7)
+    parts = result(row, kernels=(("GEMV", 0.8, 24),))
+    found = explain.explain(parts)[0]
+    assert found.cause == "slow products" and "80 %" in found.sentence and "40 MB at 5 GB/s, 25 %" in found.sentence
+    assert found.gain == pytest.approx(1 / (1 - 0.8 * (1 - 0.25 / 0.8))) and "--config native" in found.try_next
+    graph = result(kernels=(("GEMV", 0.8, 24),))
+    graph["whole"] |= {"mbu": 0.3, "mfu": 0.01, "needed_flops": 1e7}
+    found = explain.explain(graph | {"recipe": {"engine": {"runner": "compile"}}})[0]
+    assert found.cause == "slow products" and "90 MB at 11.2 GB/s, 38 %" in found.sentence
+
+
+def test_what_the_profiler_costs_is_no_cause():
+    """A step that is twice as long under the profiler: what it adds around the kernels is taken off first."""
+    kernels = (("GEMV", 1.0, 20), ("dispatch", 0.6, 400), ("launch gap", 0.4, 420))
+    slow = result(kernels=kernels) | {"profiled_sec": 2e-2}
+    assert "dispatch overhead" not in {e.cause for e in explain.explain(slow)}
+    plain = result(kernels=kernels) | {"profiled_sec": 1e-2}
+    assert "dispatch overhead" in {e.cause for e in explain.explain(plain)}
+
+
+@pytest.mark.parametrize(
+    ("width", "words"), [(4.0, "native_int8"), (2.0, "native_int8"), (1.06, "native_int4"), (0.5625, "smaller")]
+)
+def test_the_next_narrower_format_is_one_that_is_not_in_use(width, words):
+    data = result() | {"recipe": {"engine": {"runner": "native"}}}
+    data["whole"] |= {"mbu": 0.8, "bytes_per_weight": width}
+    (found,) = explain.explain(data)
+    assert found.cause == "weight bandwidth" and words in found.try_next
+    assert (found.gain is None) == (words == "smaller")
+
+
+def test_what_is_in_use_is_not_proposed():
+    kernels = (("GEMV", 0.3, 20), ("dispatch", 0.3, 400), ("launch gap", 0.4, 520))
+    compiled = result(kernels=kernels) | {"recipe": {"engine": {"runner": "compile"}}}
+    assert all("--config compile" not in e.try_next for e in explain.explain(compiled))
+
+
+def test_every_config_that_is_proposed_exists():
+    """Sentences of all rules, from their source."""
+    source = "".join(Path(module.__file__).read_text("utf-8") for module in (explain_bounds, explain_mistakes))
+    proposed = set(re.findall(r"--config ([a-z0-9_]+)", source))
+    assert proposed and proposed <= set(PRESETS)
 
 
 def test_nothing_is_made_up():

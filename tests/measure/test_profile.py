@@ -12,8 +12,9 @@ from paretune.engine.load import load_recipe
 from paretune.errors import ParetuneError, UsageError
 from paretune.hardware import Ceilings
 from paretune.measure import profile as measure
-from paretune.measure import profile_facts, profile_native, profile_steps
-from paretune.measure.profile import Timed, profile, take_apart
+from paretune.measure import profile_blocks, profile_facts, profile_native, profile_steps
+from paretune.measure.profile import profile, take_apart
+from paretune.measure.profile_blocks import Timed
 from paretune.measure.profile_count import CountingMode
 from paretune.measure.profile_marks import Instrument, Marks, cost_of_a_reading, staged_reference
 from paretune.measure.profile_parts import BY_KEY, PARTS, SUMS
@@ -42,9 +43,9 @@ def hurry(monkeypatch):
     """What is tested here is not how fast anything is: few steps, no bandwidth probe."""
     before = torch.get_num_threads()
     for name, value in (("QUICK_SLICE_SEC", 0.0), ("QUICK_BLOCKS", 1), ("WARM_UP_SEC", 0.0), ("MAX_WARM_UP_SEC", 0.0)):
-        monkeypatch.setattr(measure, name, value)
+        monkeypatch.setattr(profile_blocks, name, value)
     monkeypatch.setattr(measure, "QUICK_KERNELS", (0.0, 3))
-    monkeypatch.setattr(measure.hardware, "BandwidthProbe", lambda threads: lambda: 1e10)
+    monkeypatch.setattr(hardware, "BandwidthProbe", lambda threads: lambda: 1e10)
     monkeypatch.setattr(profile_facts, "_WATCH_SEC", 0.0)
     yield
     torch.set_num_threads(before)
@@ -158,7 +159,8 @@ def test_marks_on_a_clock_of_our_own():
 def test_means_add_up_and_leave_out_interruptions():
     key, other = ("head", -1, False), ("norm_1", 0, False)
     steps = [{key: 1.0, other: 2.0}] * 9 + [{key: 100.0, other: 2.0}]
-    assert seconds_of(steps) == {key: 1.0, other: 2.0}
+    quiet = middle_half([sum(step.values()) for step in steps])
+    assert seconds_of([steps[i] for i in quiet]) == {key: 1.0, other: 2.0}
     assert middle_half([5.0, 1.0, 2.0, 9.0]) == [2, 0]
 
 
@@ -204,12 +206,14 @@ class _Native:
 
 def test_native_counters_where_they_are_and_where_not(tiny_gpt2_folder):
     step = Step(load_recipe(tiny_gpt2_folder, preset("baseline")), "decode", 7, 1)
-    assert profile_native.rows(step.runner, step) is None  # eager
-    (row,) = profile_native.rows(_Native(), step)["rows"]  # type: ignore[index]
+    assert profile_native.rows(step.runner, step, {}, CEILINGS) is None  # eager
+    whole = {"sec": 4e-3, "needed_bytes": 1 << 28, "dtype": "fp32"}
+    (row,) = profile_native.rows(_Native(), step, whole, CEILINGS)["rows"]  # type: ignore[index]
+    assert row["share"] == 0.5 and row["ceiling_share"] == pytest.approx(2000 / 2e10 / 2e-3)
     assert row["operation"] == "norm_1+qkv_projection" and row["calls"] == 2
     assert row["sec"] == pytest.approx(2e-3) and row["bytes_per_sec"] == pytest.approx(1e6)
     without = type("Old", (), {"name": "native"})()
-    assert profile_native.rows(without, step)["available"] is False  # type: ignore[index]
+    assert profile_native.rows(without, step, {}, CEILINGS)["available"] is False  # type: ignore[index]
 
 
 def test_memory_is_predicted_before_anything_is_loaded(tiny_gpt2_folder, monkeypatch):
@@ -224,6 +228,18 @@ def test_needed_memory_grows_with_the_phase(tiny_gpt2_folder):
     config = checkpoint.read_config(tiny_gpt2_folder)
     needed = [profile_steps.needed_bytes(config, phase, 32, 2) for phase in ("prefill", "train")]
     assert needed[0] < needed[1]
+
+
+def test_needed_memory_is_that_of_the_converted_weights():
+    config = checkpoint.gpt2_config("gpt2-xl")
+    needed = {
+        c: profile_steps.needed_bytes(config, "decode", 128, 1, preset(c)) for c in ("fp32", "bf16", "native_int4")
+    }
+    n = 1.56e9
+    assert needed["fp32"] == pytest.approx(4 * n, rel=0.25) and needed["fp32"] - needed["bf16"] == pytest.approx(
+        2 * n, rel=0.05
+    )
+    assert needed["native_int4"] < needed["bf16"] < needed["fp32"]
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from paretune.errors import ParetuneError
-from paretune.measure import profile_trace
-from paretune.measure.profile_kernels import CLASSES, by_class, class_of, kernels_of
+from paretune.measure import explain, profile_trace
+from paretune.measure.profile_kernels import CLASSES, by_class, class_of, kernels_of, sum_up
 from paretune.model import checkpoint
 
 
@@ -25,6 +26,21 @@ from paretune.model import checkpoint
         ("aten::bmm", [[12, 128, 64], [12, 64, 128]], "GEMM"),
         ("aten::_weight_int8pack_mm", [[1, 768], [2304, 768], [2304]], "GEMV"),
         ("ampere_sgemm_128x64_tn", (), "GEMM"),
+        ("nvjet_hsh_128x64_64x9_1x2_h_bz_TNT", (), "GEMM"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_f16_64x64_64x6_tn_align8>", (), "GEMM"),
+        ("triton_tem_fused_mm_relu_0", (), "GEMM"),
+        ("void gemvNSP_kernel<float, float, float, float, 1, 32, 4, 1024>", (), "GEMV"),
+        ("void pytorch_flash::flash_fwd_splitkv_kernel<Flash_fwd_kernel_traits<64, 64, 256, 4>>", (), "attention"),
+        ("fmha_cutlassF_f32_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)", (), "attention"),
+        ("void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float>", (), "reduction"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float, ArgMaxOps<float>>>", (), "reduction"),
+        ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 7, false>", (), "reduction"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::GeluCUDAKernelImpl>", (), "elementwise"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>", (), "copy/reshape"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, unsigned int, 4>", (), "copy/reshape"),
+        ("void at::native::(anonymous namespace)::indexSelectSmallIndex<float, long>", (), "copy/reshape"),
+        ("triton_poi_fused_add_native_layer_norm_3", (), "elementwise"),
+        ("triton_per_fused_native_layer_norm_4", (), "reduction"),
         ("void gemv2T_kernel_val", (), "GEMV"),
         ("mkl::_mkl_linear", [[128, 768], [1], [2304, 768]], "GEMM"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", (), "attention"),
@@ -64,6 +80,50 @@ def test_kernels_add_up_to_the_step():
     assert sum(row["share"] for row in rows) == pytest.approx(1.0)
 
 
+def cuda_event(name: str, start: float, end: float, on_device: bool = True):
+    kind = torch.autograd.DeviceType.CUDA if on_device else torch.autograd.DeviceType.CPU
+    span = SimpleNamespace(start=start, end=end)
+    spent = end - start
+    return SimpleNamespace(
+        name=name,
+        device_type=kind,
+        time_range=span,
+        input_shapes=None,
+        self_device_time_total=spent if on_device else 0.0,
+        self_cpu_time_total=0.0 if on_device else spent,
+    )
+
+
+def test_kernels_and_idle_time_of_a_gpu():
+    """Two steps as a CUDA trace has them: launches on the CPU, kernels on the device, preparation between the steps."""
+    events = []
+    for t in (0.0, 1000.0):
+        events += [
+            cuda_event("paretune: between steps", t, t + 100, False),
+            cuda_event("paretune: between steps", t + 50, t + 120),  # the same range as the device saw it
+            cuda_event("cudaLaunchKernel", t + 20, t + 25, False),
+            cuda_event("void at::native::FillFunctor<float>", t + 60, t + 70),
+            cuda_event("aten::mm", t + 200, t + 230, False),
+            cuda_event("cudaLaunchKernel", t + 210, t + 215, False),
+            cuda_event("ampere_sgemm_128x64_tn", t + 300, t + 500),
+            cuda_event("cudaLaunchKernel", t + 220, t + 225, False),
+            cuda_event("void at::native::vectorized_elementwise_kernel<4>", t + 520, t + 570),
+            cuda_event("cudaDeviceSynchronize", t + 230, t + 600, False),
+        ]
+    found = sum_up(events[::-1], 2, 2 * 400e-6, True)  # not in the order of time
+    assert [(k.name[:13], k.kind, k.count) for k in found] == [
+        ("ampere_sgemm_", "GEMM", 1),
+        ("void at::nati", "elementwise", 1),
+        ("between kerne", "launch gap", 2),
+    ]
+    assert [k.sec for k in found] == pytest.approx([200e-6, 50e-6, 150e-6]) and "GPU is idle" in found[-1].name
+    classes = by_class(found)
+    step = {"device": "cuda", "whole": {"sec": 400e-6}, "profiled_sec": 400e-6, "kernel_classes": classes}
+    (idle,) = [e for e in explain.explain(step) if e.cause != "slow products"]
+    assert idle.cause == "launch overhead" and "the GPU is idle" in idle.sentence and "38 %" in idle.sentence
+    assert "native" not in idle.try_next and "--config compile" in idle.try_next
+
+
 def test_a_trace_follows_the_format(tiny_gpt2_folder, tmp_path):
     model = checkpoint.load(tiny_gpt2_folder)
     tokens = torch.arange(5)[None]
@@ -97,6 +157,9 @@ def event(name="a", ts=0.0, dur=1.0, **more):
         ([event(dur=-1)], "duration"),
         ([event(ts="soon")], "time stamp"),
         ([{"ph": "Z", "name": "a"}], "phase 'Z'"),
+        ([event(dur=float("nan"))], "NaN is no JSON"),
+        ([event(ph="s")], "an arrow without an id"),
+        ([event(ph="M")], "metadata without arguments"),
         ([{"ph": "X", "ts": 0, "dur": 1, "pid": 1, "tid": 1}], "no name"),
         ([{"ph": "X", "name": "a", "ts": 0, "dur": 1}], "process"),
         ([event("a", 0, 10), event("b", 5, 10)], "ends after"),

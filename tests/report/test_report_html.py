@@ -51,6 +51,8 @@ def test_everything_that_was_tried_is_there() -> None:
         assert item["name"] in page and item["reason"] in page
     for sentence in (*result["verdict"], *result["trials"][2]["proof"], result["trials"][2]["bound_by"]):
         assert sentence in page
+    dispatch, alone = (e["text"] for e in result["trials"][2]["explanations"])
+    assert dispatch[1:] in page and alone not in page  # where no rule fired, the roofline's own sentence is enough
     assert result["again"] in page and "samples.jsonl" in page and "AMD EPYC 7B13" in page
 
 
@@ -82,7 +84,15 @@ def test_names_from_outside_are_harmless() -> None:
     result["hardware"][bad] = bad
     result["goal"]["objective"] = bad
     for t in result["trials"]:
-        t.update(name=bad + "$x_1$", reason=bad, bound_by=bad, proof=[bad], label=bad, recipe={bad: bad})
+        t.update(
+            name=bad + "$x_1$",
+            reason=bad,
+            bound_by=bad,
+            proof=[bad],
+            explanations=[{"cause": bad, "text": bad}],
+            label=bad,
+            recipe={bad: bad},
+        )
     result["space"]["illegal"] = [{"name": bad, "reason": bad}]
     text = render_report(result)
     assert "<script" not in text and "script" not in Page(text).tags

@@ -50,6 +50,7 @@ class Machine:
         increase: log perplexity over the baseline by recipe name (default 0).
         weights: stored bytes by recipe name.
         load_error: cause, or the error itself, by recipe name.
+        why_error: cause by recipe name, of its profile alone.
         sample_error: (cause, after how many samples) by recipe name.
         on_sample: called with (trial id, count of all samples so far) before a sample is given.
     """
@@ -60,6 +61,7 @@ class Machine:
     weights: dict[str, int] = field(default_factory=dict)
     load_error: dict[str, str | SubjectError] = field(default_factory=dict)
     sample_error: dict[str, tuple[str, int]] = field(default_factory=dict)
+    why_error: dict[str, str] = field(default_factory=dict)
     on_sample: Callable[[str, int], None] | None = None
     on_ask: Callable[[str, str], None] | None = None
     seed: int = 0
@@ -206,6 +208,14 @@ class FakeProcess:
         shift = self.machine.increase_of(self.recipe, self.name)
         scores_of(windows, request["text_name"], shift, self.recipe).save(request["out"])
         return {"score_sec": 1.5}
+
+    def _why(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.machine.clock.now_sec += 2.0
+        Ceilings.from_json(request["ceilings"])
+        if self.recipe in self.machine.why_error:
+            raise SubjectError(self.machine.why_error[self.recipe])
+        text = f"{self.recipe} was taken apart in {request['phase']}"
+        return {"explanations": [{"cause": "Python", "text": text, "share": 0.5}], "sec": self._seconds()}
 
 
 def scores_of(windows: np.ndarray, text_name: str, shift: float, recipe: str) -> Scores:

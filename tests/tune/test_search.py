@@ -423,6 +423,27 @@ def test_the_line_of_exit_3_is_the_reason_and_not_some_note(monkeypatch, tmp_pat
     assert code == 3 and "speed-up" in line
 
 
+def test_winner_and_baseline_are_explained_by_a_profile(monkeypatch, tmp_path, six):
+    """The same rules as `profile`, run in the processes of the confirmation; other rows get what their figures give."""
+    out = run(install(monkeypatch, Machine(cost={name(INT8): 0.005})), tmp_path)
+    result, _ = written(out, tmp_path)
+    rows = {t["id"]: t for t in result["trials"]}
+    assert rows[id_of(INT8)]["explanations"][0]["text"] == f"{name(INT8)} was taken apart in decode"
+    assert rows[BASELINE]["explanations"][0]["text"] == f"{BASE} was taken apart in decode"
+    other = rows[id_of(EAGER)]["explanations"]
+    assert other and all(e["sentence"] and "taken apart" not in e["text"] for e in other)
+    assert rows[id_of(EAGER)]["tpot_roofline_sec"] > 0
+
+
+def test_a_profile_that_fails_costs_nothing_but_its_words(monkeypatch, tmp_path, six):
+    machine = Machine(cost={name(INT8): 0.005}, why_error={name(INT8): "the profiler died"})
+    out = run(install(monkeypatch, machine), tmp_path)
+    result, _ = written(out, tmp_path)
+    assert result["outcome"] == "winner" and result["confirmation"]["n_processes"] == 2
+    row = next(t for t in result["trials"] if t["id"] == id_of(INT8))
+    assert row["status"] == "measured" and row["explanations"]
+
+
 @pytest.mark.parametrize("budget", [0.5, 8.0, 20.0])
 def test_a_tiny_budget_ends_with_the_baseline_and_says_why(monkeypatch, tmp_path, six, budget):
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}))

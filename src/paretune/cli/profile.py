@@ -24,6 +24,10 @@ def profile(
     device_profile: Annotated[
         str | None, typer.Option(help="t4, a100, h100, h200, laptop-cpu: predict for that device, run nothing.")
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option("--predict", help="Predict the time per output token on this machine; the model is not loaded."),
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter blocks.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: physical cores]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -57,6 +61,8 @@ def profile(
     for one in phases:
         check_phase(one, recipe, name)
     if device_profile is not None:
+        if predict:
+            raise UsageError("--predict is about this machine, --device-profile about another", "Pass one of them")
         _predict(model, folder, device_profile, input_len, batch_size, json_output)
         return
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
@@ -67,8 +73,13 @@ def profile(
             f"{input_len} input tokens and one more exceed the context of {shape.n_positions}",
             "Choose a smaller --input-len",
         )
+    if predict:
+        if device != "cpu" or batch_size != 1:
+            raise UsageError("--predict knows one sequence on a CPU", "Leave out --device and --batch-size")
+        _predict_here(model, folder, input_len, threads, quick, json_output, quiet)
+        return
     for one in phases:
-        check_memory(shape, one, input_len, batch_size)
+        check_memory(shape, one, input_len, batch_size, recipe)
     out = None if output_dir is None else ensure_folder(output_dir.expanduser())
     say = (lambda line: None) if quiet else _say
     results: list[dict[str, Any]] = []
@@ -163,6 +174,38 @@ def _predict(model: str, folder: Path, device: str, input_len: int, batch_size: 
     ]
     print(to_markdown(rows, columns))
     print("\n".join(f"- Prediction: {sentence}." for sentence in said))
+
+
+def _predict_here(
+    model: str, folder: Path, input_len: int, threads: int | None, quick: bool, json_output: bool, quiet: bool
+) -> None:
+    import json
+
+    from paretune.measure import environment, predict_here
+    from paretune.model import checkpoint
+    from paretune.report.tables import Column, to_markdown
+
+    config = checkpoint.read_config(folder)
+    runners = ["baseline"] if quick else list(predict_here.CALIBRATED)  # the compiler takes most of the time
+    say = (lambda line: None) if quiet else _say
+    ceilings, models = predict_here.calibrate(threads=threads, runners=runners, say=say)
+    rows = predict_here.predict_here(config, input_len + 1, ceilings, models)
+    if json_output:
+        result = {**environment.header(), "model": {"name": model}, "is_prediction": True, "input_len": input_len}
+        print(json.dumps({**result, "ceilings": ceilings.to_json(), "rows": rows}, indent=2, allow_nan=False))
+        return
+    print(f"# {model} on this machine: a prediction, the model was not loaded\n")
+    columns = [
+        Column("config", "Config", numeric=False),
+        Column("predicted_tpot_sec", "Predicted TPOT"),
+        Column("predicted_tokens_per_sec", "Tokens/s", lambda r: f"{r['predicted_tokens_per_sec']:,.0f}"),
+        Column("roofline_sec", "Roofline alone"),
+        Column("bytes", "Bytes a step"),
+        Column("rests_on", "Rests on", numeric=False),
+        Column("fits", "Memory", lambda r: "fits" if r["fits"] else "does not fit", numeric=False),
+    ]
+    print(to_markdown(rows, columns))
+    print(f"- One sequence after {input_len} tokens. The native rows are the least that their bytes take.")
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from paretune.engine.runners.base import Runner
 from paretune.errors import ParetuneError
+
+# The profiler's own log lines ("profiler_start") would stand among a command's; read at its first use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 PROMPT_LEN = 8  # tokens of the probe's prefill: more than one, few enough to be free
 

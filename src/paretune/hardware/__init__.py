@@ -6,7 +6,14 @@ number formats, ceilings).
 
 from __future__ import annotations
 
-from paretune.hardware.bandwidth import PROBE_SEC, STATE_TOLERANCE, BandwidthProbe, bandwidth_at, read_bandwidth_sweep
+from paretune.hardware.bandwidth import (
+    PROBE_SEC,
+    STATE_TOLERANCE,
+    BandwidthProbe,
+    bandwidth_at,
+    probe_bytes,
+    read_bandwidth_sweep,
+)
 from paretune.hardware.machine import (
     MIB,
     available_memory_bytes,
@@ -58,6 +65,7 @@ __all__ = [
     "matrix_rate",
     "memory_bytes",
     "n_threads",
+    "probe_bytes",
     "read_bandwidth_sweep",
     "set_threads",
 ]

@@ -227,7 +227,7 @@ def _break_even(trial: Trial, baseline: Trial, cell: Cell) -> float | None:
 def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ceilings) -> dict[str, Any]:
     """MBU, MFU and what each phase is bound by."""
     out: dict[str, Any] = dict.fromkeys(
-        ("decode_bytes", "mbu", "decode_mfu", "prefill_mfu", "bound_by", "prefill_bound_by")
+        ("decode_bytes", "tpot_roofline_sec", "mbu", "decode_mfu", "prefill_mfu", "bound_by", "prefill_bound_by")
     )
     loaded, ttft, tpot = trial.loaded, trial.median("ttft"), trial.median("tpot")
     if loaded is None or trial.recipe is None:  # what a peer reads in a step is its own affair
@@ -243,6 +243,7 @@ def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ce
         flops = cell.batch_size * roofline.decode_flops(config, round(context))
         bandwidth = ceilings.bandwidth_at(n_bytes)
         out["decode_bytes"] = n_bytes
+        out["tpot_roofline_sec"] = n_bytes / bandwidth  # a prediction: the least that these bytes take here
         out["mbu"] = roofline.mbu(n_bytes, tpot, bandwidth)
         out["decode_mfu"] = roofline.mfu(flops, tpot, rate) if rate else None
         out["bound_by"] = roofline.bound_by("decode", tpot, n_bytes, flops, bandwidth, rate)[1]

@@ -1,16 +1,14 @@
-"""Times of a model that was not run: the plain roofline, and models that add the cost of operators.
+"""Times of a model on a device that is not here: the roofline of its data sheet, and the cost of launches.
 
     plain               = max(bytes / bandwidth, FLOP / rate)
     a device, on paper  = max(plain, operators x seconds an operator): launches run beside a GPU's kernels
-    this machine        = plain, with the rates that its kernels reach, + operators x seconds an operator
 
-Everything here is a prediction and says so. Bandwidth and rates come from a data sheet (`hardware.devices`, with the
-share of it that streaming kernels get) or from measurements of this machine (`calibrate`).
+Everything here is a prediction and says so. Bandwidth and rates are those of `hardware.devices`, with the share of the
+bandwidth that streaming kernels get. Predictions for this machine: `predict_here`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +42,6 @@ class Sizes:
         each, around = OPERATORS.get(config.family, OPERATORS["llama"])
         kv = 2 * config.n_layer * config.n_kv_head * config.head_dim
         return cls(n - looked_up, kv, each * config.n_layer + around, config)
-
-
-def plain_sec(n_bytes: float, flops: float, bandwidth: float, rate: float) -> float:
-    return max(n_bytes / bandwidth, flops / rate)
 
 
 def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_size: int = 1) -> list[dict[str, Any]]:
@@ -126,42 +120,3 @@ def findings(device: DeviceProfile, rows: list[dict[str, Any]]) -> list[str]:
         large = sorted({r["dtype"] for r in rows if not r["fits"]})
         said.append(f"the model does not fit into {device.memory_bytes / 2**30:.0f} GiB in {', '.join(large)}")
     return said
-
-
-# ---- this machine
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """Rates and costs measured on one profile of this machine, to predict other shapes.
-
-    Args:
-        bandwidth: bytes/s of products that read weights, as reached (not the ceiling).
-        rate: FLOP/s of products, as reached.
-        operator_sec: everything else of the step, an operator.
-    """
-
-    bandwidth: float
-    rate: float
-    operator_sec: float
-
-    def sec(self, n_bytes: float, flops: float, n_operators: int) -> float:
-        """Predicted seconds of a step."""
-        return max(n_bytes / self.bandwidth, flops / self.rate) + n_operators * self.operator_sec
-
-
-def calibrate(decode: Mapping[str, Any], prefill: Mapping[str, Any]) -> CostModel:
-    """The cost model of this machine from a decode and a prefill profile of one small model."""
-
-    def products(result: Mapping[str, Any]) -> tuple[float, float, float]:
-        rows = [r for r in result["parts"] if r["product_weight_bytes"] and r["part"] not in _SUMS]
-        return sum(r["sec"] for r in rows), sum(r["bytes"] for r in rows), sum(r["product_flops"] for r in rows)
-
-    sec, n_bytes, _ = products(decode)
-    prefill_sec, _, flops = products(prefill)
-    rest = max(0.0, decode["whole"]["sec"] - sec)
-    n = decode["facts"]["n_ops"]
-    return CostModel(n_bytes / sec, flops / prefill_sec, rest / max(1, n))
-
-
-_SUMS = ("blocks", "attention", "mlp")

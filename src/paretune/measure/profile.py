@@ -1,29 +1,28 @@
 """One phase of one recipe, taken apart: by part, by layer, by kernel, against this machine's ceilings, with a trace.
 
 The plain step and the marked step run in turns, in blocks with a bandwidth probe around each; figures are means over
-the middle half of the steps (by their totals) in the blocks of the bandwidth state that most blocks saw. The plain step
-is the whole that the parts are held against; nothing is scaled to fit it.
+the middle half of the pairs (by the time of both) in the blocks of the bandwidth state that most blocks saw. The plain
+step is the whole that the parts are held against; nothing is scaled to fit it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import random
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from paretune import clock, hardware
+from paretune import hardware
 from paretune.engine.load import Loaded, load_recipe
 from paretune.errors import ParetuneError
 from paretune.measure import environment, explain, profile_facts, profile_native, roofline
+from paretune.measure.profile_blocks import time_blocks
 from paretune.measure.profile_count import CountingMode, Counts
-from paretune.measure.profile_kernels import by_class, kernels_of
+from paretune.measure.profile_kernels import Kernel, by_class, kernels_of
 from paretune.measure.profile_marks import Instrument, Key, Marks, cost_of_a_reading
 from paretune.measure.profile_rows import layers_of, middle_half, rows_of, seconds_of
 from paretune.measure.profile_steps import Phase, Step, check_memory, check_phase
@@ -32,107 +31,9 @@ from paretune.measure.workload import step_weights_bytes
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
 
-N_BLOCKS, SLICE_SEC = 12, 0.15
-QUICK_BLOCKS, QUICK_SLICE_SEC = 6, 0.08
-WARM_UP_SEC, MAX_WARM_UP_SEC = 0.3, 5.0
-MAX_SEC = 60.0  # of the timed blocks; a large model gets fewer of them
-MIN_STEPS, MAX_STEPS = 3, 1000  # of a block
 SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
 KERNELS, QUICK_KERNELS = (0.3, 50), (0.1, 20)  # least seconds and most steps under the profiler
 CLOSES = (0.95, 1.05)  # the sum of the parts over the whole
-
-
-@dataclass
-class Timed:
-    """The blocks of a profile: seconds of plain steps, parts of marked ones, bandwidth before and after."""
-
-    plain: list[list[float]] = field(default_factory=list)
-    marked: list[list[dict[Key, float]]] = field(default_factory=list)
-    bandwidth: list[tuple[float, float] | None] = field(default_factory=list)
-
-    def states(self) -> list[str]:
-        """The bandwidth state of each block: high, low or mixed; "unknown" without a probe."""
-        seen = [b for pair in self.bandwidth if pair for b in pair]
-        if not seen:
-            return ["unknown"] * len(self.plain)
-        floor = hardware.STATE_TOLERANCE * max(seen)
-        words = ("low", "mixed", "high")
-        return [words[sum(b >= floor for b in pair)] if pair else "unknown" for pair in self.bandwidth]
-
-    def kept(self) -> tuple[Timed, str]:
-        """The blocks of the commonest state, and its name."""
-        states = self.states()
-        state = Counter(states).most_common(1)[0][0]
-        index = [i for i, s in enumerate(states) if s == state]
-        chosen = Timed(*([column[i] for i in index if i < len(column)] for column in self.columns))  # type: ignore[arg-type]
-        return chosen, state
-
-    @property
-    def columns(self) -> tuple[list[Any], ...]:
-        return self.plain, self.marked, self.bandwidth
-
-
-def time_blocks(step: Step, marks: Marks | None, instrument: Instrument | None, quick: bool, seed: int) -> Timed:
-    """Plain and marked steps in turns, in pairs of random order; `marks` None times the plain step alone."""
-    device = step.runner.device.type
-    slice_sec, n_blocks = (QUICK_SLICE_SEC, QUICK_BLOCKS) if quick else (SLICE_SEC, N_BLOCKS)
-    one = _warm_up(step, device)
-    n_blocks = max(3, min(n_blocks, int(MAX_SEC / (2 * max(slice_sec, MIN_STEPS * one)))))
-    probe = hardware.BandwidthProbe(torch.get_num_threads()) if device == "cpu" else None
-    shuffle = random.Random(seed).shuffle
-    timed = Timed()
-    before = probe() if probe else 0.0
-    for _ in range(n_blocks):
-        plain: list[float] = []
-        marked: list[dict[Key, float]] = []
-        with clock.quiet():
-            while len(plain) < MIN_STEPS or (sum(plain) < slice_sec and len(plain) < MAX_STEPS):
-                order = ["plain"] + ["marked"] * (marks is not None)
-                shuffle(order)
-                for kind in order:
-                    if kind == "plain":
-                        plain.append(_plain(step, device))
-                    else:
-                        assert marks is not None and instrument is not None
-                        marked.append(_marked(step, marks, instrument, device))
-        timed.plain.append(plain)
-        timed.marked.append(marked)
-        after = probe() if probe else 0.0
-        timed.bandwidth.append((before, after) if probe else None)
-        before = after
-    return timed
-
-
-def _warm_up(step: Step, device: str) -> float:
-    """Runs until two steps in a row differ by less than 5 %, within limits; seconds of a step."""
-    started, last = clock.now(), float("inf")
-    while True:
-        now = _plain(step, device)
-        elapsed = clock.now() - started
-        if (abs(now / last - 1) < 0.05 and elapsed > WARM_UP_SEC) or elapsed > MAX_WARM_UP_SEC:
-            return now
-        last = now
-
-
-def _plain(step: Step, device: str) -> float:
-    step.prepare()
-    clock.synchronize(device)
-    started = clock.now()
-    step.run()
-    clock.synchronize(device)
-    return clock.now() - started
-
-
-def _marked(step: Step, marks: Marks, instrument: Instrument, device: str) -> dict[Key, float]:
-    instrument.install()
-    try:
-        step.prepare()
-        clock.synchronize(device)
-        marks.start()
-        step.run(marks)
-        return marks.stop()
-    finally:
-        instrument.remove()
 
 
 @contextlib.contextmanager
@@ -181,7 +82,7 @@ def profile(
     """
     check_phase(phase, recipe, name)
     config = checkpoint.read_config(folder)
-    check_memory(config, phase, input_len, batch_size)
+    check_memory(config, phase, input_len, batch_size, recipe)
     threads_read = hardware.set_threads(recipe.engine.threads or threads)
     header = environment.header(seed=seed)
     if ceilings is None:
@@ -201,22 +102,47 @@ def profile(
         "model": {"name": folder.name, "family": config.family},
         "config": name,
         "recipe": recipe.to_dict(),
-        "phase": phase,
-        "input_len": input_len,
-        "batch_size": batch_size,
-        "device": device,
-        "threads": threads_read,
-        "runner": loaded.runner.describe(),
         "ceilings": ceilings.to_json(),
-        **take_apart(loaded, step, ceilings, quick=quick, seed=seed, say=say),
+        **examine(step, ceilings, threads_read, watch, quick=quick, seed=seed, say=say),
     }
-    result["facts"] = profile_facts.facts(loaded, step, result, watch)
-    result["explanations"] = [e.to_json() for e in explain.explain(result)]
     if not with_trace:
         return result, None
     say("recording one step")
     model = step.model if result["parts"] else None
     return result, record(step.run, step.prepare, model, device, f"{phase} step")
+
+
+def examine(
+    step: Step,
+    ceilings: hardware.Ceilings,
+    threads: dict[str, Any],
+    breaks: profile_facts.BreakCounter,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    with_kernels: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Takes a step that is ready and warm apart, and explains it.
+
+    Args:
+        threads: what `hardware.set_threads` read back.
+        breaks: made before the step ran for the first time.
+    """
+    loaded, device = step.loaded, step.runner.device.type
+    result = {
+        "phase": step.phase,
+        "input_len": step.input_len,
+        "batch_size": step.batch_size,
+        "device": device,
+        "threads": threads,
+        "runner": step.runner.describe(),
+        **take_apart(loaded, step, ceilings, quick=quick, seed=seed, with_kernels=with_kernels, say=say),
+    }
+    result["facts"] = profile_facts.facts(loaded, step, result, breaks)
+    known = {"recipe": loaded.recipe.to_dict(), "ceilings": ceilings.to_json()}
+    result["explanations"] = [e.to_json() for e in explain.explain(result | known)]
+    return result
 
 
 def take_apart(
@@ -226,9 +152,14 @@ def take_apart(
     *,
     quick: bool = False,
     seed: int = 0,
+    with_kernels: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`whole`, `overhead`, `parts`, `layers`, `closing`, `kernels`, `native`, `notes` of a step that is ready."""
+    """`whole`, `overhead`, `parts`, `layers`, `closing`, `kernels`, `native`, `notes` of a step that is ready.
+
+    Args:
+        with_kernels: False leaves them out: those of a graph that was compiled without names would count as its calls.
+    """
     runner, phase = loaded.runner, step.phase
     ceilings = _of_threads(ceilings, torch.get_num_threads())
     device = runner.device.type
@@ -247,19 +178,22 @@ def take_apart(
         counts, calls = _count(step, marks, instrument)
         if len(counts.parts) <= 1:
             marks = instrument = None
-            notes.append(_INSIDE.format(f"one call of the {runner.name} runner"))
+            notes.append(_INSIDE.format(f"one call of the {runner.name} runner").replace("kernels", "operations"))
         else:
             notes += [f"{name}: not in this model, its time stands with the part before" for name in instrument.missing]
     say(f"timing {phase}")
     timed = time_blocks(step, marks, instrument, quick, seed)
     kept, state = timed.kept()
     plain = [sec for block in kept.plain for sec in block]
-    plain_sec = statistics.fmean(plain[i] for i in middle_half(plain))
+    marked = [parts_of_step for block in kept.marked for parts_of_step in block]
+    pairs = [p + sum(m.values()) for p, m in zip(plain, marked, strict=True)] if marked else plain
+    quiet = middle_half(pairs)
+    plain_sec = statistics.fmean(plain[i] for i in quiet)
     parts: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []
     overhead = closing = None
     if marks is not None:
-        seconds = seconds_of([parts_of_step for block in kept.marked for parts_of_step in block])
+        seconds = seconds_of([marked[i] for i in quiet])
         marked_sec = sum(seconds.values())
         cost = cost_of_a_reading() if device == "cpu" else 0.0
         # Off each part what its own readings cost, as measured on an empty module: never a factor that makes it fit.
@@ -285,12 +219,16 @@ def take_apart(
                 "machine was busy, or the step is too short for readings; measure again"
             )
     say(f"kernels of {phase}")
-    native = profile_native.rows(runner, step)
-    kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *(QUICK_KERNELS if quick else KERNELS))
-    if runner.name == "native" and not parts:  # the profiler sees nothing of it: that is no gap
+    whole = _whole(step, plain_sec, kept.plain, counts, ceilings, dtype)
+    native = profile_native.rows(runner, step, whole, ceilings)
+    kernels: list[Kernel] = []
+    profiled_sec = None
+    if with_kernels:
+        kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *(QUICK_KERNELS if quick else KERNELS))
+    if kernels and runner.name == "native" and not parts:  # the profiler sees nothing of it: that is no gap
         kernels[-1] = replace(kernels[-1], name="the native runner's own code", kind="native code", count=1)
     return {
-        "whole": _whole(step, plain_sec, kept.plain, counts, ceilings, dtype),
+        "whole": whole,
         "blocks": {"n": len(timed.plain), "n_kept": len(kept.plain), "state": state, "states": timed.states()},
         "overhead": overhead,
         "closing": closing,
@@ -367,6 +305,7 @@ def _whole(
         "n_steps": sum(len(b) for b in blocks),
         "tokens_per_sec": step.n_tokens / sec,
         "dtype": dtype,
+        "bytes_per_weight": profile_facts.bytes_per_weight(step.model),
         "needed_bytes": n_bytes,
         "needed_flops": flops,
         "counted_bytes": counts.total().n_bytes or None,

@@ -48,6 +48,13 @@ def zero_share(model: torch.nn.Module) -> float:
     return n_zeros / n_values if n_values else 0.0
 
 
+def bytes_per_weight(model: torch.nn.Module) -> float | None:
+    """Stored bytes of the matrices of linear layers, scales and all, for each of their values."""
+    weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, Linear)}.values()
+    n = sum(w.out_features * w.in_features for w in weights)
+    return sum(w.stored_bytes for w in weights) / n if n else None
+
+
 def page_faults() -> int | None:
     """Minor page faults of this process so far; None where the system does not count them."""
     usage = _usage()
@@ -122,6 +129,5 @@ def facts(loaded: Loaded, step: Step, result: dict[str, Any], breaks: BreakCount
         "page_faults": each("ru_minflt"),
         "preemptions": each("ru_nivcsw"),
         "cpu_pressure": None if pressure is None or waited is None or spent <= 0 else (waited - pressure) / spent,
-        "load_average": result["environment"]["load_average"] if "environment" in result else None,
         "page_fault_sec": page_fault_sec() if device == "cpu" else None,
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,6 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
 from paretune import clock
-
-# The profiler's own log lines ("profiler_start") would stand between a command's results; read at its first use.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 CLASSES = (
     "GEMM",
@@ -36,20 +32,21 @@ CLASSES = (
     "native code",
     "launch gap",
 )
+_LAUNCH = re.compile(r"LaunchKernel|GraphLaunch")
+_TRITON = re.compile(r"triton_(poi|red|per|tem|mm|bmm)_")
+_TRITON_KINDS = {"poi": "elementwise", "red": "reduction", "per": "reduction"}
 _UNTIMED = "paretune: between steps"
 _ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|efficient_attention|flex_attention")
 _PRODUCT = re.compile(
     r"\b(addmm|mm|bmm|baddbmm|_int_mm|_weight_int8pack_mm|_mkl_linear|_linear_pointwise|int8_few_rows|mkldnn_linear)\b"
-    r"|gemm|gemv|cutlass|cublas"
+    r"|gemm|gemv|cutlass|cublas|nvjet"
 )
-_REDUCTION = re.compile(
-    r"softmax|layer_norm|rms_norm|\b(sum|mean|argmax|amax|max|norm|var_mean|nll_loss\w*)\b|reduce|triton_(red|per)"
-)
+_REDUCTION = re.compile(r"softmax|layer_norm|rms_norm|\b(sum|mean|argmax|amax|max|norm|var_mean|nll_loss\w*)\b|reduce")
 _COPY = re.compile(
     r"\b(copy_|clone|contiguous|view|_unsafe_view|reshape|_reshape_alias|transpose|permute|t|as_strided|slice|select|"
     r"expand|unbind|cat|chunk|split\w*|narrow|index|index_put_|_index_put_impl_|_to_copy|to|fill_|zero_|embedding|"
     r"gather|unsqueeze|squeeze|unflatten|detach|lift_fresh|alias|triu|arange|ones|index_select|movedim|_conj|resolve_\w+"
-    r")\b|memcpy|memset|Memcpy|Memset"
+    r")\b|memcpy|memset|Memcpy|Memset|copy_kernel|CatArray|indexSelect|gather_kernel|index_elementwise|FillFunctor"
 )
 _ALLOCATION = re.compile(r"\b(empty|empty_strided|empty_like|new_empty\w*|resize_|zeros|zeros_like|set_)\b")
 # Operators that only find and call another one.
@@ -62,6 +59,8 @@ _DISPATCH = re.compile(
 
 def class_of(name: str, shapes: Sequence[Any] = ()) -> str:
     """The class of a kernel by its name, and by its shapes for products: one row is a matrix-vector product."""
+    if generated := _TRITON.match(name):  # the rest of the name lists what was fused into it
+        return _TRITON_KINDS.get(generated[1], "GEMM")
     if _DISPATCH.search(name):
         return "dispatch"
     if _ATTENTION.search(name):
@@ -125,12 +124,26 @@ def kernels_of(
             clock.synchronize(sync)
             total += clock.now() - started
             n_steps += 1
+    return sum_up(watched.events(), n_steps, total, is_cuda), total / n_steps
+
+
+def sum_up(events: Sequence[Any], n_steps: int, total_sec: float, is_cuda: bool) -> list[Kernel]:
+    """Kernels of a step by name, longest first, and the launch gap, from the events of `n_steps` steps.
+
+    Args:
+        events: of PyTorch's profiler; what happens between the steps is in a range of its own and left out.
+        total_sec: wall time of all steps.
+    """
     sums: dict[tuple[str, str], list[float]] = {}
-    events = watched.events()
-    untimed = [e.time_range for e in events if e.name == _UNTIMED]
+    untimed = sorted((e.time_range for e in events if e.name == _UNTIMED), key=lambda span: span.start)
+    n_launches = 0
     for event in events:
         on_device = event.device_type == torch.autograd.DeviceType.CUDA
-        if is_cuda != on_device or event.name == _UNTIMED:
+        if event.name == _UNTIMED:
+            continue
+        if is_cuda and not on_device:
+            n_launches += bool(_LAUNCH.search(event.name)) and not _inside(event.time_range, untimed)
+        if is_cuda != on_device:
             continue
         if event.name.startswith(("ProfilerStep", "[memory]", "cudaDevice")) or _inside(event.time_range, untimed):
             continue
@@ -140,9 +153,10 @@ def kernels_of(
         entry[1] += max(0.0, spent) / 1e6
     found = [Kernel(name, kind, c / n_steps, s / n_steps) for (name, kind), (c, s) in sums.items()]
     found.sort(key=lambda k: -k.sec)
-    per_step = total / n_steps
-    gap = per_step - sum(k.sec for k in found)
-    return [*found, Kernel("between kernels", "launch gap", sum(k.count for k in found), gap)], per_step
+    gap = total_sec / n_steps - sum(k.sec for k in found)
+    if is_cuda:  # a graph is one launch of many kernels
+        return [*found, Kernel("between kernels (the GPU is idle)", "launch gap", n_launches / n_steps, gap)]
+    return [*found, Kernel("between kernels", "launch gap", sum(k.count for k in found), gap)]
 
 
 def _inside(span: Any, ranges: Sequence[Any]) -> bool:

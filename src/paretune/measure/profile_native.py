@@ -9,8 +9,10 @@ switches them on from zero or off. An operation is named by the parts that it ru
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from paretune.hardware import Ceilings
 from paretune.measure.profile_steps import Step
 
 N_STEPS = 20
@@ -27,12 +29,21 @@ class Counter(NamedTuple):
     flops: int
 
 
-def rows(runner: Any, step: Step) -> dict[str, Any] | None:
-    """Operations of a step, the mean over `N_STEPS`; None for other runners, a reason where there are no counters."""
+def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any] | None:
+    """Operations of a step, the mean over `N_STEPS`; None for other runners, a reason where there are no counters.
+
+    Args:
+        whole: of the profile: `share` is of its seconds, and of its bytes is the working set of the weights.
+    """
     if runner.name != "native":
         return None
     if not hasattr(runner, "count_"):
-        return {"available": False, "reason": "the native runner of this version has no counters", "rows": []}
+        return {
+            "available": False,
+            "reason": "the native runner of this version has no counters",
+            "rows": [],
+            "sum_sec": 0.0,
+        }
     runner.count_(True)
     try:
         for _ in range(N_STEPS):
@@ -42,16 +53,22 @@ def rows(runner: Any, step: Step) -> dict[str, Any] | None:
     finally:
         runner.count_(False)
     if not counted:
-        return {"available": False, "reason": "this step does not run in native code", "rows": []}
+        return {"available": False, "reason": "this step does not run in native code", "rows": [], "sum_sec": 0.0}
     sums: dict[str, list[float]] = {}
     for entry in counted:
         total = sums.setdefault(entry.operation, [0.0] * 4)
         for i, value in enumerate((entry.calls, entry.sec, entry.n_bytes, entry.flops)):
             total[i] += value / N_STEPS
     out: list[dict[str, Any]] = []
+    bandwidth = ceilings.bandwidth_at(whole["needed_bytes"] or 1)
+    rate = ceilings.matrix_rates.get(whole["dtype"]) or ceilings.matrix_rates.get("fp32")
     for operation, (calls, sec, n_bytes, flops) in sums.items():
         rates = {"bytes_per_sec": n_bytes / sec, "flops_per_sec": flops / sec} if sec else {}
+        memory_sec, compute_sec = n_bytes / bandwidth, flops / rate if rate else 0.0
+        least = max(memory_sec, compute_sec)
         row = {"operation": operation, "calls": calls, "sec": sec, "bytes": n_bytes, "flops": flops}
+        row |= {"share": sec / whole["sec"], "ceiling_share": least / sec if sec and least else None}
+        row["limit"] = ("compute" if compute_sec > memory_sec else "memory") if least else None
         out.append({**row, "bytes_per_sec": None, "flops_per_sec": None, **rates})
     out.sort(key=lambda row: -row["sec"])
-    return {"available": True, "reason": "", "rows": out}
+    return {"available": True, "reason": "", "rows": out, "sum_sec": sum(row["sec"] for row in out)}

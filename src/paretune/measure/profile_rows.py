@@ -21,12 +21,9 @@ def middle_half(totals: Sequence[float]) -> list[int]:
     return order[quarter : len(order) - quarter]
 
 
-def seconds_of(steps: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
-    """Seconds by part: the mean over the middle half of the steps by their totals.
-
-    A mean over the same steps for every part, so that parts add up to the step; medians of parts would not.
-    """
-    kept = [steps[i] for i in middle_half([sum(step.values()) for step in steps])]
+def seconds_of(kept: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
+    """Seconds by part: the mean over the same steps for every part, so that parts add up to the step; medians of parts
+    would not."""
     keys = dict.fromkeys(key for step in kept for key in step)
     return {key: statistics.fmean(step.get(key, 0.0) for step in kept) for key in keys}
 

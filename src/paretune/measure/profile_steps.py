@@ -42,32 +42,59 @@ def check_phase(phase: str, recipe: Recipe, name: str) -> None:
         )
 
 
-def needed_bytes(config: ModelConfig, phase: str, input_len: int, batch_size: int) -> int:
+def stored_width(recipe: Recipe) -> float:
+    """Bytes that a weight takes in memory under a recipe, from above.
+
+    Weights take their last form as they are read, if every transform works on them one by one; else all are there in
+    fp32 first.
+    """
+    if not all(t.per_weight for t in recipe.transforms):
+        return 4.0
+    width = 4.0
+    for entry in recipe.to_dict()["transforms"]:
+        if entry["name"] == "precision":
+            width = 2.0
+        elif entry["name"] == "int8":
+            width = 1.1
+        elif entry["name"] == "groups":
+            width = entry["bits"] / 8 + 0.2  # scales; the head may be kept at 8 bits
+    return width
+
+
+def needed_bytes(config: ModelConfig, phase: str, input_len: int, batch_size: int, recipe: Recipe | None = None) -> int:
     """Memory that the profile takes, from above, known before anything is loaded.
 
-    Loading holds the file's tensors beside the model. Training adds gradients, two moments and the activations of all
+    Loading holds one plain tensor beside the model. Training adds gradients, two moments and the activations of all
     layers.
+
+    Args:
+        recipe: how the weights are stored; None: fp32.
     """
-    n_params = sum(p.numel() for p in checkpoint.build(config).parameters())
+    parameters = [p.numel() for p in checkpoint.build(config).parameters()]
+    n_params, largest = sum(parameters), max(parameters)
+    width = stored_width(recipe) if recipe else 4.0
     rows = batch_size * input_len
     wide = 3 * config.n_inner + 8 * config.n_embd + 2 * config.n_head * input_len  # activations a layer keeps, a token
     logits = rows * config.vocab_size if phase == "train" else batch_size * config.vocab_size
     cache = 2 * config.n_layer * config.n_kv_head * config.head_dim * (rows + batch_size)
     if phase == "train":
         return _INTERPRETER_BYTES + 4 * (4 * n_params + config.n_layer * rows * wide + 3 * logits)
-    return _INTERPRETER_BYTES + 4 * (2 * n_params + cache + rows * wide + 2 * logits)
+    return _INTERPRETER_BYTES + round(width * n_params) + 4 * (2 * largest + cache + rows * wide + 2 * logits)
 
 
-def check_memory(config: ModelConfig, phase: str, input_len: int, batch_size: int) -> None:
+def check_memory(
+    config: ModelConfig, phase: str, input_len: int, batch_size: int, recipe: Recipe | None = None
+) -> None:
     """
     Raises:
         ParetuneError: the model will not fit; nothing was loaded.
     """
-    needed, free = needed_bytes(config, phase, input_len, batch_size), hardware.available_memory_bytes()
+    needed, free = needed_bytes(config, phase, input_len, batch_size, recipe), hardware.available_memory_bytes()
     if needed > _MEMORY_SHARE * free:
         raise ParetuneError(
             f"this profile needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
-            "Use a smaller model, --batch-size or --input-len, or plan with --device-profile",
+            "Use fewer bytes a weight (--config native_int4), a smaller model, --batch-size or --input-len, or plan "
+            "with --predict or --device-profile",
         )
 
 
@@ -76,11 +103,14 @@ class Step:
 
     Args:
         input_len: prompt tokens; of a decode step, what the cache holds before it; of training, the window.
+        capacity: of the cache at least; a compiled runner has a graph for each.
     """
 
-    def __init__(self, loaded: Loaded, phase: Phase, input_len: int, batch_size: int, seed: int = 0) -> None:
+    def __init__(
+        self, loaded: Loaded, phase: Phase, input_len: int, batch_size: int, seed: int = 0, capacity: int = 0
+    ) -> None:
         runner, config = loaded.runner, loaded.runner.config
-        self.runner, self.model, self.phase = runner, runner.model, phase
+        self.loaded, self.runner, self.model, self.phase = loaded, runner, runner.model, phase
         self.input_len, self.batch_size = input_len, batch_size
         n_tokens = input_len + (phase != "prefill")
         if n_tokens > config.n_positions:
@@ -95,7 +125,7 @@ class Step:
         if phase == "train":
             self._start_training()
             return
-        self.cache = runner.new_cache(batch_size, n_tokens)
+        self.cache = runner.new_cache(batch_size, max(capacity, n_tokens))
         self._last = self.tokens[:, input_len:].contiguous()
         self._prompt = self.tokens[:, :input_len].contiguous()
         if phase == "decode":

@@ -26,7 +26,8 @@ MAX_EVENTS = 100_000
 _RANGES = ("user_annotation", "gpu_user_annotation")
 # What PyTorch writes beside the events and a reader needs; the rest names the machine and its paths.
 _KEPT_KEYS = ("schemaVersion", "displayTimeUnit")
-_PHASES = {"X", "M", "i", "I", "s", "f", "t", "B", "E", "C"}
+_FLOWS = {"s", "t", "f"}  # arrows: from a launch to its kernel, from a forward pass to its backward
+_PHASES = {"X", "M", "i", *_FLOWS}
 
 
 @contextlib.contextmanager
@@ -99,11 +100,16 @@ def _length(event: dict[str, Any]) -> float:
 def problems(data: bytes) -> list[str]:
     """What in a gzipped trace breaks the Trace Event format; empty: a viewer opens it.
 
-    Checked: an object with a list `traceEvents`; of each event a known phase, a name, numbers where numbers belong;
-    complete events have a duration of 0 or more and, on one thread, lie inside or beside each other.
+    Checked: strict JSON (no NaN), an object with a list `traceEvents`; of each event a known phase, a name, a process
+    and a thread, numbers where numbers belong; complete events have a duration of 0 or more and, on one thread, lie
+    inside or beside each other; arrows have an id; metadata have arguments.
     """
+
+    def no_constant(text: str) -> None:
+        raise ValueError(f"{text} is no JSON")
+
     try:
-        trace = json.loads(gzip.decompress(data))
+        trace = json.loads(gzip.decompress(data), parse_constant=no_constant)
     except (OSError, EOFError, ValueError) as error:
         return [f"not gzipped JSON ({error})"]
     events = trace.get("traceEvents") if isinstance(trace, dict) else None
@@ -117,12 +123,20 @@ def problems(data: bytes) -> list[str]:
             bad.append(f"event {i}: phase {phase!r}")
         elif not isinstance(event.get("name"), str):
             bad.append(f"event {i}: no name")
+        elif "pid" not in event or "tid" not in event:
+            bad.append(f"event {i}: no process or thread")
+        elif phase == "M":
+            if not isinstance(event.get("args"), dict):
+                bad.append(f"event {i}: metadata without arguments")
+        elif not isinstance(event.get("ts"), int | float):
+            bad.append(f"event {i}: time stamp {event.get('ts')!r}")
+        elif phase in _FLOWS:
+            if "id" not in event:
+                bad.append(f"event {i}: an arrow without an id")
         elif phase == "X":
-            start, length = event.get("ts"), event.get("dur")
-            if not isinstance(start, int | float) or not isinstance(length, int | float) or length < 0:
-                bad.append(f"event {i}: time stamp {start!r}, duration {length!r}")
-            elif "pid" not in event or "tid" not in event:
-                bad.append(f"event {i}: no process or thread")
+            start, length = event["ts"], event.get("dur")
+            if not isinstance(length, int | float) or length < 0:
+                bad.append(f"event {i}: duration {length!r}")
             else:
                 lanes.setdefault((event["pid"], event["tid"]), []).append((start, -length, event["name"]))
     for lane in lanes.values():

@@ -111,7 +111,8 @@ def _digits(value: float) -> str:
     return text.rstrip("0").rstrip(".")
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share for people."""
     return f"{share:.0%}".replace("%", " %") if share >= 0.01 else "under 1 %"
 
 
@@ -139,9 +140,9 @@ def bound_by(
     reads = f"reads {quantity(n_bytes, 'B')} per {each} at {quantity(n_bytes / sec, 'B/s')}"
     does = f"does {quantity(flops, 'FLOP')} per {each} at {quantity(flops / sec, 'FLOP/s')}"
     if read is not None and bandwidth:
-        reads += f", {_percent(read)} of the {quantity(bandwidth, 'B/s')} measured here"
+        reads += f", {percent(read)} of the {quantity(bandwidth, 'B/s')} measured here"
     if work is not None and rate:
-        does += f", {_percent(work)} of the {quantity(rate, 'FLOP/s')} measured here"
+        does += f", {percent(work)} of the {quantity(rate, 'FLOP/s')} measured here"
     if read is None and work is None:
         return "unknown", f"{phase} {reads}: no ceiling was measured, so what bounds it is not known"
     if max(read or 0.0, work or 0.0) < NEAR_CEILING:
@@ -154,7 +155,7 @@ def bound_by(
         first, second = (reads, "compute") if phase == "decode" else (does, "memory")
         share = work if phase == "decode" else read
         name = "memory" if phase == "decode" else "compute"
-        tail = f"it is bound by overhead, not by {name} ({second} stands at {_percent(share)})"
+        tail = f"it is bound by overhead, not by {name} ({second} stands at {percent(share)})"
         return "overhead", f"{phase} {first}: {tail}"
     if (read or 0.0) >= (work or 0.0):
         cached = "; the weights stay partly in cache" if (read or 0.0) > 1.0 else ""

@@ -35,6 +35,7 @@ class Trial:
         from paretune import clock, hardware
         from paretune.engine.load import check_exact, load_recipe, prove
         from paretune.measure import memory
+        from paretune.measure.profile_facts import bytes_per_weight
         from paretune.measure.workload import Bench, Workload, step_weights_bytes
         from paretune.recipe import Recipe
 
@@ -69,6 +70,7 @@ class Trial:
             "kv_cache_bytes": self.bench.cache.nbytes,
             "weights_bytes": self.weights_bytes,
             "step_weights_bytes": step_weights_bytes(runner.model),
+            "bytes_per_weight": bytes_per_weight(runner.model),
             "kv_bytes_per_token": self.bench.cache.nbytes / self.bench.cache.capacity,
             "compute_dtype": str(runner.dtype).removeprefix("torch."),
             "threads": threads,

@@ -147,10 +147,17 @@ def _why(result: words.Result) -> list[dict[str, Any]]:
                 "name": name if not role or name.lower() == "baseline" else f"{name} ({role})",
                 "bound_by": plain(trial["bound_by"]).rstrip(".") if trial.get("bound_by") else None,
                 "mbu": mbu,
+                "explanations": _sentences(trial),
                 "proof": [plain(s) for s in trial.get("proof") or []],
             }
         )
     return blocks
+
+
+def _sentences(trial: words.Trial) -> list[str]:
+    """The explanations; where no rule fired, the roofline's own sentence stands above already."""
+    found = [e for e in trial.get("explanations") or [] if e.get("cause") != "no single cause"]
+    return [plain(e["text"]) for e in found if e.get("text")]
 
 
 def _details(result: words.Result) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from paretune.measure.profile_native import N_STEPS
 from paretune.report import html
 from paretune.report.roofline import caption, roofline
 from paretune.report.tables import Column, Row, to_markdown
@@ -31,6 +32,25 @@ DEFINITIONS = (
 _TIME = Column("sec", "Time", lambda r: format_sec(r["sec"]) if r["sec"] is not None else "-")
 
 
+def _percent(share: Any) -> str:
+    return "-" if number(share) is None else format_percent(share)
+
+
+def _ceiling_cell(row: Row) -> str:
+    if number(row.get("ceiling_share")) is None:
+        return "-"
+    return f"{format_percent(row['ceiling_share'])} ({row['limit']})"
+
+
+_AMOUNTS = (
+    Column("bytes", "Bytes", lambda r: format_bytes(r["bytes"]) if r["bytes"] else "-"),
+    Column("flops", "FLOP", lambda r: format_rate(r["flops"], "FLOP") if r["flops"] else "-"),
+    Column("bytes_per_sec", "Bandwidth", lambda r: format_rate(r["bytes_per_sec"]) if r["bytes"] else "-"),
+    Column("flops_per_sec", "Arithmetic", lambda r: format_rate(r["flops_per_sec"], "FLOP/s") if r["flops"] else "-"),
+    Column("ceiling_share", "Of the ceiling", _ceiling_cell),
+)
+
+
 def part_columns(published: bool = False) -> list[Column]:
     """Columns of a breakdown; `published` adds study 002's share."""
     columns = [
@@ -43,24 +63,8 @@ def part_columns(published: bool = False) -> list[Column]:
         columns.append(Column("published_share", "Published", lambda r: _percent(r.get("published_share"))))
     return [
         *columns,
-        Column("bytes", "Bytes", lambda r: format_bytes(r["bytes"]) if r["bytes"] else "-"),
-        Column("flops", "FLOP", lambda r: format_rate(r["flops"], "FLOP") if r["flops"] else "-"),
-        Column("bytes_per_sec", "Bandwidth", lambda r: format_rate(r["bytes_per_sec"]) if r["bytes"] else "-"),
-        Column(
-            "flops_per_sec", "Arithmetic", lambda r: format_rate(r["flops_per_sec"], "FLOP/s") if r["flops"] else "-"
-        ),
-        Column("ceiling_share", "Of the ceiling", _ceiling_cell),
+        *_AMOUNTS,
     ]
-
-
-def _percent(share: Any) -> str:
-    return "-" if number(share) is None else format_percent(share)
-
-
-def _ceiling_cell(row: Row) -> str:
-    if number(row.get("ceiling_share")) is None:
-        return "-"
-    return f"{format_percent(row['ceiling_share'])} ({row['limit']})"
 
 
 def kernel_columns(profiled_sec: float) -> list[Column]:
@@ -83,9 +87,8 @@ NATIVE_COLUMNS = [
     Column("operation", "Operation", numeric=False),
     Column("calls", "Calls", lambda r: f"{r['calls']:,.0f}"),
     _TIME,
-    Column("bytes", "Bytes"),
-    Column("bytes_per_sec", "Bandwidth"),
-    Column("flops_per_sec", "Arithmetic", lambda r: format_rate(r["flops_per_sec"], "FLOP/s")),
+    Column("share", "Share", lambda r: _percent(r["share"])),
+    *_AMOUNTS,
 ]
 
 
@@ -126,6 +129,12 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
             f"{'longer' if overhead['share'] >= 0 else 'shorter'} than the plain one ({reading}, taken off each part). "
             f"The parts add up to {format_percent(closing['share'])} of the plain step; the difference is a row of its "
             "own."
+        )
+    native = result.get("native")
+    if native and native["available"]:
+        out.append(
+            f"Operations: the native runner's own counters over {N_STEPS} steps, switched on for them; they add up to "
+            f"{format_percent(native['sum_sec'] / result['whole']['sec'])} of the plain step."
         )
     longer = result["profiled_sec"] / result["whole"]["sec"] - 1
     out.append(

@@ -154,6 +154,29 @@ class Race:
         self.say(f"{state.recipe.name} failed: {state.failure}")
         self.stop(state.id)
 
+    def why(self, id: str, ceilings: hardware.Ceilings) -> list[dict[str, Any]] | None:
+        """Explanations of a trial from a quick profile in its process; None where that does not run any more.
+
+        A profile that fails ends nothing: the trial has its times.
+        """
+        known, state = self.journal.find("why", trial=id), self.trials[id]
+        if known:
+            return known["explanations"]
+        if state.process is None or state.facts is None:
+            return None
+        phase = "prefill" if self.goal.objective == "ttft" else "decode"
+        state.process.resume()
+        try:
+            threads = state.facts.get("threads") or {}
+            answer = state.process.ask("why", phase=phase, ceilings=ceilings.to_json(), threads=threads)
+        except SubjectError as error:
+            self.say(f"{state.recipe.name} could not be profiled: {error}")
+            self.stop(id)  # it may be in the middle of anything; started again when it is needed
+            return None
+        state.process.pause()
+        self.journal.record("why", trial=id, explanations=answer["explanations"])
+        return answer["explanations"]
+
     def stop(self, id: str) -> None:
         state = self.trials[id]
         if state.process is not None:

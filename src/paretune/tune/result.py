@@ -15,7 +15,7 @@ from paretune import stats
 from paretune.engine.load import load_recipe
 from paretune.evaluate.fidelity import Fidelity
 from paretune.files import ensure_folder, write_json, write_text
-from paretune.measure import roofline
+from paretune.measure import explain, roofline
 from paretune.measure.environment import header
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
@@ -136,9 +136,9 @@ def _trial(out: Outcome, state: TrialState) -> dict[str, Any]:
 
 
 def _limits(out: Outcome, state: TrialState, times: dict[str, float]) -> dict[str, Any]:
-    """MBU, MFU and the sentence that says what bounds the phase of the objective."""
+    """MBU, MFU, the sentence that says what bounds the phase of the objective, and the explanations of `profile`."""
     if out.ceilings is None or state.facts is None:
-        return {"mbu": None, "mfu": None, "bound_by": None}
+        return {"mbu": None, "mfu": None, "bound_by": None, "tpot_roofline_sec": None, "explanations": []}
     goal, config, facts = out.goal, out.config, state.facts
     precision = next((t.dtype for t in state.recipe.transforms if t.name == "precision"), None)  # type: ignore[attr-defined]
     rate = out.ceilings.matrix_rates.get(RATE_OF[precision])
@@ -146,17 +146,38 @@ def _limits(out: Outcome, state: TrialState, times: dict[str, float]) -> dict[st
     kv = facts["kv_bytes_per_token"] * (goal.input_len + 8)
     n_bytes = roofline.decode_bytes(facts["step_weights_bytes"], int(kv))
     bandwidth = out.ceilings.bandwidth_at(n_bytes)
-    if goal.objective == "ttft":
-        flops = roofline.prefill_flops(config, goal.input_len) * goal.batch_size
-        _, sentence = roofline.bound_by("prefill", times["ttft"], n_bytes, flops, bandwidth, rate)
-    else:
-        flops = roofline.decode_flops(config, goal.input_len) * goal.batch_size
-        _, sentence = roofline.bound_by("decode", times["tpot"], n_bytes, flops, bandwidth, rate)
     prefill = roofline.prefill_flops(config, goal.input_len) * goal.batch_size
+    is_prefill = goal.objective == "ttft"
+    sec = times["ttft" if is_prefill else "tpot"]
+    flops = prefill if is_prefill else roofline.decode_flops(config, goal.input_len) * goal.batch_size
+    phase = "prefill" if is_prefill else "decode"
+    _, sentence = roofline.bound_by(phase, sec, n_bytes, flops, bandwidth, rate)  # type: ignore[arg-type]
+    explanations = out.explanations.get(state.id)
+    if explanations is None:  # what the rules say of a trial that was not profiled
+        known = {
+            "phase": phase,
+            "device": goal.device,
+            "recipe": state.recipe.to_dict(),
+            "ceilings": out.ceilings.to_json(),
+            "facts": facts.get("threads"),
+            "whole": {
+                "sec": sec,
+                "dtype": RATE_OF[precision],
+                "bytes_per_weight": facts.get("bytes_per_weight"),
+                "needed_bytes": n_bytes,
+                "needed_flops": flops,
+                "mbu": roofline.mbu(n_bytes, sec, bandwidth),
+                "mfu": roofline.mfu(flops, sec, rate) if rate else None,
+                "bound_by": sentence,
+            },
+        }
+        explanations = [e.to_json() for e in explain.explain(known)]
     return {
         "mbu": roofline.mbu(n_bytes, times["tpot"], bandwidth),
         "mfu": roofline.mfu(prefill, times["ttft"], rate) if rate else None,
         "bound_by": sentence,
+        "tpot_roofline_sec": n_bytes / bandwidth,  # a prediction: the least that these bytes take here
+        "explanations": explanations,
     }
 
 

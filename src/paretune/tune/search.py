@@ -43,6 +43,7 @@ N_FINALISTS = 3
 # Of the budget: the search, the quality gate, the finals have ended.
 SEARCH_SHARE, GATE_SHARE, FINAL_SHARE = 0.5, 0.62, 0.78
 SLICE_SEC = 0.45  # one slice with its probes, repeats and the change of processes, roughly
+PROFILE_SEC = 5.0  # a quick profile of a trial that is loaded and warm, roughly
 WINDOW_LEN = 257  # tokens: 128 scored in prefill, 128 in decode
 MIN_WINDOWS = 40
 MAX_WINDOWS = {"search": 40, "confirm": 48}  # many are scored in the search, one is confirmed
@@ -69,6 +70,7 @@ class Outcome:
     refused: set[str] = field(default_factory=set)  # won the finals and did not hold
     too_noisy: bool = False
     peers: dict[str, Any] | None = None  # of `peers.compare`
+    explanations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the winner and the baseline
 
     @property
     def resolution(self) -> float:
@@ -410,6 +412,8 @@ class Search:
             better = [f for f in left if self.out.verdict(f) == "faster" and not self.out.race.trials[f].failure]
             winner = max(better, key=lambda i: self.out.ratio(i).value) if better and self._left(0.9) > 0 else None
             left = [f for f in left if f != winner]
+        if BASELINE not in self.out.explanations:
+            self._explain(BASELINE, BASELINE)
         if self.out.confirmation is None:
             wanted = (self.goal.min_speedup or 0) > 1 and not self.out.too_noisy
             self.out.kind = "none" if wanted else "baseline"
@@ -441,6 +445,8 @@ class Search:
             values["ours"] += blocks.values(ours).tolist()
             if quality is None:
                 quality = race.quality(ours, base, "confirm", self.windows["confirm"], f"{self.text_name}/confirm")
+                self._explain(BASELINE, base)
+                self._explain(winner, ours)
             sides = {i: race.trials[i].facts for i in (base, ours)}
             race.stop(base)
             race.stop(ours)
@@ -470,6 +476,15 @@ class Search:
             result[f"{kind}_sec"] = median["ours"] if timed else facts["side_sec"][kind]
             result[f"baseline_{kind}_sec"] = median["base"] if timed else base_facts["side_sec"][kind]
         return result, ""
+
+    def _explain(self, id: str, process: str) -> None:
+        """Why a trial is as fast as it is, from a profile in the process of its twin `process`, if time is left."""
+        assert self.out.ceilings is not None
+        if self._left(1.0) < PROFILE_SEC and not self.journal.find("why", trial=process):
+            return
+        found = self.out.race.why(process, self.out.ceilings)
+        if found is not None:
+            self.out.explanations[id] = found
 
     def _best_so_far(self) -> str | None:
         """For an interrupted run: the best row that is surely better and was gated."""

@@ -1,4 +1,4 @@
-"""The trial process of `tune`: the timing worker, and quality through the very same runner."""
+"""The trial process of `tune`: the timing worker, and quality and a profile through the very same runner."""
 
 from __future__ import annotations
 
@@ -34,6 +34,30 @@ def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     return {"score_sec": clock.now() - started}
 
 
+def why(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
+    """Takes a step of the loaded model apart, quickly: the sentences of `paretune profile`."""
+    from paretune import hardware
+    from paretune.measure import profile, profile_facts
+    from paretune.measure.profile_steps import Step
+
+    breaks = profile_facts.BreakCounter()
+    workload, capacity = trial.bench.workload, trial.bench.cache.capacity
+    step = Step(trial.loaded, request["phase"], workload.input_len, workload.batch_size, capacity=capacity)
+    for _ in range(2):
+        step.prepare()
+        step.run()
+    found = profile.examine(
+        step,
+        hardware.Ceilings.from_json(request["ceilings"]),
+        request["threads"],
+        breaks,
+        quick=True,
+        with_kernels=trial.loaded.runner.name != "compile",  # its kernels were compiled without names
+    )
+    return {"explanations": found["explanations"], "sec": found["whole"]["sec"]}
+
+
 if __name__ == "__main__":
     trial = Trial()
-    serve({**trial.handlers(), "score": lambda request: score(trial, request)})
+    own = {"score": lambda request: score(trial, request), "why": lambda request: why(trial, request)}
+    serve({**trial.handlers(), **own})

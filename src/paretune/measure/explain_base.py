@@ -1,0 +1,83 @@
+"""What every rule of the explanations uses: the explanation itself, and figures in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from paretune.hardware import Ceilings
+from paretune.measure.roofline import quantity
+
+LARGE = 0.4  # of the step: a cause that is called its bound
+NOTABLE = 0.15
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One cause.
+
+    Args:
+        cause: its name (`CAUSES`).
+        share: of the step's time that it accounts for, or 0 where that is not known.
+        sentence: what was found, with the figures.
+        try_next: what to do in this tool.
+        gain: predicted speed-up of the step at most, 1.5 for 1.5 times as fast; None: not predictable from here.
+    """
+
+    cause: str
+    share: float
+    sentence: str
+    try_next: str
+    gain: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Everything in one line."""
+        gain = "" if self.gain is None else f" Predicted gain: at most {self.gain:.2f}x."
+        return f"{self.sentence}. To try: {self.try_next}.{gain}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "text": self.text}
+
+
+Result = Mapping[str, Any]
+Rule = Callable[[Result], Iterator[Explanation]]
+
+
+def duration(sec: float) -> str:
+    return quantity(sec * 1e6, "us") if sec < 1e-3 else f"{1e3 * sec:.3g} ms"
+
+
+def gain_without(share: float) -> float:
+    """Speed-up when `share` of the step is gone."""
+    return 1 / max(0.01, 1 - min(share, 0.99))
+
+
+def leaves_of(result: Result) -> list[Mapping[str, Any]]:
+    return [row for row in result.get("parts") or () if row["part"] not in ("blocks", "attention", "mlp")]
+
+
+def class_share(result: Result, *kinds: str) -> float:
+    """Share of the profiled step in kernels of these classes."""
+    return sum(row["share"] for row in result.get("kernel_classes") or () if row["kind"] in kinds)
+
+
+def runner_of(result: Result) -> str:
+    return str(((result.get("recipe") or {}).get("engine") or {}).get("runner") or "eager")
+
+
+def is_on_cpu(result: Result) -> bool:
+    return not str(result.get("device") or "cpu").startswith("cuda")
+
+
+def runners_to_try(result: Result, native: str, compiled: str) -> str:
+    """What to try: the words of the runners that are not in use and can run on the device."""
+    used = runner_of(result)
+    said = [native] if is_on_cpu(result) and used != "native" else []
+    said += [compiled] if used == "eager" else []
+    return " or ".join(said) or "a larger batch, whose tokens share this cost"
+
+
+def ceilings_of(result: Result) -> Ceilings | None:
+    return Ceilings.from_json(result["ceilings"]) if result.get("ceilings") else None
