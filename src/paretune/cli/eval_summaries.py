@@ -65,7 +65,8 @@ def eval_summaries(
     if n_cut:
         notes.append(f"{n_cut} of {len(pairs)} articles cut to the limit of {form.max_len} tokens")
     say(pairs.said)
-    scores, proof = [], []
+    scores: list[summaries.SummaryScores] = []
+    proof: list[str] = []
     for (side, recipe), name in zip(sides, names, strict=True):
         loaded, proof, said = _load(side, recipe, device, threads, quiet)
         notes += [note for note in said if note not in notes]
@@ -133,6 +134,7 @@ def _default(n_positions: int) -> Any:
 
 def _page(result: dict[str, Any]) -> str:
     """The result for people, as Markdown that reads well as plain text."""
+    from paretune.report.summaries import COLUMNS, TITLES
     from paretune.report.tables import to_markdown
     from paretune.report.units import format_number, plain
 
@@ -140,7 +142,7 @@ def _page(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['model']['name']}, {result['config']}: summaries of {result['pairs']['n']} articles",
         "",
-        to_markdown(result["rows"], columns()).rstrip(),
+        to_markdown(result["rows"], COLUMNS).rstrip(),
         "",
         f"- BLEU signature: `{signature}`",
         f"- At most {result['max_new_tokens']} new tokens, greedy; pairs: {result['pairs']['name']}",
@@ -158,27 +160,3 @@ def _page(result: dict[str, Any]) -> str:
         lines.append(f"  reference: {plain(entry['reference'])[:300]}")
     lines += ["", *(f"- **{term}**: {text}" for term, text in result["definitions"].items())]
     return "\n".join(lines) + "\n"
-
-
-TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum", "bleu": "BLEU"}
-
-
-def columns() -> list[Any]:
-    """The columns of a table of systems: each metric with its interval."""
-    from paretune.report.tables import Column
-
-    def cell(key: str) -> Any:
-        form = "{:.2f}" if key == "bleu" else "{:.4f}"
-
-        def show(row: dict[str, Any]) -> str:
-            value, low, high = (form.format(row[k]) for k in (key, f"{key}_low", f"{key}_high"))
-            return f"{value} [{low}, {high}]"
-
-        return show
-
-    return [
-        Column("system", "System", numeric=False),
-        *(Column(key, title, cell(key)) for key, title in TITLES.items()),
-        Column("length_ratio", "Length", lambda r: f"{r['length_ratio']:.2f}"),
-        Column("ended_share", "Ended", lambda r: "-" if r["ended_share"] is None else f"{r['ended_share']:.0%}"),
-    ]

@@ -31,7 +31,7 @@ DEFINITIONS = {
     "ROUGE-1, -2": "overlap of words, of pairs of words, between summary and reference (F-measure, stemmed), 0 to 1.",
     "ROUGE-L, -Lsum": "longest common subsequence of the whole text, and of its sentences together.",
     "BLEU": "sacrebleu's corpus BLEU, 0 to 100 (the published tables write 0 to 1); its signature says how.",
-    "Interval": "95 %, bootstrapped over documents: another set of articles. It says nothing about another training run.",
+    "Interval": "95 %, bootstrapped over documents (another set of articles). It says nothing of another training run.",
     "Length": "words of all summaries / words of all references. Stopping early is not speed.",
     "Ended": "share of the summaries that the model ended itself, within the limit.",
     "lead-3": "the first three sentences of the article. News is written so that this is hard to beat.",

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 MAX_LEN = 512  # tokens of prompt and answer together: study 001's limit
 EOS_FORMS = ("summary", "sentence")
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]”]))\s+(?=[\"'(\[“]?[A-Z0-9])")
 
 
 class Encoder(Protocol):
