@@ -192,7 +192,7 @@ def test_every_transform_has_a_stage_and_the_order_is_enforced():
     for t in kinds:
         with pytest.raises(UsageError, match="one transform a stage"):
             Recipe((t, t))
-    assert [s.name for s in sorted(Stage)] == ["PRUNE", "ATTENTION", "PRECISION", "QUANTIZE", "FUSE"]
+    assert [s.name for s in sorted(Stage)] == ["PRUNE", "MECHANISM", "ATTENTION", "PRECISION", "QUANTIZE", "FUSE"]
 
 
 def test_names_are_short_and_tell_recipes_apart():

@@ -81,7 +81,7 @@ class Model:
         tokens = torch.as_tensor(tokens, dtype=torch.int64)
         if tokens.dim() != 2 or not tokens.numel():
             raise UsageError(f"tokens have the shape {list(tokens.shape)}", "Pass ids of the shape [batch, time]")
-        if tokens.size(1) > config.n_positions:
+        if tokens.size(1) > config.longest:
             raise UsageError(f"{tokens.size(1)} tokens exceed the context of {config.n_positions}", "Pass fewer")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= config.vocab_size:

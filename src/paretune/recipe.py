@@ -68,7 +68,7 @@ class Recipe:
             if second.stage <= first.stage:
                 raise UsageError(
                     f"{first.title} ({first.stage.name}) cannot come before {second.title} ({second.stage.name})",
-                    "The order is PRUNE < ATTENTION < PRECISION < QUANTIZE < FUSE, one transform a stage",
+                    "The order is PRUNE < MECHANISM < ATTENTION < PRECISION < QUANTIZE < FUSE, one transform a stage",
                 )
 
     @property
@@ -202,6 +202,11 @@ def _only(values: Mapping[str, Any], known: set[str], what: str) -> None:
 
 def _preset(transforms: Sequence[dict[str, Any]], **engine: Any) -> dict[str, Any]:
     return {"transforms": [{"name": "attention", "form": "sdpa"}, *transforms], "engine": engine}
+
+
+def _mechanism(form: str = "sdpa", runner: str = "eager", **mechanism: Any) -> dict[str, Any]:
+    transforms = [{"name": "mechanism", **mechanism}, {"name": "attention", "form": form}]
+    return {"transforms": transforms, "engine": {"runner": runner}}
 
 
 # `bench --config` names. The baseline is the reasonable default, not a straw man: fused attention, cache, fp32.

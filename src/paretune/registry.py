@@ -59,6 +59,7 @@ FAMILIES: Registry[Any] = Registry("model family")
 
 # An optimisation is one new file and one line here.
 TRANSFORMS.register("attention", "paretune.transforms.attention:Attention")
+TRANSFORMS.register("mechanism", "paretune.transforms.mechanism:Mechanism")
 TRANSFORMS.register("precision", "paretune.transforms.precision:Precision")
 TRANSFORMS.register("int8", "paretune.transforms.int8:Int8")
 TRANSFORMS.register("groups", "paretune.transforms.groups:Groups")

@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from paretune.ops.attention import reference, sdpa
-from paretune.ops.attention.spec import AttentionSpec, Visible, window_mask
+from paretune.ops.attention.pattern import CAUSAL, Window
+from paretune.ops.attention.spec import AttentionSpec, Visible
 from paretune.registry import ATTENTION
 
 FUNCTIONS = {"eager": reference.attention, "sdpa": sdpa.attention}
@@ -27,9 +28,10 @@ def inputs(B=2, H=4, Hkv=4, K=5, n=None, D=8, dtype=torch.float32):
 def naive(q, k, v, spec, visible=None):
     """One query at a time in fp64. `visible(b, i, j)`; default causal within the window."""
     if visible is None:
+        dense = spec.pattern.dense(q.size(2)).tolist()
 
         def visible(b, i, j):
-            return j <= i and (spec.window is None or i - j < spec.window)
+            return dense[i][j]
 
     B, H, K, D = q.shape
     group = H // k.size(1)
@@ -52,8 +54,8 @@ class FixedCache:
     def __init__(self, k, v, mask=None, is_causal=False):
         self.visible, self.asked = Visible(k, v, mask, is_causal), []
 
-    def append(self, k_new, v_new, window):
-        self.asked.append((k_new, v_new, window))
+    def append(self, k_new, v_new, pattern):
+        self.asked.append((k_new, v_new, pattern))
         return self.visible
 
 
@@ -77,7 +79,7 @@ def test_equals_the_formula(name, T, H, Hkv):
 @pytest.mark.parametrize("window", [1, 2, 7, 62, 63, 200])
 def test_window_equals_the_formula(name, T, window):
     q, k, v = inputs(B=1, H=2, Hkv=1, K=T)
-    spec = AttentionSpec(scale=0.5, window=window)
+    spec = AttentionSpec(scale=0.5, pattern=within(window))
     assert_close(FUNCTIONS[name](q, k, v, None, spec).double(), naive(q, k, v, spec), atol=1e-5, rtol=1e-5)
 
 
@@ -96,12 +98,20 @@ def test_scale_is_used(name):
 def test_sdpa_equals_eager(dtype, T, Hkv, window):
     """Within the dtype's tolerance, and no further from fp32 than twice the reference in the same dtype."""
     q, k, v = inputs(Hkv=Hkv, K=T, D=16, dtype=dtype)
-    spec = AttentionSpec(scale=0.25, window=window)
+    spec = AttentionSpec(scale=0.25, pattern=within(window))
     fast, slow = sdpa.attention(q, k, v, None, spec), reference.attention(q, k, v, None, spec)
     assert fast.dtype == slow.dtype == dtype
     assert_close(fast, slow, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     exact = reference.attention(q.double(), k.double(), v.double(), None, spec)
     assert (fast - exact).abs().max() <= 2 * (slow - exact).abs().max() + 1e-6
+
+
+def within(window):
+    return CAUSAL if window is None else Window(window)
+
+
+def window_mask(query_positions, key_positions, window):
+    return within(window).mask(query_positions, key_positions)
 
 
 PER_ROW = torch.tensor([[3, 4, 5], [0, 1, 2], [6, 7, 8]])  # 3 new tokens a row, 9 slots
@@ -115,7 +125,7 @@ def test_positions_per_row(name, window, Hkv):
     q, k, v = inputs(B=3, Hkv=Hkv, K=3, n=9)
     mask = window_mask(PER_ROW, torch.arange(9)[None], window)
     assert mask.shape == (3, 1, 3, 9) and mask.dtype == torch.bool
-    spec = AttentionSpec(scale=0.4, window=window)
+    spec = AttentionSpec(scale=0.4, pattern=within(window))
     cache = FixedCache(k, v, mask)
     new = torch.randn(3, Hkv, 3, 8)
     got = FUNCTIONS[name](q, new, new, cache, spec)
@@ -126,7 +136,7 @@ def test_positions_per_row(name, window, Hkv):
 
     assert_close(got.double(), naive(q, k, v, spec, visible), atol=1e-5, rtol=1e-5)
     [(k_new, v_new, asked)] = cache.asked  # stored once, with the layer's window
-    assert k_new is new and v_new is new and asked == window
+    assert k_new is new and v_new is new and asked == within(window)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -147,7 +157,7 @@ def test_a_masked_key_has_zero_weight(name, dtype, K, poison):
     q, k, v = inputs(B=3, Hkv=2, K=K, n=9, dtype=dtype)
     positions = PER_ROW[:, :K]
     mask = window_mask(positions, torch.arange(9)[None], window=4)
-    spec = AttentionSpec(scale=0.4, window=4)
+    spec = AttentionSpec(scale=0.4, pattern=Window(4))
     before = FUNCTIONS[name](q, k[:, :, :K], v[:, :, :K], FixedCache(k, v, mask), spec)
     hidden = ~mask.any(2, keepdim=True).transpose(2, 3)  # (B, 1, n, 1): slots no query of the row sees
     assert hidden.any((1, 2, 3)).all() and not hidden.all((1, 2, 3)).any()
@@ -163,7 +173,7 @@ def test_a_masked_key_has_zero_weight(name, dtype, K, poison):
 @pytest.mark.parametrize("window", [None, 3])
 def test_future_and_expired_keys_have_zero_weight_without_a_cache(name, window):
     q, k, v = inputs(K=12, Hkv=2)
-    spec = AttentionSpec(scale=0.4, window=window)
+    spec = AttentionSpec(scale=0.4, pattern=within(window))
     before = FUNCTIONS[name](q, k, v, None, spec)
     for j in (0, 5, 11):
         k2, v2 = k.clone(), v.clone()
@@ -177,7 +187,7 @@ def test_future_and_expired_keys_have_zero_weight_without_a_cache(name, window):
 @pytest.mark.parametrize("window", [None, 4])
 def test_gradients_are_equal(T, H, Hkv, window):
     tensors = inputs(H=H, Hkv=Hkv, K=T, D=16)
-    spec = AttentionSpec(scale=0.25, window=window)
+    spec = AttentionSpec(scale=0.25, pattern=within(window))
     weight = torch.randn(2, H, T, 16)
     gradients = {}
     for name, function in FUNCTIONS.items():

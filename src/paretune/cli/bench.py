@@ -99,7 +99,7 @@ def bench(
     if not with_ours:
         configs = [next((c for c in configs if c[0] == "baseline"), configs[0])]
     shape = checkpoint.read_config(folder)
-    cells = measure.cells_of(shape.n_positions, *lens)
+    cells = measure.cells_of(shape.longest, *lens)
     if dry_run:
         n = len(configs) + len(engines)
         _show(model, configs, engines, cells, measure.estimate_sec(n, len(cells), 2, min_blocks, max_blocks))

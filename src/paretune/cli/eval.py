@@ -126,7 +126,7 @@ def evaluate(
     folder, recipe = sides[-1]
     n_positions = checkpoint.read_config(folder).n_positions
     context = min(1024, n_positions) if context is None else context
-    if context > n_positions:
+    if context > checkpoint.read_config(folder).longest:
         raise UsageError(f"--context {context} exceeds the model's {n_positions} positions", "Choose a smaller one")
     if context < 2:
         raise UsageError(f"--context {context} leaves no token to score", "Use 2 or more")

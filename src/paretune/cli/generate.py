@@ -105,7 +105,7 @@ def generate(
     else:
         prompts = [tokenizer.encode(text) for text in texts]
     tokenize_sec = clock.now() - started
-    check_request(prompts, max_new_tokens, shape.n_positions, shape.vocab_size)
+    check_request(prompts, max_new_tokens, shape.longest, shape.vocab_size)
 
     loaded = load_recipe(folder, recipe, device)
     for transform in recipe.transforms:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from paretune.errors import UsageError
-from paretune.ops.attention.spec import Visible, window_mask
+from paretune.ops.attention.pattern import Pattern
+from paretune.ops.attention.spec import Visible
 
 
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,22 +48,20 @@ class LayerView:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
-    def append(self, k_new: Tensor, v_new: Tensor, window: int | None) -> Visible:
+    def append(self, k_new: Tensor, v_new: Tensor, pattern: Pattern) -> Visible:
         """Stores `[B, Hkv, K, D]` at the rows' positions and returns what the new queries may see."""
         cache, dtype = self.cache, k_new.dtype
         self._store(k_new, self.k, self.k_scale)
         self._store(v_new, self.v, self.v_scale)
-        if cache.static:
-            k, v = self._load(cache.capacity, dtype)
-            return Visible(k, v, cache.mask(cache.capacity, window), is_causal=False)
-        start, K = cache.start, k_new.size(2)
-        n = cache.extent
+        n = cache.capacity if cache.static else cache.extent
         k, v = self._load(n, dtype)
-        if start is None or (window is not None and n > window):  # rows of different lengths, or a window
-            return Visible(k, v, cache.mask(n, window), is_causal=False)
-        if start == 0 or K == 1:
-            return Visible(k, v, None, is_causal=K > 1)
-        return Visible(k, v, cache.mask(n, window), is_causal=False)
+        query, key = cache.positions, cache.slots[:, :n]
+        start, K = cache.start, k_new.size(2)
+        window = n if pattern.is_dense else pattern.kept.window or 0
+        # Rows of one length that see all there is: no mask, except among the new tokens themselves.
+        if not cache.static and start is not None and n <= window and (start == 0 or K == 1):
+            return Visible(k, v, None, K > 1, query, key)
+        return Visible(k, v, cache.mask(n, pattern), False, query, key)
 
     def _store(self, new: Tensor, values: Tensor, scales: Tensor | None) -> None:
         cache = self.cache
@@ -128,7 +127,7 @@ class KVCache:
         self._host_lengths = [0] * batch_size
         self._staged: list[int] | None = None
         self._n_new: list[int] = [0] * batch_size
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, Pattern], Tensor] = {}
 
     @property
     def host_lengths(self) -> tuple[int, ...]:
@@ -205,11 +204,11 @@ class KVCache:
             return x
         return x[self.row_index, self.last[:, None]]
 
-    def mask(self, n: int, window: int | None) -> Tensor:
+    def mask(self, n: int, pattern: Pattern) -> Tensor:
         """bool `[B, 1, K, n]`, made once a step and shared by the layers."""
         if self.static:  # inside a compiled graph: no state may be kept between calls
-            return window_mask(self.positions, self.slots, window)
-        key = (n, window)
+            return pattern.mask(self.positions, self.slots)
+        key = (n, pattern)
         if key not in self._masks:
-            self._masks[key] = window_mask(self.positions, self.slots[:, :n], window)
+            self._masks[key] = pattern.mask(self.positions, self.slots[:, :n])
         return self._masks[key]

@@ -121,7 +121,7 @@ def generate(
         on_text: called with (row, piece) as text becomes certain.
     """
     config = runner.config
-    check_request(prompts, max_new_tokens, config.n_positions, config.vocab_size)
+    check_request(prompts, max_new_tokens, config.longest, config.vocab_size)
     if (stop or on_text) and tokenizer is None:
         raise UsageError("stop strings and streaming need a tokenizer", "Pass the model's tokenizer")
     sampling = sampling or SamplingOptions()

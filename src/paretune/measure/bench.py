@@ -148,7 +148,7 @@ def bench(
     if not 1 <= min_blocks <= max_blocks:
         raise UsageError(f"{min_blocks} to {max_blocks} blocks", "The first has to be 1 or more, the second no less")
     config = checkpoint.read_config(folder)
-    cells = cells_of(config.n_positions, input_lens, output_lens, batch_sizes)
+    cells = cells_of(config.longest, input_lens, output_lens, batch_sizes)
     header = environment.header(seed=seed)
     say = on_progress or (lambda line: None)
     threads_read = hardware.set_threads(threads)

@@ -20,7 +20,8 @@ from paretune import clock
 from paretune.measure.profile_parts import BOUNDARIES, OUTSIDE, SEAM_OWNERS, STACKS
 from paretune.model.base import LanguageModel
 from paretune.ops.attention import reference
-from paretune.ops.attention.spec import AttentionSpec, LayerCache, Visible, visible
+from paretune.ops.attention.pattern import Pattern
+from paretune.ops.attention.spec import AttentionSpec, LayerCache, Visible, alibi_bias, visible
 
 # (part, layer or -1, whether it is the part's backward pass)
 Key = tuple[str, int, bool]
@@ -178,9 +179,9 @@ class _WatchedCache:
     def __init__(self, inner: LayerCache, marks: Marks, layer: int) -> None:
         self._inner, self._marks, self._layer = inner, marks, layer
 
-    def append(self, k_new: Tensor, v_new: Tensor, window: int | None) -> Visible:
+    def append(self, k_new: Tensor, v_new: Tensor, pattern: Pattern) -> Visible:
         self._marks(("cache_append", self._layer, False))
-        seen = self._inner.append(k_new, v_new, window)
+        seen = self._inner.append(k_new, v_new, pattern)
         self._marks(("fused_attention", self._layer, False))
         return seen
 
@@ -221,13 +222,16 @@ def staged_reference(
     grad = marks.is_training
     B, H, K, D = q.size()
     marks(("cache_append", layer, False))
-    k, v, mask, is_causal = visible(k_new, v_new, layer_cache, spec)
+    seen = visible(k_new, v_new, layer_cache, spec)
+    k, v, mask, is_causal = seen[:4]
     marks(("scores", layer, False))
     Hkv, n = k.size(1), k.size(2)
     q = q.reshape(B, Hkv, H // Hkv, K, D)
     scores = (q * spec.scale) @ k[:, :, None].transpose(-2, -1)  # (B, Hkv, H/Hkv, K, n)
     if grad:
         marks.on_gradient(scores, ("scores", layer, False))
+    if spec.slopes is not None:
+        scores = scores.float() + alibi_bias(seen, K, spec.slopes).unflatten(1, (Hkv, -1))
     if is_causal and K > 1:
         marks(("mask", layer, False))
         hidden = torch.ones(K, n, dtype=torch.bool, device=q.device).triu(1)

@@ -41,6 +41,10 @@ class LanguageModel(nn.Module):
         """Logits of the next token; see `GPT2.forward`."""
         raise NotImplementedError
 
+    def drop_positions_(self) -> None:
+        """Takes the positions out of the forward step (ALiBi stands in for them)."""
+        raise NotImplementedError
+
     def lower(self, program: Program) -> None:
         """Writes the forward step as a list of native operations.
 

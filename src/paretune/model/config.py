@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paretune.errors import CheckpointError
+from paretune.errors import CheckpointError, UsageError
+from paretune.ops.attention.pattern import CAUSAL, Pattern, Window, parse
 from paretune.registry import FAMILIES
 
 # The several names of one function, as published GPT-2 and Llama configs spell them.
@@ -23,6 +24,9 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
+
+CONVERTED = "paretune"  # the entry of config.json that says how a model was converted
+UNBOUNDED = 2**30  # tokens: as good as no limit, and still a number
 
 # GPT-2 by size: layers, heads, width.
 GPT2_SIZES = {
@@ -67,6 +71,9 @@ class ModelConfig:
     sliding_window: int | None = None  # tokens a query sees, itself included
     scale_attn_weights: bool = True  # GPT-2: divide scores by sqrt(head_dim)
     scale_attn_by_inverse_layer_idx: bool = False  # GPT-2: and by layer index + 1
+    alibi: bool = False  # scores fall with the distance (`ops/attention/alibi.py`)
+    has_positions: bool = True  # learned or rotary ones; False: converted to do without
+    pattern: str | None = None  # of attention, in place of the architecture's own (`ops/attention/pattern.py`)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
@@ -76,6 +83,23 @@ class ModelConfig:
     def gated_mlp(self) -> bool:
         return self.family != "gpt2"
 
+    @property
+    def attention_pattern(self) -> Pattern:
+        """Which keys a query sees, in every layer."""
+        if self.pattern is not None:
+            return parse(self.pattern)
+        return CAUSAL if self.sliding_window is None else Window(self.sliding_window)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may have: `n_positions`, or practically any number where nothing ends there.
+
+        Nothing does without learned positions, where ALiBi says how far a key is or a window forgets it.
+        """
+        is_learned = self.family == "gpt2" and self.has_positions
+        is_open = not is_learned and (self.alibi or self.attention_pattern.kept.window is not None)
+        return UNBOUNDED if is_open else self.n_positions
+
     @staticmethod
     def from_hf(hf: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Narrows a Hugging Face config.
@@ -83,14 +107,19 @@ class ModelConfig:
         Raises:
             CheckpointError: the architecture or one of its options is not known here.
         """
+        converted = hf.get(CONVERTED)
         family = hf.get("model_type")
+        if converted is not None and isinstance(family, str):
+            family = family.removeprefix(f"{CONVERTED}_")
         if family not in FAMILIES.names():
             raise CheckpointError(
                 f"{where}: model_type {family!r} is not supported",
                 f"Supported: {', '.join(FAMILIES.names())}",
             )
         try:
-            config = _gpt2(hf, where) if family == "gpt2" else _llama(hf, where)
+            config = _gpt2(hf, where) if family == "gpt2" else _llama(hf, family, where)
+            if converted is not None:
+                config = _converted(config, hf)
         except KeyError as missing:
             raise CheckpointError(
                 f"{where} has no entry {missing}", "Take the config.json that belongs to this model"
@@ -105,7 +134,16 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """The config as it was read, or a fresh one that `transformers` reads."""
         if self.hf:
-            return dict(self.hf)
+            out = {k: v for k, v in self.hf.items() if k != CONVERTED} | {"model_type": self.family}
+        else:
+            out = self._fresh_hf()
+        if self.alibi or not self.has_positions or self.pattern is not None:
+            # Another name of the architecture: tools that do not know the entry must not read it as the plain one.
+            out["model_type"] = f"{CONVERTED}_{self.family}"
+            out[CONVERTED] = {"alibi": self.alibi, "positions": self.has_positions, "pattern": self.pattern}
+        return out
+
+    def _fresh_hf(self) -> dict[str, Any]:
         common: dict[str, Any] = {
             "model_type": self.family,
             "vocab_size": self.vocab_size,
@@ -186,12 +224,12 @@ def _gpt2(hf: Mapping[str, Any], where: str) -> ModelConfig:
     )
 
 
-def _llama(hf: Mapping[str, Any], where: str) -> ModelConfig:
+def _llama(hf: Mapping[str, Any], family: str, where: str) -> ModelConfig:
     n_embd, n_head = _count(hf, "hidden_size"), _count(hf, "num_attention_heads")
     rope = _table(hf, "rope_parameters")  # transformers 5; before it rope_theta and rope_scaling
     scaling = rope or _table(hf, "rope_scaling")
     return ModelConfig(
-        family=hf["model_type"],
+        family=family,
         vocab_size=_count(hf, "vocab_size"),
         n_positions=_count(hf, "max_position_embeddings"),
         n_layer=_count(hf, "num_hidden_layers"),
@@ -207,11 +245,32 @@ def _llama(hf: Mapping[str, Any], where: str) -> ModelConfig:
         mlp_bias=_flag(hf, "mlp_bias", False),
         rope_theta=_number(rope, "rope_theta", _number(hf, "rope_theta", 10000.0)),
         rope_scaling=_rope_scaling(scaling, where),
-        sliding_window=_window(hf) if hf["model_type"] == "mistral" else None,
+        sliding_window=_window(hf) if family == "mistral" else None,
         bos_token_id=_one_id(hf.get("bos_token_id")),
         eos_token_ids=_ids(hf.get("eos_token_id")),
         initializer_range=float(hf.get("initializer_range", 0.02)),
         hf=dict(hf),
+    )
+
+
+def _converted(config: ModelConfig, hf: Mapping[str, Any]) -> ModelConfig:
+    """What `transforms.mechanism` changed and `to_hf` wrote down."""
+    entry = _table(hf, CONVERTED)
+    unknown = set(entry) - {"alibi", "positions", "pattern"}
+    if unknown:
+        raise ValueError(f"{CONVERTED} has an entry {min(unknown)!r}, which this version does not know")
+    pattern = entry.get("pattern")
+    if pattern is not None and not isinstance(pattern, str):
+        raise TypeError(f"pattern is {pattern!r}, not a text")
+    try:
+        pattern = None if pattern is None else str(parse(pattern))
+    except UsageError as error:
+        raise ValueError(error.cause) from None
+    return replace(
+        config,
+        alibi=_flag(entry, "alibi", False),
+        has_positions=_flag(entry, "positions", True),
+        pattern=pattern,
     )
 
 

@@ -23,6 +23,7 @@ from paretune.model.layers import (
     empty_embedding,
     empty_linear,
 )
+from paretune.ops.attention import alibi
 from paretune.ops.attention.spec import AttentionFunction, AttentionSpec, LayerCache
 from paretune.ops.native.program import LOGITS, Program
 from paretune.registry import ATTENTION
@@ -37,7 +38,8 @@ class CausalSelfAttention(nn.Module):
         scale = 1 / math.sqrt(config.head_dim) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
-        self.spec = AttentionSpec(scale=scale)
+        slopes = alibi.slopes(config.n_head) if config.alibi else None
+        self.spec = AttentionSpec(scale, config.attention_pattern, slopes)
         self.attention: AttentionFunction = ATTENTION.get(DEFAULT_ATTENTION)  # the seam
 
     def forward(self, x: Tensor, layer_cache: LayerCache | None) -> Tensor:
@@ -92,7 +94,8 @@ class GPT2(LanguageModel):
         super().__init__()
         self.config = config
         self.wte = empty_embedding(config.vocab_size, config.n_embd)
-        self.wpe = empty_embedding(config.n_positions, config.n_embd)
+        # A model that was converted to ALiBi may have none.
+        self.wpe = empty_embedding(config.n_positions, config.n_embd) if config.has_positions else None
         self.h = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.norm_eps)
         self.lm_head = empty_linear(config.n_embd, config.vocab_size, bias=False)
@@ -109,16 +112,21 @@ class GPT2(LanguageModel):
         """
         T = tokens.size(1)
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        x = self.wte(tokens)  # (B, T, C)
+        if self.wpe is not None:
+            x = x + self.wpe(positions)
         for i, block in enumerate(self.h):
             x = block(x, None if cache is None else cache.layers[i])
         if logits == "last":
             x = x[:, -1:] if cache is None else cache.take_last(x)
         return self.lm_head(self.ln_f(x))
 
+    def drop_positions_(self) -> None:
+        self.wpe = None
+
     def lower(self, program: Program) -> None:
         c = self.config
-        program.embed("x", self.wte.weight, self.wpe.weight)
+        program.embed("x", self.wte.weight, None if self.wpe is None else self.wpe.weight)
         blocks: list[Any] = list(self.h)
         for i, block in enumerate(blocks):
             attn, mlp = block.attn, block.mlp

@@ -23,6 +23,7 @@ from paretune.model.layers import (
     empty_embedding,
     empty_linear,
 )
+from paretune.ops.attention import alibi
 from paretune.ops.attention.spec import AttentionFunction, AttentionSpec, LayerCache
 from paretune.ops.native.program import LOGITS, Program
 from paretune.registry import ATTENTION
@@ -61,15 +62,18 @@ class Attention(nn.Module):
         self.k_proj = empty_linear(C, Hkv * D, config.attn_bias)
         self.v_proj = empty_linear(C, Hkv * D, config.attn_bias)
         self.o_proj = empty_linear(H * D, C, config.attn_bias)
-        self.spec = AttentionSpec(scale=1 / math.sqrt(D), window=config.sliding_window)
+        slopes = alibi.slopes(H) if config.alibi else None
+        self.spec = AttentionSpec(1 / math.sqrt(D), config.attention_pattern, slopes)
         self.attention: AttentionFunction = ATTENTION.get(DEFAULT_ATTENTION)  # the seam
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, layer_cache: LayerCache | None) -> Tensor:
         B, T, _ = x.size()
         q = self.q_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, Hkv, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)
-        y = self.attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layer_cache, self.spec)
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = self.attention(q, k, v, layer_cache, self.spec)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 
@@ -95,7 +99,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer_cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, layer_cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -116,7 +120,8 @@ class Llama(LanguageModel):
         self.lm_head = empty_linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
-        self._rope = rope_frequencies(config)  # [D / 2], fp32
+        # [D / 2], fp32. A model that was converted to ALiBi may have none.
+        self._rope = rope_frequencies(config) if config.has_positions else None
 
     def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
         """Logits of the next token; arguments and result as `GPT2.forward`."""
@@ -124,14 +129,19 @@ class Llama(LanguageModel):
         positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions
         x = self.embed_tokens(tokens)  # (B, T, C)
         # Angles in fp32 whatever the model's dtype: bf16 cannot tell position 257 from 258.
-        angles = positions[:, None, :, None].float() * self._rope  # (B, 1, T, D/2)
-        angles = torch.cat((angles, angles), dim=-1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos = sin = None
+        if self._rope is not None:
+            angles = positions[:, None, :, None].float() * self._rope  # (B, 1, T, D/2)
+            angles = torch.cat((angles, angles), dim=-1)
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, block in enumerate(self.layers):
             x = block(x, cos, sin, None if cache is None else cache.layers[i])
         if logits == "last":
             x = x[:, -1:] if cache is None else cache.take_last(x)
         return self.lm_head(self.norm(x))
+
+    def drop_positions_(self) -> None:
+        self._rope = None
 
     def lower(self, program: Program) -> None:
         c = self.config
@@ -160,7 +170,8 @@ class Llama(LanguageModel):
     def _apply(self, fn, recurse=True):
         # Not a buffer, because `model.to(bfloat16)` must not round it; it still follows the model's device.
         super()._apply(fn, recurse)
-        self._rope = self._rope.to(self.norm.weight.device)
+        if self._rope is not None:
+            self._rope = self._rope.to(self.norm.weight.device)
         return self
 
     def initialize_(self, generator: torch.Generator) -> None:

@@ -23,10 +23,11 @@ class Stage(enum.IntEnum):
     """The legal order of transforms in a recipe."""
 
     PRUNE = 1
-    ATTENTION = 2
-    PRECISION = 3
-    QUANTIZE = 4
-    FUSE = 5
+    MECHANISM = 2  # what attention computes
+    ATTENTION = 3  # by which code
+    PRECISION = 4
+    QUANTIZE = 5
+    FUSE = 6
 
 
 @dataclass(frozen=True)

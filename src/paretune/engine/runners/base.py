@@ -49,7 +49,7 @@ class Runner:
             n_layer=c.n_layer,
             batch_size=batch_size,
             n_kv_head=c.n_kv_head,
-            capacity=min(capacity, c.n_positions),
+            capacity=min(capacity, c.longest),
             head_dim=c.head_dim,
             dtype=self.cache_dtype,
             device=self.device,

@@ -12,13 +12,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from paretune.ops.attention.pattern import CAUSAL, Pattern
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
     """What is fixed for a layer."""
 
     scale: float  # scores are multiplied by it before the softmax
-    window: int | None = None  # a query at position p sees the keys p - window + 1 .. p; None sees all before it
+    pattern: Pattern = CAUSAL  # which keys a query sees
+    slopes: tuple[float, ...] | None = None  # ALiBi: scores of head h fall by slopes[h] for each token of distance
 
 
 class Visible(NamedTuple):
@@ -28,40 +31,43 @@ class Visible(NamedTuple):
     v: Tensor  # [B, Hkv, n, D]
     mask: Tensor | None  # bool [B or 1, 1, K, n], True where visible; None: see `is_causal`
     is_causal: bool  # with mask None: lower triangle of K x K; False: every key is visible to every query
+    query_positions: Tensor | None = None  # [B or 1, K]; None: the last K of 0 .. n - 1
+    key_positions: Tensor | None = None  # [B or 1, n]; None: 0 .. n - 1
 
 
 class LayerCache(Protocol):
     """One layer's view of the cache."""
 
-    def append(self, k_new: Tensor, v_new: Tensor, window: int | None) -> Visible: ...
+    def append(self, k_new: Tensor, v_new: Tensor, pattern: Pattern) -> Visible: ...
 
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, LayerCache | None, AttentionSpec], Tensor]
 
 
-def window_mask(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Who sees whom, by absolute positions.
-
-    Args:
-        query_positions: `[B, K]`.
-        key_positions: `[B or 1, n]`; negative marks an empty slot.
-
-    Returns:
-        bool `[B, 1, K, n]`.
-    """
-    distance = query_positions[:, :, None] - key_positions[:, None, :]  # (B, K, n)
-    visible = (distance >= 0) & (key_positions[:, None, :] >= 0)
-    if window is not None:
-        visible = visible & (distance < window)
-    return visible[:, None]
-
-
 def visible(k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Visible:
     """Stores the new keys and values and returns all that may be seen; without a cache, the new ones alone."""
     if layer_cache is not None:
-        return layer_cache.append(k_new, v_new, spec.window)
+        return layer_cache.append(k_new, v_new, spec.pattern)
     K = k_new.size(2)
-    if spec.window is None or spec.window >= K:
+    if spec.pattern.is_dense or (spec.pattern.kept.window or 0) >= K:
         return Visible(k_new, v_new, None, is_causal=True)
     positions = torch.arange(K, device=k_new.device)[None]
-    return Visible(k_new, v_new, window_mask(positions, positions, spec.window), is_causal=False)
+    return Visible(k_new, v_new, spec.pattern.mask(positions, positions), is_causal=False)
+
+
+def positions_of(seen: Visible, K: int) -> tuple[Tensor, Tensor]:
+    """Positions of the K queries and of the keys, `[B or 1, K]` and `[B or 1, n]`."""
+    n, device = seen.k.size(2), seen.k.device
+    query, key = seen.query_positions, seen.key_positions
+    if query is None:
+        query = torch.arange(n - K, n, device=device)[None]
+    if key is None:
+        key = torch.arange(n, device=device)[None]
+    return query, key
+
+
+def alibi_bias(seen: Visible, K: int, slopes: tuple[float, ...]) -> Tensor:
+    """What ALiBi adds to the scores, `-slope * distance`: fp32 `[B or 1, H, K, n]` (anything at hidden keys)."""
+    query, key = positions_of(seen, K)
+    distance = (query[:, :, None] - key[:, None, :]).float()  # (B, K, n)
+    return -torch.tensor(slopes, device=distance.device)[:, None, None] * distance[:, None]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import ParetuneError
+from paretune.ops.attention.pattern import Causal, Window
 from paretune.ops.attention.spec import AttentionSpec
 from paretune.ops.native import packed
 from paretune.ops.native.packed import Matrix, PackedWeight
@@ -198,7 +199,9 @@ class Program:
         out = self._buffer(target, n_head * head_dim)
         op = self._op(_ATTENTION, of_profile, in_=self._buffers[source], out=out)
         op.layer, op.n_head, op.n_kv_head, op.head_dim = layer, n_head, n_kv_head, head_dim
-        op.scale, op.window = spec.scale, spec.window or 0
+        if spec.slopes is not None or not isinstance(spec.pattern, Causal | Window):
+            raise CannotLower(f"layer {layer}: native code has no {spec.pattern} attention", "Use the eager runner")
+        op.scale, op.window = spec.scale, spec.pattern.kept.window or 0
         op.rope = None if rope is None else self._floats(rope)
         self.kernels["native::attention"] += 1
 
