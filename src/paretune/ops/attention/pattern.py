@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -337,7 +337,7 @@ def bigbird(prefix: int, window: int, n_random: int, block: int = QUERY_BLOCK, s
     return Union((Prefix(prefix), Window(window), Random(n_random, block, seed)))
 
 
-_FORMS = {
+_FORMS: dict[str, tuple[str, Callable[..., Pattern]]] = {
     "causal": (r"", lambda: CAUSAL),
     "window": (r":(\d+)", Window),
     "blocks": (r":(\d+)", Blocks),
@@ -365,6 +365,18 @@ def parse(text: str) -> Pattern:
             )
         parts.append(form[1](*(int(g) for g in match.groups() if g is not None)))
     return parts[0] if len(parts) == 1 else Union(tuple(parts))
+
+
+def prefix_and_window(pattern: Pattern) -> tuple[int, int] | None:
+    """The pattern as `(prefix, window)` if that is all it is, dense as (0, 0); None for the others."""
+    if pattern.is_dense:
+        return 0, 0
+    parts = pattern.parts if isinstance(pattern, Union) else (pattern,)
+    prefixes = [p.size for p in parts if isinstance(p, Prefix)]
+    windows = [p.size for p in parts if isinstance(p, Window)]
+    if not windows or len(prefixes) + len(windows) < len(parts):
+        return None
+    return max(prefixes, default=0), max(windows)
 
 
 class QueryBlock(NamedTuple):

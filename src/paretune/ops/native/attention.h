@@ -4,15 +4,20 @@
 // Chunks begin at multiples of 256 whatever the step, lanes and order within them are fixed, and they are merged in order:
 // a query gets the same bits alone, in a batch, in a long step, and on any number of threads.
 //
+// Few queries read keys and values where they are. Many get a chunk packed for them (`PackedChunk`): lanes are then
+// neighbouring positions instead of neighbouring dimensions, with the same sums in the same order, so the same bits.
+//
 // Legend: D head dimension, T queries that read the same keys together.
 #pragma once
+
+#include <vector>
 
 #include "vec.h"
 
 constexpr int kChunkPositions = 256;
 constexpr int kQueryTile = kLanes == 16 ? 4 : 2;
 
-// Keys and values of one head, position 0 first; int8 has a scale for each position.
+// Keys and values of one head, side by side; int8 has a scale for each position.
 struct HeadCache {
   char* k;
   char* v;
@@ -123,64 +128,321 @@ inline void add_values(const char* values, int from, int to, int D, const float 
   }
 }
 
+// ALiBi: the score of a key `n` positions before the query falls by n * slope.
+struct Bias {
+  float slope = 0.0f;
+  std::int64_t position = 0;  // of the query
+};
+
+inline void add_bias(const Bias& bias, std::int64_t start, float* scores, int from, int to) {
+  const float base = static_cast<float>(start - bias.position);  // whole numbers: exact
+  for (int p = from; p < to; ++p) scores[p] += bias.slope * (base + static_cast<float>(p));
+}
+
+// scores[begin..end) become weights relative to the largest of them. What is not visible weighs nothing.
+inline Gathered soften(float* scores, int begin, int end) {
+  // Lanes of the sums below count from the chunk's start.
+  const int from = begin / kLanes * kLanes;
+  for (int p = from; p < begin; ++p) scores[p] = -INFINITY;
+  for (int p = end; p < (end + kLanes - 1) / kLanes * kLanes; ++p) scores[p] = -INFINITY;
+  Vec largest = fill(-INFINITY);
+  for (int p = from; p < end; p += kLanes) {
+    const Vec s = load_floats(scores + p);
+    largest = s > largest ? s : largest;
+  }
+  float top = largest[0];
+  for (int j = 1; j < kLanes; ++j) top = std::max(top, largest[j]);
+  Vec total = {};
+  for (int p = from; p < end; p += kLanes) {
+    const Vec s = load_floats(scores + p);
+    Vec e = exp_vec(s - top);
+    e = s == -INFINITY ? Vec{} : e;  // the exponential of a masked score is small, not zero
+    total += e;
+    store_floats(scores + p, e);
+  }
+  return {top, sum(total)};
+}
+
+// The positions that all of T queries see, and those that any of them does.
+struct Extent {
+  int first, last, common_from, common_to;
+};
+
+inline Extent extent_of(const int* begin, const int* end, int T) {
+  Extent e{begin[0], end[0], begin[0], end[0]};
+  for (int i = 1; i < T; ++i) {
+    e.first = std::min(e.first, begin[i]), e.last = std::max(e.last, end[i]);
+    e.common_from = std::max(e.common_from, begin[i]), e.common_to = std::min(e.common_to, end[i]);
+  }
+  return e;
+}
+
 // One chunk for T queries; query i sees the positions begin[i] to end[i] of it (relative, end > begin for all).
 // out[i]: [D], written. The values behind a query's end are never read for it: they may be garbage.
 template <Format F, int T>
 inline void chunk_as(const float* const* q, const HeadCache& c, std::int64_t start, const int* begin, const int* end,
-                     int D, float scale, Gathered* gathered, float* const* out) {
+                     int D, float scale, const Bias* bias, Gathered* gathered, float* const* out) {
   alignas(64) float scores[T][kChunkPositions];
-  int first = begin[0], last = end[0], common_from = begin[0], common_to = end[0];
-  for (int i = 1; i < T; ++i) {
-    first = std::min(first, begin[i]), last = std::max(last, end[i]);
-    common_from = std::max(common_from, begin[i]), common_to = std::min(common_to, end[i]);
-  }
-  const char* keys = c.k + start * D * static_cast<std::int64_t>(element_bytes(F));
-  const char* values = c.v + start * D * static_cast<std::int64_t>(element_bytes(F));
+  const Extent e = extent_of(begin, end, T);
+  const char* keys = c.k + e.first * D * static_cast<std::int64_t>(element_bytes(F));
   float* at[T];
-  for (int i = 0; i < T; ++i) at[i] = scores[i] + first;
-  scores_of<F, T>(q, keys + static_cast<std::int64_t>(first) * D * element_bytes(F),
-                  c.k_scale == nullptr ? nullptr : c.k_scale + start + first, last - first, D, scale, at);
+  for (int i = 0; i < T; ++i) at[i] = scores[i] + e.first;
+  scores_of<F, T>(q, keys, c.k_scale == nullptr ? nullptr : c.k_scale + e.first, e.last - e.first, D, scale, at);
   for (int i = 0; i < T; ++i) {
-    // Lanes of the sums below count from the chunk's start: what is not visible weighs nothing.
-    for (int p = begin[i] / kLanes * kLanes; p < begin[i]; ++p) scores[i][p] = -INFINITY;
-    for (int p = end[i]; p < (end[i] + kLanes - 1) / kLanes * kLanes; ++p) scores[i][p] = -INFINITY;
-    const int from = begin[i] / kLanes * kLanes;
-    Vec largest = fill(-INFINITY);
-    for (int p = from; p < end[i]; p += kLanes) {
-      const Vec s = load_floats(scores[i] + p);
-      largest = s > largest ? s : largest;
-    }
-    float top = largest[0];
-    for (int j = 1; j < kLanes; ++j) top = std::max(top, largest[j]);
-    Vec total = {};
-    for (int p = from; p < end[i]; p += kLanes) {
-      const Vec s = load_floats(scores[i] + p);
-      Vec e = exp_vec(s - top);
-      e = s == -INFINITY ? Vec{} : e;  // the exponential of a masked score is small, not zero
-      total += e;
-      store_floats(scores[i] + p, e);
-    }
-    gathered[i] = {top, sum(total)};
+    if (bias != nullptr) add_bias(bias[i], start, scores[i], begin[i], end[i]);
+    gathered[i] = soften(scores[i], begin[i], end[i]);
     if constexpr (F == kInt8)
-      for (int p = begin[i]; p < end[i]; ++p) scores[i][p] *= c.v_scale[start + p];
+      for (int p = begin[i]; p < end[i]; ++p) scores[i][p] *= c.v_scale[p];
     std::memset(out[i], 0, sizeof(float) * D);
   }
-  if (common_from >= common_to) {
-    for (int i = 0; i < T; ++i) add_values<F, 1>(values, begin[i], end[i], D, scores + i, out + i);
+  if (e.common_from >= e.common_to) {
+    for (int i = 0; i < T; ++i) add_values<F, 1>(c.v, begin[i], end[i], D, scores + i, out + i);
     return;
   }
-  for (int i = 0; i < T; ++i) add_values<F, 1>(values, begin[i], common_from, D, scores + i, out + i);
-  add_values<F, T>(values, common_from, common_to, D, scores, out);
-  for (int i = 0; i < T; ++i) add_values<F, 1>(values, common_to, end[i], D, scores + i, out + i);
+  for (int i = 0; i < T; ++i) add_values<F, 1>(c.v, begin[i], e.common_from, D, scores + i, out + i);
+  add_values<F, T>(c.v, e.common_from, e.common_to, D, scores, out);
+  for (int i = 0; i < T; ++i) add_values<F, 1>(c.v, e.common_to, end[i], D, scores + i, out + i);
 }
 
-inline void attend_chunk(int n, const float* const* q, const HeadCache& c, std::int64_t start, const int* begin,
-                         const int* end, int D, float scale, Gathered* gathered, float* const* out) {
+// ---------------------------------------------------------------- many queries on one chunk
+
+constexpr int kKeyPanel = 2 * kLanes;  // positions, or dimensions of values, that lie side by side
+constexpr int kQueries = 6;            // queries at once: 12 vectors of sums, which fill the pipes of every processor here
+constexpr int kPackFrom = 12;       // queries that pay for packing
+
+// `sum` adds the lanes of a vector as a tree. Leaf u of it, left to right, is this lane.
+inline int leaf_lane(int u) { return kLanes == 16 ? u / 2 + u % 2 * 8 : u; }
+
+// A chunk's keys and values as fp32: keys [position / kKeyPanel][D, in the order of `key_dimension`][kKeyPanel], values
+// [D / kKeyPanel, rounded up][position][kKeyPanel].
+struct PackedChunk {
+  std::vector<float> keys, values;
+  const char* k_rows[kChunkPositions];  // where each position is; `pack_chunk` reads them
+  const char* v_rows[kChunkPositions];
+
+  void reserve(int D) {
+    keys.resize(static_cast<std::size_t>(kChunkPositions) * D);
+    values.resize(static_cast<std::size_t>(kChunkPositions) * ((D + kKeyPanel - 1) / kKeyPanel * kKeyPanel));
+  }
+  std::size_t bytes() const { return 4 * (keys.size() + values.size()); }
+};
+
+// rows[i][0..8) -> to[j * stride + i]: eight positions' eight dimensions, the other way round.
+template <Format F>
+inline void transpose_eight(const char* const* rows, int d, float* to, std::int64_t stride) {
+#if defined(PARETUNE_AVX2)
+  __m256 r[8], s[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) r[i] = (__m256)load<F>(rows[i], d);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    s[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0x44);
+    r[4 * i + 1] = _mm256_shuffle_ps(s[4 * i], s[4 * i + 2], 0xee);
+    r[4 * i + 2] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0x44);
+    r[4 * i + 3] = _mm256_shuffle_ps(s[4 * i + 1], s[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * stride, _mm256_permute2f128_ps(r[i], r[4 + i], 0x20));
+    _mm256_storeu_ps(to + (4 + i) * stride, _mm256_permute2f128_ps(r[i], r[4 + i], 0x31));
+  }
+#else
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) to[j * stride + i] = load_one<F>(rows[i], d + j);
+#endif
+}
+
+// Packs the positions `from` to n (their rows are in `c`); what is left of the last panel is zero.
+template <Format F>
+inline void pack_chunk(PackedChunk& c, int from, int n, int D) {
+  const int J = D / kLanes, wide = J * kLanes, panels = (n + kKeyPanel - 1) / kKeyPanel;
+  // Dimension d lies in row key_row(d).
+  const auto key_row = [&](int d) {
+    const int lane = d % kLanes, u = kLanes == 16 ? lane % 8 * 2 + lane / 8 : lane;
+    return d < wide ? u * J + d / kLanes : d;
+  };
+  from = from / kKeyPanel * kKeyPanel;
+  for (int panel = from / kKeyPanel; panel < panels; ++panel) {
+    float* keys = c.keys.data() + static_cast<std::size_t>(panel) * D * kKeyPanel;
+    const int first = panel * kKeyPanel, held = std::min(kKeyPanel, n - first);
+    int d = 0;
+    if (held == kKeyPanel && kLanes >= 8) {
+      // Eight dimensions that follow each other are as many rows apart as their leaves are.
+      const std::int64_t stride = static_cast<std::int64_t>(kLanes == 16 ? 2 * J : J) * kKeyPanel;
+      for (; d + 8 <= wide; d += 8)
+        for (int p = 0; p < kKeyPanel; p += 8)
+          transpose_eight<F>(c.k_rows + first + p, d, keys + static_cast<std::int64_t>(key_row(d)) * kKeyPanel + p, stride);
+    }
+    for (; d < D; ++d) {
+      float* to = keys + static_cast<std::int64_t>(key_row(d)) * kKeyPanel;
+      for (int p = 0; p < kKeyPanel; ++p) to[p] = p < held ? load_one<F>(c.k_rows[first + p], d) : 0.0f;
+    }
+  }
+  for (int d = 0; d < D; d += kKeyPanel) {
+    float* to = c.values.data() + static_cast<std::size_t>(d) * kChunkPositions;
+    if (d + kKeyPanel <= D) {
+      for (int p = from; p < n; ++p) {
+        store_floats(to + p * kKeyPanel, load<F>(c.v_rows[p], d));
+        store_floats(to + p * kKeyPanel + kLanes, load<F>(c.v_rows[p], d + kLanes));
+      }
+    } else {
+      for (int p = from; p < n; ++p)
+        for (int j = 0; j < kKeyPanel; ++j) to[p * kKeyPanel + j] = d + j < D ? load_one<F>(c.v_rows[p], d + j) : 0.0f;
+    }
+  }
+}
+
+// dots[i][p] = q[i] . key p of a panel: for each lane a chain over its dimensions, then the tree of `sum`, then the rest.
+inline void panel_scores(const float* keys, const float* const* q, int D, Vec (*dots)[2]) {
+  const int J = D / kLanes;
+  constexpr int kDepth = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;
+  Vec parts[kDepth + 1][kQueries][2];
+  for (int u = 0; u < kLanes; ++u) {
+    Vec acc[kQueries][2] = {};
+    for (int j = 0, d = leaf_lane(u); j < J; ++j, d += kLanes, keys += kKeyPanel) {
+      const Vec a = load_floats(keys), b = load_floats(keys + kLanes);
+#pragma GCC unroll 6
+      for (int i = 0; i < kQueries; ++i) {
+        const Vec x = fill(q[i][d]);
+        acc[i][0] = multiply_add(a, x, acc[i][0]);
+        acc[i][1] = multiply_add(b, x, acc[i][1]);
+      }
+    }
+    int level = 0;
+    for (int n = u; n & 1; n >>= 1, ++level) {
+#pragma GCC unroll 6
+      for (int i = 0; i < kQueries; ++i)
+        for (int v = 0; v < 2; ++v) acc[i][v] = parts[level][i][v] + acc[i][v];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kQueries; ++i)
+      for (int v = 0; v < 2; ++v) parts[level][i][v] = acc[i][v];
+  }
+  for (int i = 0; i < kQueries; ++i)
+    for (int v = 0; v < 2; ++v) dots[i][v] = parts[kDepth][i][v];
+  for (int d = J * kLanes; d < D; ++d, keys += kKeyPanel) {
+    const Vec a = load_floats(keys), b = load_floats(keys + kLanes);
+    for (int i = 0; i < kQueries; ++i) {
+      const Vec x = fill(q[i][d]);
+      dots[i][0] = multiply_add(a, x, dots[i][0]);
+      dots[i][1] = multiply_add(b, x, dots[i][1]);
+    }
+  }
+}
+
+// out[i] += sum over the positions `from` to `to` of weights[i][p] * v[p], for T queries.
+template <int T>
+inline void panel_values(const PackedChunk& c, int from, int to, int D, const float (*weights)[kChunkPositions], float* const* out) {
+  for (int d = 0; d < D; d += kKeyPanel) {
+    const float* values = c.values.data() + static_cast<std::size_t>(d) * kChunkPositions;
+    const int n = std::min(kKeyPanel, D - d);
+    float edge[T][kKeyPanel] = {};
+    Vec acc[T][2];
+    for (int i = 0; i < T; ++i) {
+      if (n < kKeyPanel) std::memcpy(edge[i], out[i] + d, sizeof(float) * n);
+      const float* at = n < kKeyPanel ? edge[i] : out[i] + d;
+      acc[i][0] = load_floats(at), acc[i][1] = load_floats(at + kLanes);
+    }
+    for (int p = from; p < to; ++p) {
+      const Vec a = load_floats(values + p * kKeyPanel), b = load_floats(values + p * kKeyPanel + kLanes);
+#pragma GCC unroll 6
+      for (int i = 0; i < T; ++i) {
+        const Vec x = fill(weights[i][p]);
+        acc[i][0] = multiply_add(a, x, acc[i][0]);
+        acc[i][1] = multiply_add(b, x, acc[i][1]);
+      }
+    }
+    for (int i = 0; i < T; ++i) {
+      float* at = n < kKeyPanel ? edge[i] : out[i] + d;
+      store_floats(at, acc[i][0]), store_floats(at + kLanes, acc[i][1]);
+      if (n < kKeyPanel) std::memcpy(out[i] + d, edge[i], sizeof(float) * n);
+    }
+  }
+}
+
+// As `chunk_as`, for kQueries queries on a packed chunk. k_scale, v_scale: of each position, or null.
+// hide(i, scores): sets what else query i does not see to minus infinity.
+template <class Hide>
+inline void tile_on_chunk(const PackedChunk& c, const float* const* q, std::int64_t start, const int* begin, const int* end,
+                          int D, float scale, const float* k_scale, const float* v_scale, const Bias* bias,
+                          Gathered* gathered, float* const* out, Hide hide) {
+  alignas(64) float scores[kQueries][kChunkPositions];
+  const Extent e = extent_of(begin, end, kQueries);
+  for (int p = e.first / kKeyPanel * kKeyPanel; p < e.last; p += kKeyPanel) {
+    Vec dots[kQueries][2];
+    panel_scores(c.keys.data() + static_cast<std::size_t>(p) * D, q, D, dots);
+    for (int v = 0; v < 2; ++v) {
+      Vec factor = fill(scale);
+      if (k_scale != nullptr) {
+        float scales[kLanes] = {};
+        for (int j = 0; j < kLanes && p + v * kLanes + j < e.last; ++j) scales[j] = k_scale[p + v * kLanes + j];
+        factor = scale * load_floats(scales);
+      }
+      for (int i = 0; i < kQueries; ++i) store_floats(scores[i] + p + v * kLanes, dots[i][v] * factor);
+    }
+  }
+  for (int i = 0; i < kQueries; ++i) {
+    if (bias != nullptr) add_bias(bias[i], start, scores[i], begin[i], end[i]);
+    hide(i, scores[i]);
+    gathered[i] = soften(scores[i], begin[i], end[i]);
+    if (v_scale != nullptr)
+      for (int p = begin[i]; p < end[i]; ++p) scores[i][p] *= v_scale[p];
+    std::memset(out[i], 0, sizeof(float) * D);
+  }
+  const bool is_shared = e.common_from < e.common_to;
+  for (int i = 0; i < kQueries; ++i) panel_values<1>(c, begin[i], is_shared ? e.common_from : end[i], D, scores + i, out + i);
+  if (!is_shared) return;
+  panel_values<kQueries>(c, e.common_from, e.common_to, D, scores, out);
+  for (int i = 0; i < kQueries; ++i) panel_values<1>(c, e.common_to, end[i], D, scores + i, out + i);
+}
+
+// The n queries in tiles; the last tile is filled up with its first query, whose result is thrown away.
+template <class Run>
+inline void in_tiles(int n, const float* const* q, const int* begin, const int* end, const Bias* bias, Gathered* gathered,
+                     float* const* out, float* spare, Run run) {
+  for (int from = 0; from < n; from += kQueries) {
+    const float* tile_q[kQueries];
+    int tile_begin[kQueries], tile_end[kQueries];
+    Bias tile_bias[kQueries];
+    Gathered found[kQueries];
+    float* tile_out[kQueries];
+    for (int i = 0; i < kQueries; ++i) {
+      const int at = from + i < n ? from + i : from;
+      tile_q[i] = q[at], tile_begin[i] = begin[at], tile_end[i] = end[at];
+      if (bias != nullptr) tile_bias[i] = bias[at];
+      tile_out[i] = from + i < n ? out[at] : spare;
+    }
+    run(from, tile_q, tile_begin, tile_end, bias == nullptr ? nullptr : tile_bias, found, tile_out);
+    for (int i = 0; i < kQueries && from + i < n; ++i) gathered[from + i] = found[i];
+  }
+}
+
+// One chunk for n queries. c: of the chunk's first position, `start`. n_held: positions of it that are stored.
+// spare: [D].
+inline void attend_chunk(int n, const float* const* q, const HeadCache& c, std::int64_t start, int n_held, const int* begin,
+                         const int* end, int D, float scale, const Bias* bias, Gathered* gathered, float* const* out,
+                         PackedChunk& packed, float* spare) {
   const auto run = [&]<Format F>() {
+    if (n >= kPackFrom) {
+      const std::int64_t row_bytes = D * static_cast<std::int64_t>(element_bytes(F));
+      for (int p = 0; p < n_held; ++p) packed.k_rows[p] = c.k + p * row_bytes, packed.v_rows[p] = c.v + p * row_bytes;
+      pack_chunk<F>(packed, *std::min_element(begin, begin + n), n_held, D);
+      in_tiles(n, q, begin, end, bias, gathered, out, spare,
+               [&](int, const float* const* tq, const int* b, const int* e, const Bias* tb, Gathered* found, float* const* to) {
+                 tile_on_chunk(packed, tq, start, b, e, D, scale, c.k_scale, c.v_scale, tb, found, to, [](int, float*) {});
+               });
+      return;
+    }
     int i = 0;
     for (; i + kQueryTile <= n; i += kQueryTile)
-      chunk_as<F, kQueryTile>(q + i, c, start, begin + i, end + i, D, scale, gathered + i, out + i);
-    for (; i < n; ++i) chunk_as<F, 1>(q + i, c, start, begin + i, end + i, D, scale, gathered + i, out + i);
+      chunk_as<F, kQueryTile>(q + i, c, start, begin + i, end + i, D, scale, bias == nullptr ? nullptr : bias + i, gathered + i, out + i);
+    for (; i < n; ++i)
+      chunk_as<F, 1>(q + i, c, start, begin + i, end + i, D, scale, bias == nullptr ? nullptr : bias + i, gathered + i, out + i);
   };
   switch (c.format) {
     case kFp32: run.template operator()<kFp32>(); break;

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from paretune.errors import ParetuneError
-from paretune.ops.attention.pattern import Causal, Window
+from paretune.ops.attention.pattern import prefix_and_window
 from paretune.ops.attention.spec import AttentionSpec
 from paretune.ops.native import packed
 from paretune.ops.native.packed import Matrix, PackedWeight
@@ -56,9 +56,9 @@ def _fields(names: str, kind: Any = c_int32) -> list[Any]:
 class _Op(ctypes.Structure):
     _fields_ = [
         *_fields("code in_ out out_offset matrix matrix2 norm epilogue activation other last_only has_barrier"),
-        *_fields("layer n_head n_kv_head head_dim window"),
+        *_fields("layer n_head n_kv_head head_dim window prefix"),
         *_fields("eps scale", c_float),
-        *_fields("gamma beta bias rope", c_void_p),
+        *_fields("gamma beta bias rope slopes", c_void_p),
     ]
 
 
@@ -66,7 +66,7 @@ class Step(ctypes.Structure):
     """One step: `B` sequences of `K` tokens on a cache; pointers as in `step.cpp`."""
 
     _fields_ = _fields("tokens lengths last k v k_scale v_scale logits best op_ns", c_void_p) + _fields(
-        "B K capacity cache_format all_logits"
+        "B K capacity cache_format all_logits prefix ring"
     )
 
 
@@ -199,9 +199,12 @@ class Program:
         out = self._buffer(target, n_head * head_dim)
         op = self._op(_ATTENTION, of_profile, in_=self._buffers[source], out=out)
         op.layer, op.n_head, op.n_kv_head, op.head_dim = layer, n_head, n_kv_head, head_dim
-        if spec.slopes is not None or not isinstance(spec.pattern, Causal | Window):
+        limits = prefix_and_window(spec.pattern)
+        if limits is None:
             raise CannotLower(f"layer {layer}: native code has no {spec.pattern} attention", "Use the eager runner")
-        op.scale, op.window = spec.scale, spec.pattern.kept.window or 0
+        op.scale, (op.prefix, op.window) = spec.scale, limits
+        if spec.slopes is not None:
+            op.slopes = self._floats(torch.tensor(spec.slopes))
         op.rope = None if rope is None else self._floats(rope)
         self.kernels["native::attention"] += 1
 

@@ -34,12 +34,14 @@ extern "C" struct Op {
   std::int32_t epilogue, activation, other;  // other: the buffer that kGate multiplies with
   std::int32_t last_only;            // only the last valid token of each sequence
   std::int32_t has_barrier;          // the next operation reads what other threads wrote
-  std::int32_t layer, n_head, n_kv_head, head_dim, window;  // window: 0 is none
+  // A query sees the first `prefix` positions and the last `window`, itself among them; 0: no such limit.
+  std::int32_t layer, n_head, n_kv_head, head_dim, window, prefix;
   float eps, scale;
   const float* gamma;  // [C]
   const float* beta;   // [C] or null
   const float* bias;   // [N] or null
   const float* rope;   // [D / 2] inverse frequencies or null
+  const float* slopes;  // [n_head] of ALiBi or null
 };
 
 extern "C" struct Step {
@@ -53,7 +55,9 @@ extern "C" struct Step {
   float* logits;                // [B, V] or [B, K, V]
   std::int64_t* best;           // [B] index of the largest of the last token's logits, or null
   std::int64_t* op_ns;          // [n_ops] nanoseconds are added, or null
-  std::int32_t B, K, capacity, cache_format, all_logits;
+  std::int32_t B, K, capacity, cache_format, all_logits;  // capacity: slots of a row
+  // ring 0: slot = position. Else positions from `prefix` on share `ring` slots (a multiple of 256) behind the first ones.
+  std::int32_t prefix, ring;
 };
 
 struct Best {
@@ -84,10 +88,12 @@ struct Prepared {
 struct Scratch {
   Prepared prepared;
   std::vector<float> sums;      // [kPanelInputs, kPanelRows]
-  std::vector<float> queries;   // [kQueryTile or more, D], rotated
+  std::vector<float> queries;   // [kMaxQueries, D], rotated
   std::vector<float> out;       // the same, of one chunk
   std::vector<Best> best;       // [rows]
   std::vector<Gathered> state;  // of the queries at hand
+  std::vector<char> has_some;
+  PackedChunk chunk;            // of steps with many rows
 };
 
 // What is left to do for a linear layer's input: the layer before may have read the same.
@@ -142,12 +148,12 @@ struct Program {
     for (Scratch& s : scratch) {
       s.prepared.reserve(kFewRows, widest, has_integers, has_bytes, has_pairs);
       s.queries.resize(static_cast<std::size_t>(kMaxQueries) * head_dim);
-      s.out.resize(static_cast<std::size_t>(kMaxQueries) * head_dim);
+      s.out.resize(static_cast<std::size_t>(kMaxQueries + 1) * head_dim);  // and one to throw away
     }
     reserve(1);
   }
 
-  static constexpr int kMaxQueries = 16;  // queries of one head that are worked on together
+  static constexpr int kMaxQueries = 96;  // queries of one head that are worked on together
 
   // Memory for steps of M rows; what is there is kept.
   void reserve(int M) {
@@ -158,6 +164,7 @@ struct Program {
     for (Scratch& s : scratch) {
       s.sums.resize(static_cast<std::size_t>(std::min(M, kPanelInputs)) * kPanelRows);
       s.best.resize(M);
+      if (M * group >= kPackFrom) s.chunk.reserve(head_dim);
     }
     rows = M;
   }
@@ -318,40 +325,79 @@ struct Program {
 
   // -------------------------------------------------------------- attention
 
-  // Decided once a step, the same for all threads.
-  struct Plan {
+  // What a query reads comes in pieces that are merged in order: its prefix by 256 positions, then the rest by 256. Where
+  // pieces begin does not depend on the step.
+  struct Plan {  // decided once a step, the same for all threads
     bool appends_first = false;  // keys are stored by all before anyone reads them: many rows, or shared heads
-    bool by_chunks = false;      // threads share a head, chunk by chunk
-    int n_chunks = 1;
+    bool by_pieces = false;      // threads share a head, piece by piece
+    int chunk_from = 0, chunk_to = 1;  // chunks of 256 positions that any query reads, prefixes aside
+    int n_pieces = 1;
     int query_block = 1;         // tokens of a sequence that are worked on together
   } plan;
 
+  static int prefix_pieces(const Op& op) { return (op.prefix + kChunkPositions - 1) / kChunkPositions; }
+
+  static std::int64_t first_seen(const Op& op, std::int64_t position) {
+    return op.window > 0 ? std::max<std::int64_t>(op.prefix, position + 1 - op.window) : op.prefix;
+  }
+
+  struct Piece {
+    std::int64_t start;  // position that `from` and `to` count from
+    int from, to;        // what a query sees of it; nothing where from >= to
+  };
+
+  Piece piece_of(const Op& op, std::int64_t position, int piece) const {
+    const int before = prefix_pieces(op);
+    const bool is_prefix = piece < before;
+    const std::int64_t start = static_cast<std::int64_t>(is_prefix ? piece : plan.chunk_from + piece - before) * kChunkPositions;
+    const std::int64_t from = is_prefix ? start : first_seen(op, position);
+    const std::int64_t to = is_prefix ? std::min<std::int64_t>(op.prefix, position + 1) : position + 1;
+    return {start, static_cast<int>(std::max<std::int64_t>(from - start, 0)),
+            static_cast<int>(std::clamp<std::int64_t>(to - start, 0, kChunkPositions))};
+  }
+
+  std::int64_t slot_of(std::int64_t position) const {
+    const Step& s = *step;
+    return s.ring == 0 || position < s.prefix ? position : s.prefix + position % s.ring;
+  }
+
   void plan_attention(const Step& s) {
-    std::int64_t longest = 0;
-    for (int b = 0; b < s.B; ++b) longest = std::max(longest, s.lengths[b] + s.K);
+    constexpr int kFewQueries = 16;
+    std::int64_t longest = 0, shortest = s.lengths[0];
+    for (int b = 0; b < s.B; ++b) longest = std::max(longest, s.lengths[b] + s.K), shortest = std::min(shortest, s.lengths[b]);
     plan = Plan{};
-    plan.query_block = std::max(1, kMaxQueries / group);
-    int most_tasks = 0, fewest = 1 << 30, n_head = 1;
+    int fewest = 1 << 30, n_head = 1, most_before = 0;
+    plan.chunk_to = static_cast<int>((longest + kChunkPositions - 1) / kChunkPositions);
+    plan.chunk_from = plan.chunk_to;
     for (const Op& op : ops)
       if (op.code == kAttention) {
-        most_tasks = std::max(most_tasks, s.B * op.n_kv_head), fewest = std::min(fewest, s.B * op.n_kv_head);
+        fewest = std::min(fewest, s.B * op.n_kv_head);
         n_head = std::max(n_head, op.n_head);
+        most_before = std::max(most_before, prefix_pieces(op));
+        // A short row has not left its prefix yet.
+        const std::int64_t first = std::min(first_seen(op, shortest), longest - 1);
+        plan.chunk_from = std::min(plan.chunk_from, static_cast<int>(first / kChunkPositions));
       }
-    plan.n_chunks = static_cast<int>((longest + kChunkPositions - 1) / kChunkPositions);
+    plan.n_pieces = most_before + plan.chunk_to - plan.chunk_from;
+    plan.query_block = std::max(1, kMaxQueries / group);
     if (team.size == 1) return;
-    plan.appends_first = s.K > plan.query_block;
-    // A head a thread leaves threads idle: share the heads' chunks instead, once there is enough to share.
-    if (!plan.appends_first && plan.n_chunks > 1 && fewest % team.size != 0 && fewest < 4 * team.size) {
-      plan.appends_first = plan.by_chunks = true;
-      const std::size_t n = static_cast<std::size_t>(s.B) * s.K * n_head * plan.n_chunks;
+    plan.appends_first = s.K > std::max(1, kFewQueries / group);
+    // Blocks that keep all threads busy.
+    while (plan.query_block * group > 2 * kPackFrom && static_cast<std::int64_t>(fewest) * s.K < 4LL * team.size * plan.query_block)
+      plan.query_block = (plan.query_block + 1) / 2;
+    // A head a thread leaves threads idle: share the heads' pieces instead, once there is enough to share.
+    if (!plan.appends_first && plan.n_pieces > 1 && fewest % team.size != 0 && fewest < 4 * team.size) {
+      plan.appends_first = plan.by_pieces = true;
+      const std::size_t n = static_cast<std::size_t>(s.B) * s.K * n_head * plan.n_pieces;
       if (partial.size() < n * head_dim) partial.resize(n * head_dim);
       if (gathered.size() < n) gathered.resize(n);
     }
   }
 
-  HeadCache head_cache(const Op& op, int b, int h) const {
+  // Keys and values of a head from a slot on.
+  HeadCache head_cache(const Op& op, int b, int h, std::int64_t slot) const {
     const Step& s = *step;
-    const std::size_t rows_before = static_cast<std::size_t>(b * op.n_kv_head + h) * s.capacity;
+    const std::size_t rows_before = static_cast<std::size_t>(b * op.n_kv_head + h) * s.capacity + slot;
     const std::size_t at = rows_before * op.head_dim * element_bytes(s.cache_format);
     HeadCache out{static_cast<char*>(s.k[op.layer]) + at, static_cast<char*>(s.v[op.layer]) + at, nullptr, nullptr,
                   s.cache_format};
@@ -365,7 +411,7 @@ struct Program {
   void append_all(const Op& op, int t, int b, int h) {
     const Step& s = *step;
     const int D = op.head_dim, q_width = op.n_head * D, kv_width = op.n_kv_head * D, width = q_width + 2 * kv_width;
-    const HeadCache cache = head_cache(op, b, h);
+    const HeadCache cache = head_cache(op, b, h, 0);
     for (int j = 0; j < s.K; ++j) {
       const std::int64_t m = static_cast<std::int64_t>(b) * s.K + j;
       const float* k = buffers[op.in].data() + m * width + q_width + h * D;
@@ -374,20 +420,21 @@ struct Program {
         rotate(k, rope.data() + m * D, D, scratch[t].queries.data());
         k = scratch[t].queries.data();
       }
-      append(cache, s.lengths[b] + j, k, v, D);
+      append(cache, slot_of(s.lengths[b] + j), k, v, D);
     }
   }
 
-  // The queries of tokens j to j + n of sequence b that read key/value head h, on the chunks `from` to `to`.
+  // The queries of tokens j to j + n of sequence b that read key/value head h, on the pieces `from` to `to`.
+  // emit(row, piece, what was gathered, [D]) is called for each query that sees some of a piece.
   template <class Emit>
-  void attend(const Op& op, int t, int b, int h, int j, int n, int chunk_from, int chunk_to, Emit emit) {
+  void attend(const Op& op, int t, int b, int h, int j, int n, int piece_from, int piece_to, Emit emit) {
     const Step& s = *step;
     const int D = op.head_dim, heads = op.n_head / op.n_kv_head;
     const int q_width = op.n_head * D, width = q_width + 2 * op.n_kv_head * D;
-    const HeadCache cache = head_cache(op, b, h);
     const float* q[kMaxQueries];
-    std::int64_t first[kMaxQueries], end[kMaxQueries];
-    std::int64_t row[kMaxQueries];
+    std::int64_t position[kMaxQueries], row[kMaxQueries];
+    float slope[kMaxQueries];
+    float* const results = scratch[t].out.data();
     // More heads a key than fit are taken a part at a time.
     for (int g0 = 0; g0 < heads; g0 += kMaxQueries) {
       const int g1 = std::min(heads, g0 + kMaxQueries);
@@ -400,31 +447,36 @@ struct Program {
           if (op.rope != nullptr) rotate(from, rope.data() + m * D, D, to);
           else std::memcpy(to, from, sizeof(float) * D);
           q[n_queries] = to;
-          end[n_queries] = s.lengths[b] + i + 1;
-          first[n_queries] = op.window > 0 ? std::max<std::int64_t>(0, end[n_queries] - op.window) : 0;
+          position[n_queries] = s.lengths[b] + i;
+          slope[n_queries] = op.slopes == nullptr ? 0.0f : op.slopes[h * heads + g];
           row[n_queries] = m * op.n_head + h * heads + g;
         }
-      for (int c = chunk_from; c < chunk_to; ++c) {
-        const std::int64_t start = static_cast<std::int64_t>(c) * kChunkPositions;
+      for (int piece = piece_from; piece < piece_to; ++piece) {
         const float* seen[kMaxQueries];
         float* out[kMaxQueries];
-        int begin[kMaxQueries], stop[kMaxQueries], which[kMaxQueries], n_seen = 0;
+        Bias bias[kMaxQueries];
+        int begin[kMaxQueries], stop[kMaxQueries], which[kMaxQueries], n_seen = 0, n_held = 0;
+        std::int64_t start = 0;
         for (int i = 0; i < n_queries; ++i) {
-          const std::int64_t from = std::max<std::int64_t>(first[i] - start, 0);
-          const std::int64_t to = std::min<std::int64_t>(end[i] - start, kChunkPositions);
-          if (from >= to) continue;
-          seen[n_seen] = q[i], begin[n_seen] = static_cast<int>(from), stop[n_seen] = static_cast<int>(to);
-          out[n_seen] = scratch[t].out.data() + static_cast<std::size_t>(n_seen) * D;
+          const Piece found = piece_of(op, position[i], piece);
+          start = found.start;
+          if (found.from >= found.to) continue;
+          seen[n_seen] = q[i], begin[n_seen] = found.from, stop[n_seen] = found.to;
+          bias[n_seen] = {slope[i], position[i]};
+          out[n_seen] = results + static_cast<std::size_t>(n_seen) * D;
+          n_held = std::max(n_held, found.to);
           which[n_seen++] = i;
         }
+        if (n_seen == 0) continue;
         Gathered found[kMaxQueries];
-        attend_chunk(n_seen, seen, cache, start, begin, stop, D, op.scale, found, out);
-        for (int i = 0; i < n_seen; ++i) {
-          const std::int64_t first_chunk = first[which[i]] / kChunkPositions;
-          emit(row[which[i]], c, c == first_chunk, found[i], out[i]);
-        }
+        // A piece lies in one stretch of slots: rings are multiples of 256 long.
+        const bool is_prefix = piece < prefix_pieces(op);
+        const std::int64_t slot = s.ring == 0 || is_prefix ? start : s.prefix + start % s.ring;
+        attend_chunk(n_seen, seen, head_cache(op, b, h, slot), start, n_held, begin, stop, D, op.scale,
+                     op.slopes == nullptr ? nullptr : bias, found, out, scratch[t].chunk,
+                     results + static_cast<std::size_t>(kMaxQueries) * D);
+        for (int i = 0; i < n_seen; ++i) emit(row[which[i]], piece, found[i], out[i]);
       }
-      // (row, last chunk) are known to the caller; nothing else is kept.
     }
   }
 
@@ -441,13 +493,14 @@ struct Program {
       for (int task = t; task < n_tasks; task += team.size) append_all(op, t, task / op.n_kv_head, task % op.n_kv_head);
       team.barrier.wait();
     }
-    if (plan.by_chunks) {
-      for (int task = t; task < n_tasks * plan.n_chunks; task += team.size) {
-        const int c = task % plan.n_chunks, b = task / plan.n_chunks / op.n_kv_head, h = task / plan.n_chunks % op.n_kv_head;
+    const int n_pieces = prefix_pieces(op) + plan.chunk_to - plan.chunk_from;
+    if (plan.by_pieces) {
+      for (int task = t; task < n_tasks * n_pieces; task += team.size) {
+        const int piece = task % n_pieces, b = task / n_pieces / op.n_kv_head, h = task / n_pieces % op.n_kv_head;
         for (int j = 0; j < s.K; j += plan.query_block)
-          attend(op, t, b, h, j, std::min(plan.query_block, s.K - j), c, c + 1,
-                 [&](std::int64_t row, int chunk, bool, const Gathered& found, const float* out) {
-                   const std::size_t at = static_cast<std::size_t>(row) * plan.n_chunks + chunk;
+          attend(op, t, b, h, j, std::min(plan.query_block, s.K - j), piece, piece + 1,
+                 [&](std::int64_t row, int, const Gathered& found, const float* out) {
+                   const std::size_t at = static_cast<std::size_t>(row) * plan.n_pieces + piece;
                    gathered[at] = found;
                    std::memcpy(partial.data() + at * D, out, sizeof(float) * D);
                  });
@@ -457,39 +510,44 @@ struct Program {
       split(s.B * s.K * op.n_head, t, &from, &to);
       for (int row = from; row < to; ++row) {
         const int m = row / op.n_head;
-        const std::int64_t end = s.lengths[m / s.K] + m % s.K + 1;
-        const std::int64_t first = op.window > 0 ? std::max<std::int64_t>(0, end - op.window) : 0;
         float* out = mixed + static_cast<std::size_t>(row) * D;
         Gathered all{};
-        for (std::int64_t c = first / kChunkPositions; c * kChunkPositions < end; ++c) {
-          const std::size_t at = static_cast<std::size_t>(row) * plan.n_chunks + c;
-          merge(&all, out, gathered[at], partial.data() + at * D, c == first / kChunkPositions, D);
+        bool is_first = true;
+        for (int piece = 0; piece < n_pieces; ++piece) {
+          const Piece found = piece_of(op, s.lengths[m / s.K] + m % s.K, piece);
+          if (found.from >= found.to) continue;
+          const std::size_t at = static_cast<std::size_t>(row) * plan.n_pieces + piece;
+          merge(&all, out, gathered[at], partial.data() + at * D, is_first, D);
+          is_first = false;
         }
         finish(out, all.total, D);
       }
       return;
     }
-    // A head's keys are stored by who reads them, so that no barrier is needed, or were stored above.
+    // A head's keys are stored by who reads them, so that no barrier is needed, or were stored above. The last blocks see
+    // the most keys: they come first, so that the threads end together.
     const int n_blocks = (s.K + plan.query_block - 1) / plan.query_block;
     const int n_shared = plan.appends_first ? n_tasks * n_blocks : n_tasks;
     for (int task = t; task < n_shared; task += team.size) {
-      const int which = plan.appends_first ? task / n_blocks : task, b = which / op.n_kv_head, h = which % op.n_kv_head;
+      const int which = task % n_tasks, b = which / op.n_kv_head, h = which % op.n_kv_head;
       if (!plan.appends_first) append_all(op, t, b, h);
-      const int block_from = plan.appends_first ? task % n_blocks : 0, block_to = plan.appends_first ? block_from + 1 : n_blocks;
+      const int block_from = plan.appends_first ? n_blocks - 1 - task / n_tasks : 0;
+      const int block_to = plan.appends_first ? block_from + 1 : n_blocks;
       for (int block = block_from; block < block_to; ++block) {
         const int j = block * plan.query_block, n = std::min(plan.query_block, s.K - j);
-        const std::int64_t first = op.window > 0 ? std::max<std::int64_t>(0, s.lengths[b] + j + 1 - op.window) : 0;
-        const int chunk_to = static_cast<int>((s.lengths[b] + j + n + kChunkPositions - 1) / kChunkPositions);
         std::vector<Gathered>& all = scratch[t].state;
+        std::vector<char>& has_some = scratch[t].has_some;
         all.resize(static_cast<std::size_t>(n) * heads);
+        has_some.assign(all.size(), 0);
         const std::int64_t base = (static_cast<std::int64_t>(b) * s.K + j) * op.n_head;
         const auto slot = [&](std::int64_t row) {
           return (row - base) / op.n_head * heads + (row - base) % op.n_head - h * heads;
         };
-        attend(op, t, b, h, j, n, static_cast<int>(first / kChunkPositions), chunk_to,
-               [&](std::int64_t row, int, bool is_first, const Gathered& found, const float* out) {
-                 merge(&all[slot(row)], mixed + row * D, found, out, is_first, D);
-               });
+        attend(op, t, b, h, j, n, 0, n_pieces, [&](std::int64_t row, int, const Gathered& found, const float* out) {
+          const std::int64_t at = slot(row);
+          merge(&all[at], mixed + row * D, found, out, !has_some[at], D);
+          has_some[at] = 1;
+        });
         for (int i = 0; i < n; ++i)
           for (int g = 0; g < heads; ++g) {
             const std::int64_t row = base + static_cast<std::int64_t>(i) * op.n_head + h * heads + g;
@@ -541,7 +599,7 @@ std::int64_t paretune_program_bytes(const void* program) {
   const Program& p = *static_cast<const Program*>(program);
   std::size_t n = 4 * (p.rope.size() + p.partial.size()) + sizeof(Gathered) * p.gathered.size() + p.shared.bytes();
   for (const auto& buffer : p.buffers) n += 4 * buffer.size();
-  for (const Scratch& s : p.scratch) n += s.prepared.bytes() + 4 * (s.sums.size() + s.queries.size() + s.out.size());
+  for (const Scratch& s : p.scratch) n += s.prepared.bytes() + 4 * (s.sums.size() + s.queries.size() + s.out.size()) + s.chunk.bytes();
   return static_cast<std::int64_t>(n);
 }
 
