@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import paretune
 from paretune import clock
 from paretune.engine.load import load_recipe
 from paretune.engine.runners.eager import EagerRunner
@@ -37,7 +36,7 @@ SHIFT_TOKENS = 128
 def code_pairs(n: int) -> PairSet:
     """Out of every model's domain, and always at hand: modules of this program, each with what it says of itself."""
     found = []
-    for path in sorted(Path(paretune.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         source = path.read_text("utf-8")
         said = ast.get_docstring(ast.parse(source))
         if said and len(source) > 2000:
