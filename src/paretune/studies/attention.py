@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from paretune.train.schedule import TrainOptions, auto_dtype
 class Plan:
     """How much of everything: the quick study and the full one differ in nothing else."""
 
+    max_len: int  # tokens of article and summary
+    max_new_tokens: int
     n_train: int
     n_heldout: int
     seeds: int
@@ -52,8 +54,44 @@ class Plan:
     stream_sec: float
 
 
-QUICK = Plan(148, 52, 1, 1.0, 60.0, 64, 2, 55.0, 10, 2, 4, 2, (1024, 2048, 4096), 1, 35.0)
-FULL = Plan(1000, 200, 3, 1.0, 420.0, 512, 3, 1200.0, 48, 12, 16, 8, tuple(1024 * 2**i for i in range(6)), 2, 900.0)
+QUICK = Plan(
+    max_len=256,
+    max_new_tokens=64,
+    n_train=148,
+    n_heldout=52,
+    seeds=1,
+    epochs=1.0,
+    bench_sec=45.0,
+    cost_length=32,
+    cost_blocks=1,
+    cost_sec=60.0,
+    n_noise=10,
+    n_attack=2,
+    n_shift=4,
+    n_windows=2,
+    stream_lengths=(1024, 2048, 4096),
+    stream_repeats=1,
+    stream_sec=35.0,
+)
+FULL = Plan(
+    max_len=MAX_LEN,
+    max_new_tokens=MAX_LEN // 4,
+    n_train=600,
+    n_heldout=200,
+    seeds=3,
+    epochs=1.0,
+    bench_sec=300.0,
+    cost_length=MAX_LEN,
+    cost_blocks=3,
+    cost_sec=660.0,
+    n_noise=48,
+    n_attack=12,
+    n_shift=16,
+    n_windows=6,
+    stream_lengths=tuple(1024 * 2**i for i in range(6)),
+    stream_repeats=2,
+    stream_sec=420.0,
+)
 
 
 def run(
@@ -83,10 +121,9 @@ def run(
     threads_read = hardware.set_threads(threads)
     header = common.header("attention", name, config, quick=quick, seed=seed)
     train_set, held = _pairs(plan, pairs, article_column, summary_column, seed)
-    limit = min(MAX_LEN, config.n_positions)
-    form = PromptFormat(max_len=limit, max_new_tokens=max(1, min(64, limit // 4)))
+    form = PromptFormat(max_len=min(plan.max_len, config.n_positions), max_new_tokens=1)
     source = pair_source(train_set, held, folder, form)
-    form = source.format
+    form = replace(source.format, max_new_tokens=min(source.format.max_new_tokens, plan.max_new_tokens))
     options = _options(plan, len(source.examples), device)
     chosen = data.mechanisms(config)
     seeds = list(range(seed, seed + plan.seeds))
@@ -172,6 +209,7 @@ def run(
     return result
 
 
+MAX_OWN_PAIRS = 148  # with the 52 held-out pieces 200 in all
 ROWS = 4  # pairs of an update
 ROWS_EVAL = 16  # articles summarised at once
 
@@ -185,7 +223,7 @@ def _options(plan: Plan, n_examples: int, device: str) -> TrainOptions:
         warmup_steps=steps // 10,
         batch_size=ROWS,
         dtype=auto_dtype(device, None, None),
-        eval_windows=64,
+        eval_windows=16 if plan is QUICK else 0,
         device=device,
     )
 
@@ -197,7 +235,7 @@ def _pairs(
     if path is None:
         if article_column or summary_column:
             raise UsageError("columns are named and there is no pairs file", "Pass --pairs FILE")
-        return own_training_pairs(min(plan.n_train, 148)), own_pairs("confirm").take(plan.n_heldout)
+        return own_training_pairs(min(plan.n_train, MAX_OWN_PAIRS)), own_pairs("confirm").take(plan.n_heldout)
     found = read_pairs(path, article_column, summary_column)
     train, held = found.split(min(plan.n_heldout, max(1, len(found) // 4)), seed)
     return train.take(plan.n_train, seed), held

@@ -78,7 +78,7 @@ def training_costs(
 
     Args:
         length: tokens in a window.
-        n_blocks: timed updates of each, after one that warms up.
+        n_blocks: timed updates of each; the smallest size has one more, which warms up.
         budget_sec: for all; what is not reached then says so.
     """
     config = checkpoint.read_config(folder)
@@ -92,7 +92,8 @@ def training_costs(
         ]
         for batch_size in sorted(batch_sizes):  # ascending: the peak of a process is that of the size at hand
             say(f"training step of {batch_size} x {length} tokens")
-            rows += _cell(subjects, config, n_params, batch_size, length, n_blocks, until, device, seed)
+            is_first = batch_size == min(batch_sizes)
+            rows += _cell(subjects, config, n_params, batch_size, length, n_blocks, until, device, seed, is_first)
     return rows
 
 
@@ -136,8 +137,9 @@ def _cell(
     until: float,
     device: str,
     seed: int,
+    warms_up: bool,
 ) -> list[dict[str, Any]]:
-    """One batch size: a warm-up each, then blocks in random order."""
+    """One batch size: blocks in random order; the first size has one more before them, which warms up."""
     free = _free_bytes(device)
     micro = {s.name: micro_batch(config, n_params, batch_size, length, free, s.keeps_scores) for s in subjects}
     taken: dict[str, list[float]] = {s.name: [] for s in subjects}
@@ -148,7 +150,7 @@ def _cell(
             needed = step_bytes(config, n_params, 1, length, s.keeps_scores)
             cause[s.name] = f"out of memory: one window needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     by_name = {s.name: s for s in subjects}
-    for block in range(-1, n_blocks):  # the first warms up
+    for block in range(-1 if warms_up else 0, n_blocks):
         for name in block_order(list(by_name), seed, block):
             s = by_name[name]
             if cause[name] or s.process is None:

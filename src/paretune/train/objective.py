@@ -32,10 +32,25 @@ def logits_of(forward: Forward, inputs: Tensor, dtype: str) -> Tensor:
         return forward(inputs)
 
 
+def kept_logits(forward: Forward, inputs: Tensor, kept: Tensor, dtype: str) -> Tensor:
+    """Logits `[n, V]` of the positions that count, `kept[B, T]`.
+
+    The head, a third of a small model's work and the largest tensor of a step, runs on those alone. (A compiled model
+    computes all: a hook would break its graph.)
+    """
+    if not isinstance(forward, LanguageModel) or bool(kept.all()):
+        return logits_of(forward, inputs, dtype)[kept]
+    handle = forward.head.register_forward_pre_hook(lambda module, given: (given[0][kept],))
+    try:
+        return logits_of(forward, inputs, dtype)
+    finally:
+        handle.remove()
+
+
 def mean_loss(forward: Forward, inputs: Tensor, targets: Tensor, dtype: str) -> Tensor:
     """Mean cross-entropy of the targets that count, nats per token, a scalar in fp32."""
-    logits = logits_of(forward, inputs, dtype)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.reshape(-1), ignore_index=IGNORED)
+    kept = targets != IGNORED
+    return F.cross_entropy(kept_logits(forward, inputs, kept, dtype).float(), targets[kept])
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +90,13 @@ def summed_loss(forward: Forward, inputs: Tensor, targets: Tensor, dtype: str, t
 
     With a teacher: `(1 - w) * cross-entropy + w * T^2 * KL(teacher || model)` at temperature T.
     """
-    logits = logits_of(forward, inputs, dtype).flatten(0, 1)
-    flat = targets.reshape(-1)
-    kept = flat != IGNORED
-    if not bool(kept.all()):
-        logits, flat = logits[kept], flat[kept]
-    logits = logits.float()
-    loss = F.cross_entropy(logits, flat, reduction="sum")
+    kept = targets != IGNORED
+    logits = kept_logits(forward, inputs, kept, dtype).float()
+    loss = F.cross_entropy(logits, targets[kept], reduction="sum")
     if teacher is None:
         return loss
     with torch.no_grad():
-        wanted = logits_of(teacher.model, inputs, dtype).flatten(0, 1)[kept].float()
+        wanted = kept_logits(teacher.model, inputs, kept, dtype).float()
     t = teacher.temperature
     distance = F.kl_div(F.log_softmax(logits / t, -1), F.log_softmax(wanted / t, -1), log_target=True, reduction="sum")
     return (1 - teacher.weight) * loss + teacher.weight * t * t * distance
