@@ -45,6 +45,11 @@ class LayerView:
             self.v_scale = torch.zeros(shape[:3], device=cache.device)
 
     @property
+    def in_order_from(self) -> int | None:
+        """Position of this step's first token where all rows share it and keys lie in order; else None."""
+        return None if self.cache.static else self.cache.start
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 

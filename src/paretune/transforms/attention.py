@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,10 @@ class Attention(Transform):
     def title(self) -> str:
         return self.form
 
+    def requires(self, device: str) -> str | None:
+        module = importlib.import_module(ATTENTION.get(self.form).__module__)
+        return module.requires(device) if hasattr(module, "requires") else None
+
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         function = ATTENTION.get(self.form)
         for module in attention_layers(model):
@@ -51,6 +56,10 @@ class Attention(Transform):
             fused = [k for k in seen if "flash" in k or "efficient" in k or "cudnn" in k]
             native = ["native::attention"] if "native::attention" in seen else []
             said += f" ({[*fused, *native, 'the unfused math form'][0]} in the profile)"
+        if self.form == "native" and not probe.compiled:
+            ran = kernels_like(probe, ["paretune::attend", "native::attention"])
+            ensure(bool(ran), self, "the profile of one step shows no native attention")
+            said += f" ({next(iter(ran))} in the profile)"
         return [said]
 
 

@@ -139,24 +139,50 @@ inline void add_bias(const Bias& bias, std::int64_t start, float* scores, int fr
   for (int p = from; p < to; ++p) scores[p] += bias.slope * (base + static_cast<float>(p));
 }
 
+// e^x for x <= 0 as `exp_vec` (vec.h), with fused steps; below -87 zero, so a masked score of minus infinity weighs nothing.
+inline Vec exp_of_negative(Vec x) {
+  const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+  const Vec shifted = multiply_add(x, fill(1.44269504088896341f), magic);
+  const Vec n = shifted - magic;
+  const Vec r = multiply_add(n, fill(2.12194440e-4f), multiply_add(n, fill(-0.693359375f), x));
+  Vec p = multiply_add(fill(1.9875691500e-4f), r, fill(1.3981999507e-3f));
+  p = multiply_add(p, r, fill(8.3334519073e-3f));
+  p = multiply_add(p, r, fill(4.1665795894e-2f));
+  p = multiply_add(p, r, fill(1.6666665459e-1f));
+  p = multiply_add(p, r, fill(5.0000001201e-1f));
+  p = multiply_add(p, r * r, r) + 1.0f;
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127) << 23;
+  Vec power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < -87.0f ? Vec{} : p * power;  // NaN stays
+}
+
 // scores[begin..end) become weights relative to the largest of them. What is not visible weighs nothing.
 inline Gathered soften(float* scores, int begin, int end) {
   // Lanes of the sums below count from the chunk's start.
   const int from = begin / kLanes * kLanes;
   for (int p = from; p < begin; ++p) scores[p] = -INFINITY;
   for (int p = end; p < (end + kLanes - 1) / kLanes * kLanes; ++p) scores[p] = -INFINITY;
-  Vec largest = fill(-INFINITY);
-  for (int p = from; p < end; p += kLanes) {
-    const Vec s = load_floats(scores + p);
+  Vec largest = fill(-INFINITY), other = largest;  // two chains: one would wait for itself
+  int at = from;
+  for (; at + kLanes < end; at += 2 * kLanes) {
+    const Vec s = load_floats(scores + at), t = load_floats(scores + at + kLanes);
+    largest = s > largest ? s : largest;
+    other = t > other ? t : other;
+  }
+  if (at < end) {
+    const Vec s = load_floats(scores + at);
     largest = s > largest ? s : largest;
   }
+  largest = other > largest ? other : largest;
   float top = largest[0];
   for (int j = 1; j < kLanes; ++j) top = std::max(top, largest[j]);
   Vec total = {};
   for (int p = from; p < end; p += kLanes) {
     const Vec s = load_floats(scores + p);
-    Vec e = exp_vec(s - top);
-    e = s == -INFINITY ? Vec{} : e;  // the exponential of a masked score is small, not zero
+    const Vec e = exp_of_negative(s - top);
     total += e;
     store_floats(scores + p, e);
   }
@@ -298,12 +324,15 @@ inline void pack_chunk(PackedChunk& c, int from, int n, int D) {
 }
 
 // dots[i][p] = q[i] . key p of a panel: for each lane a chain over its dimensions, then the tree of `sum`, then the rest.
-inline void panel_scores(const float* keys, const float* const* q, int D, Vec (*dots)[2]) {
-  const int J = D / kLanes;
+// Steps: D / kLanes where it is known when this is compiled, or 0.
+template <int Steps>
+inline void panel_scores_as(const float* keys, const float* const* q, int D, Vec (*dots)[2]) {
+  const int J = Steps > 0 ? Steps : D / kLanes;
   constexpr int kDepth = kLanes == 16 ? 4 : kLanes == 8 ? 3 : 2;
   Vec parts[kDepth + 1][kQueries][2];
   for (int u = 0; u < kLanes; ++u) {
     Vec acc[kQueries][2] = {};
+#pragma GCC unroll 8
     for (int j = 0, d = leaf_lane(u); j < J; ++j, d += kLanes, keys += kKeyPanel) {
       const Vec a = load_floats(keys), b = load_floats(keys + kLanes);
 #pragma GCC unroll 6
@@ -333,6 +362,12 @@ inline void panel_scores(const float* keys, const float* const* q, int D, Vec (*
       dots[i][1] = multiply_add(b, x, dots[i][1]);
     }
   }
+}
+
+inline void panel_scores(const float* keys, const float* const* q, int D, Vec (*dots)[2]) {
+  if (D == 64) panel_scores_as<64 / kLanes>(keys, q, D, dots);
+  else if (D == 128) panel_scores_as<128 / kLanes>(keys, q, D, dots);
+  else panel_scores_as<0>(keys, q, D, dots);
 }
 
 // out[i] += sum over the positions `from` to `to` of weights[i][p] * v[p], for T queries.
@@ -460,7 +495,9 @@ inline void merge(Gathered* all, float* out, const Gathered& part, const float* 
     return;
   }
   const float largest = std::max(all->largest, part.largest);
-  const float a = std::exp(all->largest - largest), b = std::exp(part.largest - largest);
+  // One of the two is 1.
+  const float a = all->largest == largest ? 1.0f : std::exp(all->largest - largest);
+  const float b = part.largest == largest ? 1.0f : std::exp(part.largest - largest);
   all->largest = largest;
   all->total = all->total * a + part.total * b;
   for (int d = 0; d < D; ++d) out[d] = out[d] * a + part_out[d] * b;
