@@ -125,7 +125,7 @@ def run(
     source = pair_source(train_set, held, folder, form)
     form = replace(source.format, max_new_tokens=min(source.format.max_new_tokens, plan.max_new_tokens))
     options = _options(plan, len(source.examples), device)
-    chosen = data.mechanisms(config)
+    chosen = data.mechanisms(config, device)
     seeds = list(range(seed, seed + plan.seeds))
     own = held.name.startswith("paretune")
     foreign = robust.code_pairs(plan.n_noise) if own else own_pairs("confirm").take(plan.n_noise)
@@ -143,7 +143,7 @@ def run(
         "prompt": form.to_json(),
         "seeds": seeds,
         "pattern": data.pattern_of(config),
-        "sparse_form": data.fast_form(),
+        "fast_form": data.fast_form(device),
         "options": {"learning_rate": options.learning_rate, "updates": options.steps, "pairs_per_update": ROWS},
     }
     with Sampler(device) as sampler, tempfile.TemporaryDirectory(prefix="paretune-study-") as scratch:

@@ -9,9 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from paretune.errors import ParetuneError
 from paretune.model.config import ModelConfig
+from paretune.ops.attention.spec import AttentionSpec
 from paretune.recipe import Recipe
 from paretune.registry import ATTENTION
+from paretune.transforms.attention import Attention
 
 STANDARD, FLASH = "Standard GPT-2", "Flash GPT-2"
 ALIBI, SPARSE, HYBRID = "Flash + ALiBi", "Flash + Sparse", "Flash + ALiBi + Sparse"
@@ -91,18 +96,27 @@ def pattern_of(config: ModelConfig) -> str:
     return f"prefix:{max(1, window // 8)}+window:{window}"
 
 
-def fast_form() -> str:
-    """The attention function for sparse patterns: the one that skips what is masked, where there is one."""
-    return next((name for name in ("native", "flex") if name in ATTENTION.names()), "sdpa")
+def fast_form(device: str) -> str:
+    """The attention function for biases and patterns: one that skips what is masked, where one runs here."""
+    for name in ("native", "flex"):
+        if name not in ATTENTION.names() or Attention(form=name).requires(device) is not None:
+            continue
+        q = torch.zeros(1, 1, 2, 8, device=device)
+        try:
+            ATTENTION.get(name)(q, q, q, None, AttentionSpec(scale=1.0))  # what can be compiled is known after it
+        except (ParetuneError, RuntimeError):
+            continue
+        return name
+    return "sdpa"
 
 
-def mechanisms(config: ModelConfig) -> list[Mechanism]:
+def mechanisms(config: ModelConfig, device: str) -> list[Mechanism]:
     """The published rows, then what they left open: ALiBi and sparsity together."""
-    pattern, sparse = pattern_of(config), fast_form()
+    pattern, fast = pattern_of(config), fast_form(device)
     return [
         Mechanism(STANDARD, "dense", "eager"),
         Mechanism(FLASH, "dense"),
-        Mechanism(ALIBI, "ALiBi", convert={"alibi": True}),
-        Mechanism(SPARSE, "sparse", sparse, {"pattern": pattern}),
-        Mechanism(HYBRID, "ALiBi + sparse", sparse, {"alibi": True, "pattern": pattern}),
+        Mechanism(ALIBI, "ALiBi", fast, {"alibi": True}),
+        Mechanism(SPARSE, "sparse", fast, {"pattern": pattern}),
+        Mechanism(HYBRID, "ALiBi + sparse", fast, {"alibi": True, "pattern": pattern}),
     ]
