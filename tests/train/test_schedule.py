@@ -53,7 +53,7 @@ def test_parts():
         {"min_learning_rate": 1.5},
         {"betas": (0.9, 1.0)},
         {"warmup_steps": 10, "steps": 10},
-        {"dtype": "fp16"},
+        {"dtype": "int8"},
         {"seed": -1},
         {"eval_every": -5},
     ],

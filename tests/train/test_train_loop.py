@@ -149,7 +149,7 @@ def test_interrupt_before_the_first_update(tmp_path, straight, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:
-        m.setattr(loop, "_loss", stop)
+        m.setattr(loop, "summed_loss", stop)
         with pytest.raises(KeyboardInterrupt):
             run(out)
     model, _ = run(out, resume=True)

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from paretune.engine.load import Loaded
     from paretune.recipe import Recipe
 
-TASKS = ("perplexity", "fidelity")
+TASKS = ("perplexity", "fidelity", "summarization")
 WINDOW = 257  # two halves of exactly 128 scored tokens
 EAGER_ROWS = 8  # windows at once: the same kernels as one row; a compiled decode graph gets one
+SUMMARY_ROWS = 16  # articles at once
 OWN_TEXT = "paretune-pieces/confirm"
 
 # What each figure of the output means, printed with it.
@@ -32,7 +33,18 @@ DEFINITIONS = {
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, hub id, plan or `pocket`.")] = "pocket",
-    task: Annotated[str, typer.Option(help="perplexity or fidelity.")] = "perplexity",
+    task: Annotated[str, typer.Option(help="perplexity, fidelity or summarization.")] = "perplexity",
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="summarization: .jsonl or .csv, a pair a row. [default: the project's own pieces]"),
+    ] = None,
+    article_column: Annotated[
+        str | None, typer.Option(help="Of --pairs. [default: article, document, text ..]")
+    ] = None,
+    summary_column: Annotated[str | None, typer.Option(help="Of --pairs. [default: summary, highlights ..]")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest summary, tokens. [default: as recorded with the model]")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file. [default: the project's own confirmation text]")
     ] = None,
@@ -57,7 +69,9 @@ def evaluate(
         str | None, typer.Option(help="Bound on the increase of perplexity, 1% or 0.01: exit 3 above it.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows at once. [default: 8; 1 where compiled]")] = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first so many tokens of the text.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Score only the first so many tokens of the text; of pairs, so many at random.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Folder for eval.json and eval.md.")
@@ -79,6 +93,12 @@ def evaluate(
 
     if task not in TASKS:
         raise UsageError(f"unknown task {task!r}", f"Known: {', '.join(TASKS)}")
+    of_pairs = {"--pairs": pairs, "--article-column": article_column, "--summary-column": summary_column}
+    of_text = {"--text": text, "--text-name": text_name, "--context": context, "--stride": stride}
+    of_text |= {"--join-rows": join_rows, "--max-ppl-increase": max_ppl_increase}
+    wrong = of_text if task == "summarization" else of_pairs | {"--max-new-tokens": max_new_tokens}
+    if given := [flag for flag, value in wrong.items() if value]:
+        raise UsageError(f"{given[0]} has no meaning for --task {task}", "Leave it out, or choose the other task")
     for flag, value in (("--batch-size", batch_size), ("--limit", limit), ("--threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}", "It has to be 1 or more")
@@ -86,6 +106,21 @@ def evaluate(
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
     bound = None if max_ppl_increase is None else parse_percent(max_ppl_increase)
     sides, name = _sides(model, config, baseline)
+    if task == "summarization":
+        from paretune.cli.eval_summaries import PairFlags, eval_summaries
+
+        eval_summaries(
+            model,
+            sides,
+            [baseline, name][-len(sides) :],
+            PairFlags(pairs, article_column, summary_column, max_new_tokens, limit, batch_size or SUMMARY_ROWS),
+            None if output_dir is None else ensure_folder(output_dir.expanduser()),
+            json_output=json_output,
+            device=device,
+            threads=threads,
+            quiet=quiet,
+        )
+        return
     if len(sides) == 1 and (task == "fidelity" or bound is not None):
         raise UsageError(f"config {name!r} is the baseline: there is nothing to compare", "Pass --config, such as int8")
     folder, recipe = sides[-1]

@@ -10,9 +10,11 @@ import typer
 if TYPE_CHECKING:
     from paretune.engine.generate import GenerateResult
     from paretune.engine.load import Loaded
+    from paretune.model.prompt import PromptFormat
     from paretune.recipe import Recipe
 
 DEFAULT_CONFIG = "baseline"
+DEFAULT_NEW_TOKENS = 50
 MAX_SEED = 2**32 - 1
 
 
@@ -24,7 +26,9 @@ def generate(
     prompt_file: Annotated[
         str | None, typer.Option(help="File with one more prompt (its last newline is dropped); - is stdin.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 50,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to add at most. [default: 50; of --task, as recorded with the model]")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Keep the smallest set that reaches this probability.")] = 1.0,
@@ -37,6 +41,10 @@ def generate(
         list[str] | None, typer.Option(help="Text that ends the answer, not shown; may be repeated.")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
+    task: Annotated[
+        str | None,
+        typer.Option(help="summarization: each prompt is an article, put into the model's recorded prompt format."),
+    ] = None,
     config: Annotated[
         str | None, typer.Option(help="Preset (`paretune ls`) or recipe file. [default: baseline]")
     ] = None,
@@ -81,10 +89,19 @@ def generate(
     hardware.set_threads(recipe.engine.threads)
 
     shape, tokenizer = checkpoint.read_config(folder), Tokenizer(folder)
+    form = _prompt_format(folder, task, chat)
+    eos_run = 1 if form is None else form.eos_run
+    if max_new_tokens is None:
+        max_new_tokens = DEFAULT_NEW_TOKENS if form is None else form.max_new_tokens
     started = clock.now()
     if chat:  # the template writes the special tokens itself
         messages = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         prompts = [tokenizer.encode(text, special_tokens=False) for text in messages]
+    elif form is not None:
+        cut = [form.prompt(tokenizer, text, room=max_new_tokens) for text in texts]
+        prompts = [ids for ids, _ in cut]
+        if n_cut := sum(is_cut for _, is_cut in cut):
+            _say(f"{n_cut} of {len(cut)} articles cut to the limit of {form.max_len} tokens")
     else:
         prompts = [tokenizer.encode(text) for text in texts]
     tokenize_sec = clock.now() - started
@@ -110,6 +127,7 @@ def generate(
             tokenizer=tokenizer,
             stop=stop or (),
             ignore_eos=ignore_eos,
+            eos_run=eos_run,
             on_text=show if streaming else None,
         )
     finally:
@@ -125,6 +143,25 @@ def generate(
             print(generation.text)
     if not quiet:
         _say(_timings(result, ran, tokenize_sec, seed))
+
+
+def _prompt_format(folder: Path, task: str | None, chat: bool) -> PromptFormat | None:
+    """The format that `--task` asks for: the recorded one, or the default, which is said."""
+    from paretune.errors import UsageError
+    from paretune.model.prompt import PromptFormat
+
+    recorded = PromptFormat.read(folder)
+    if task is None:
+        if recorded is not None and not chat:
+            _say("this model was trained on summaries; --task summarization puts the prompt into the form it learnt")
+        return None
+    if task != "summarization":
+        raise UsageError(f"unknown task {task!r}", "Known: summarization")
+    if chat:
+        raise UsageError("--task and --chat both set the form of the prompt", "Pass one of them")
+    if recorded is None:
+        _say(f"{folder.name} records no prompt format: the article is followed by {PromptFormat().suffix.strip()!r}")
+    return recorded or PromptFormat()
 
 
 def _say(text: str) -> None:

@@ -13,15 +13,23 @@ from paretune.registry import Registry
 
 STUDIES: Registry[Callable[..., Any]] = Registry("study")
 STUDIES.register("kernels", "paretune.studies.kernels:run")
+STUDIES.register("attention", "paretune.studies.attention:run")
+OF_PAIRS = ("attention",)  # studies that fine-tune on articles and summaries
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="kernels.")],
+    name: Annotated[str, typer.Argument(help="kernels or attention.")],
     model: Annotated[str, typer.Option(help="Folder, hub id or `pocket`.")] = "pocket",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer blocks; with `pocket` minutes on two cores.")] = False,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Folder of the results. [default: runs/study-NAME]")
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="attention: .jsonl or .csv of articles and summaries. [default: the project's own]"),
+    ] = None,
+    article_column: Annotated[str | None, typer.Option(help="Of --pairs.")] = None,
+    summary_column: Annotated[str | None, typer.Option(help="Of --pairs.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. [default: physical cores]")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of prompts and block order.")] = 0,
@@ -40,17 +48,22 @@ def study(
         raise UsageError(f"--threads is {threads}", "It has to be 1 or more")
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+    given = {"pairs": pairs, "article_column": article_column, "summary_column": summary_column}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if options and name not in OF_PAIRS:
+        flag = next(iter(options)).replace("_", "-")
+        raise UsageError(f"the {name} study has no --{flag}", f"It belongs to: {', '.join(OF_PAIRS)}")
     out = ensure_folder((output_dir or Path("runs") / f"study-{name}").expanduser())
 
     def say(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    result = run(model, out, quick=quick, seed=seed, device=device, threads=threads, say=say)
+    result = run(model, out, quick=quick, seed=seed, device=device, threads=threads, say=say, **options)
     if json_output:
         print(json.dumps(result, indent=2, allow_nan=False))
     else:
         print("\n".join(result["summary"]))
     say(f"written: {out}")
-    if result["bench"]["too_noisy"]:
+    if result["too_noisy"]:
         raise TooNoisyError("this machine is too noisy to judge the methods", "Close other programs and run it again")

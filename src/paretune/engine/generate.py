@@ -104,6 +104,7 @@ def generate(
     tokenizer: Tokenizer | None = None,
     stop: Sequence[str] = (),
     ignore_eos: bool = False,
+    eos_run: int = 1,
     on_text: Callable[[int, str], None] | None = None,
 ) -> GenerateResult:
     """Continues each prompt.
@@ -116,6 +117,7 @@ def generate(
         tokenizer: needed for text, stop strings and streaming.
         stop: strings that end a sequence; they are not part of the text.
         ignore_eos: fixed output length, for measurements.
+        eos_run: end tokens in a row that end a sequence; 2 where a model ends each of its sentences with one.
         on_text: called with (row, piece) as text becomes certain.
     """
     config = runner.config
@@ -148,7 +150,7 @@ def generate(
             timing.model_sec += clock.now() - before
             chosen = _choose(logits, rows, plain_greedy)
         for row, token in zip(rows, chosen, strict=True):
-            row.accept(token, eos)
+            row.accept(token, eos, eos_run)
         if i == 0:
             timing.ttft_sec = clock.now() - started
         else:
@@ -187,13 +189,15 @@ class _Row:
         self.stream = TextStream(tokenizer) if tokenizer else None
         self.generation = Generation(list(prompt))
         self.done = False
+        self._eos_run = 0  # end tokens in a row
         self._shown = 0  # characters already given to on_text
 
-    def accept(self, token: int, eos: Sequence[int]) -> None:
+    def accept(self, token: int, eos: Sequence[int], eos_run: int = 1) -> None:
         if self.done:
             return
         self.generation.tokens.append(token)
-        if token in eos:
+        self._eos_run = self._eos_run + 1 if token in eos else 0
+        if self._eos_run >= eos_run:
             self.done, self.generation.finish_reason = True, "eos"
             return
         if self.stream is None:

@@ -41,6 +41,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "generation_config.json",
     "chat_template.jinja",
+    "prompt.json",  # ours: how a fine-tuned model wants its input (`model/prompt.py`)
 )
 METHOD = "paretune"  # `quant_method` of our own folders
 

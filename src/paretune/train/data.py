@@ -353,6 +353,11 @@ def find_checkpoint(out_dir: Path, resume: bool) -> Path | None:
     return None
 
 
+def has_checkpoint(out_dir: Path) -> bool:
+    """Whether an unfinished run lies in the folder."""
+    return any((out_dir / "checkpoints").glob("step-*"))
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint, after every file has been proven to be as it was written.
 

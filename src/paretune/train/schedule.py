@@ -38,10 +38,12 @@ class TrainOptions:
     batch_size: int = 8  # windows in one forward pass
     block_size: int = 512  # tokens in a window
     grad_accumulation: int = 1  # forward passes in one update
-    dtype: str = "auto"  # fp32; bf16 (autocast, weights stay fp32); auto: bf16 where it is faster
+    # fp32; bf16 and fp16 (autocast, weights stay fp32; fp16 scales the loss); auto: bf16 where it is faster
+    dtype: str = "auto"
     seed: int = 0
     eval_every: int = 0  # updates; 0: before the first and after the last only
-    eval_windows: int = 0  # held-out windows to score, evenly spread; 0: all
+    eval_windows: int = 0  # held-out windows or pairs to score, evenly spread; 0: all
+    patience: int = 0  # evaluations without a better held-out loss that end the run; the best weights are kept; 0: none
     checkpoint_every: int = 0  # updates; 0: on Ctrl-C only
     compile: bool = False
     device: str = "cpu"
@@ -53,14 +55,15 @@ class TrainOptions:
 
         for name in ("steps", "batch_size", "block_size", "grad_accumulation"):
             require(getattr(self, name) >= 1, name, "Give 1 or more")
-        for name in ("eval_every", "eval_windows", "checkpoint_every", "warmup_steps", "weight_decay"):
+        for name in ("eval_every", "eval_windows", "checkpoint_every", "warmup_steps", "weight_decay", "patience"):
             require(getattr(self, name) >= 0, name, "Give 0 or more")
         for name in ("learning_rate", "clip"):
             require(0 < getattr(self, name) < math.inf, name, "Give a positive number")
         require(0 <= self.min_learning_rate <= 1, "min_learning_rate", "It is a fraction of the peak: 0 to 1")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "Give two in [0, 1)")
         require(self.warmup_steps < self.steps, "warmup_steps", f"Give less than --steps {self.steps}")
-        require(self.dtype in ("auto", "fp32", "bf16"), "dtype", "Known: auto, fp32, bf16")
+        require(self.dtype in ("auto", "fp32", "bf16", "fp16"), "dtype", "Known: auto, fp32, bf16, fp16")
+        require(not self.patience or self.eval_every > 0, "patience", "Pass --eval-every too: it counts evaluations")
         require(0 <= self.seed < 2**64, "seed", "Give 0 to 2**64 - 1")
 
 
@@ -72,6 +75,9 @@ class TrainResult:
         folder: the model folder; `train.json` lies in it.
         loss: of the last update's batch, nats per token.
         heldout_bits_per_byte: after the last update, and before the first; None without held-out text.
+        heldout_loss: nats per token that counts, of the weights that were kept; None without held-out data.
+        first_heldout_loss: before the first update.
+        stopped_early: the held-out loss got no better for `patience` evaluations; `kept_step` is the best one's.
         tokens_per_sec: over all updates, evaluation and saving left out.
         elapsed_sec: of all sessions of the run, evaluation and saving included.
         points: one dict per update (and one for step 0), as in `train.json`.
@@ -86,6 +92,10 @@ class TrainResult:
     tokens_per_sec: float
     elapsed_sec: float
     points: tuple[dict[str, Any], ...]
+    heldout_loss: float | None = None
+    first_heldout_loss: float | None = None
+    stopped_early: bool = False
+    kept_step: int | None = None
 
 
 def warm_up(step: int, warmup_steps: int) -> float:
@@ -158,6 +168,16 @@ def auto_dtype(device: str, state: Mapping[str, Any] | None, real: Callable[[], 
     return "bf16" if (real() if callable(real) else real) else "fp32"
 
 
+def check_trainable(model: LanguageModel) -> None:
+    """
+    Raises:
+        UsageError: quantised weights.
+    """
+    other = [m.format for m in model.modules() if isinstance(m, Weight) and m.format != "dense"]
+    if other:
+        raise UsageError(f"the model holds {other[0]} weights, which carry no gradient", "Train the dense model")
+
+
 def check_fits(model: LanguageModel, options: TrainOptions, tokens: np.ndarray, heldout: np.ndarray | None) -> None:
     """Proves, before any work, that model, texts and options go together.
 
@@ -166,9 +186,7 @@ def check_fits(model: LanguageModel, options: TrainOptions, tokens: np.ndarray, 
         ParetuneError: held-out text with nothing to score.
     """
     config: Any = model.config
-    other = [m.format for m in model.modules() if isinstance(m, Weight) and m.format != "dense"]
-    if other:
-        raise UsageError(f"the model holds {other[0]} weights, which carry no gradient", "Train the dense model")
+    check_trainable(model)
     if options.block_size > config.n_positions:
         raise UsageError(
             f"--block-size {options.block_size} exceeds the model's {config.n_positions} positions",

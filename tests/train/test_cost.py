@@ -1,0 +1,51 @@
+"""Training cost: what fits is decided before it is tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from paretune.model import checkpoint
+from paretune.recipe import Recipe, preset
+from paretune.train import cost
+
+CONFIG = checkpoint.gpt2_config("gpt2")
+N = 124_000_000
+
+
+def recipe(*transforms) -> Recipe:
+    return Recipe.from_dict({"transforms": [*transforms, {"name": "attention", "form": "sdpa"}]})
+
+
+def test_a_batch_that_does_not_fit_goes_through_in_parts():
+    whole = cost.step_bytes(CONFIG, N, 16, 512, False)
+    assert cost.micro_batch(CONFIG, N, 16, 512, 2 * whole, False) == 16
+    part = cost.micro_batch(CONFIG, N, 16, 512, int(0.6 * whole), False)
+    assert 1 <= part < 16 and 16 % part == 0
+    assert cost.step_bytes(CONFIG, N, part, 512, False) <= 0.85 * 0.6 * whole
+    assert cost.micro_batch(CONFIG, N, 16, 512, 1 << 30, False) == 0
+    assert cost.step_bytes(CONFIG, N, 16, 512, True) > whole
+
+
+def test_which_forms_keep_their_scores():
+    assert cost.keeps_scores(preset("eager_attn"))
+    assert not cost.keeps_scores(recipe())
+    assert cost.keeps_scores(recipe({"name": "mechanism", "alibi": True}))
+
+
+@pytest.mark.slow
+def test_rows_in_processes_of_their_own(tiny_gpt2_folder, tmp_path, monkeypatch):
+    mechanisms = {"standard": preset("eager_attn"), "flash": recipe()}
+    rows = cost.training_costs(
+        tiny_gpt2_folder, mechanisms, batch_sizes=(4, 2), length=16, n_blocks=1, log_folder=tmp_path
+    )
+    assert [(r["batch_size"], r["mechanism"]) for r in rows] == [
+        (2, "standard"),
+        (2, "flash"),
+        (4, "standard"),
+        (4, "flash"),
+    ]
+    assert all(r["step_sec"] > 0 and r["peak_bytes"] > 1 << 26 and r["cause"] == "" for r in rows)
+    assert rows[0]["speedup"] == 1 and all(r["n"] == 1 for r in rows)
+    monkeypatch.setattr(cost, "_free_bytes", lambda device: 1 << 20)
+    rows = cost.training_costs(tiny_gpt2_folder, mechanisms, batch_sizes=(2,), length=16, log_folder=tmp_path)
+    assert all(r["cause"].startswith("out of memory: one window needs") and r["step_sec"] is None for r in rows)
