@@ -34,7 +34,7 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "16 bits": (("native_bf16",), ("llama.cpp:BF16", "transformers:bf16", "openvino:bf16")),
     "8 bits": (
-        ("native_int8", "native_int8_kv8"),
+        ("native_int8", "native_int8_kv8", "native_w7a7"),
         ("llama.cpp:Q8_0", "ctranslate2:int8", "onnxruntime:int8", "openvino:int8"),
     ),
     "4 bits": (

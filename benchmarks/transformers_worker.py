@@ -89,9 +89,9 @@ class HfTrial:
             step = self._step(step)
 
     def memory(self, request: dict[str, Any]) -> dict[str, Any]:
-        from paretune.measure import memory
+        from paretune import process
 
-        return {"rss_bytes": memory.rss_bytes(), "rss_peak_bytes": memory.peak_rss_bytes()}
+        return {"rss_bytes": process.rss_bytes(), "rss_peak_bytes": process.peak_rss_bytes()}
 
     def handlers(self) -> dict[str, Any]:
         return {"load": self.load, "sample": self.sample, "memory": self.memory}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from paretune import clock
+from paretune import clock, process
 from paretune.measure import environment, memory, roofline
 
 
@@ -42,13 +42,13 @@ def test_storage_on_the_meta_device():
 
 
 def test_rss_grows_and_the_peak_stays():
-    start = memory.rss_bytes()
+    start = process.rss_bytes()
     block = torch.ones(16 << 20)  # 64 MiB
-    assert memory.rss_bytes() > start + (32 << 20)
+    assert process.rss_bytes() > start + (32 << 20)
     del block
-    assert memory.peak_rss_bytes() > start + (32 << 20)
-    if memory.reset_peak_rss():
-        assert memory.peak_rss_bytes() <= memory.rss_bytes() + (64 << 20)
+    assert process.peak_rss_bytes() > start + (32 << 20)
+    if process.reset_peak_rss():
+        assert process.peak_rss_bytes() <= process.rss_bytes() + (64 << 20)
 
 
 def test_memory_parts_come_back_from_json():

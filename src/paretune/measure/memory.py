@@ -7,60 +7,12 @@ All figures are bytes. `None` says that a figure was not measured or does not ex
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import TYPE_CHECKING, Any
+
+from paretune.process import peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
     import torch
-
-
-def _status_bytes(key: str) -> int | None:
-    """A row of /proc/self/status, such as VmRSS or VmHWM."""
-    try:
-        with open("/proc/self/status", encoding="utf-8") as f:
-            for line in f:
-                if line.startswith(key + ":"):
-                    return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return None
-
-
-def _largest_rss_bytes() -> int:
-    """The process's largest resident size by getrusage: the only figure where there is no /proc."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
-
-
-def rss_bytes() -> int:
-    """Physical memory of this process now. Without /proc: its largest so far; 0 on Windows."""
-    now = _status_bytes("VmRSS")
-    return _largest_rss_bytes() if now is None else now
-
-
-def peak_rss_bytes() -> int:
-    """The largest physical memory of this process since its start, or since `reset_peak_rss` gave True."""
-    peak = _status_bytes("VmHWM")
-    return _largest_rss_bytes() if peak is None else peak
-
-
-def reset_peak_rss() -> bool:
-    """Starts the peak again from the present size. False where the system does not allow it: then the peak
-    still counts everything since the start, loading among it.
-    """
-    before = _status_bytes("VmHWM")
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="utf-8") as f:
-            f.write("5")  # 5: the peak alone (proc(5)); the page marks stay
-    except OSError:
-        return False
-    after = _status_bytes("VmHWM")
-    # Some sandboxes take the write and do nothing: a peak above the present size by over 1 MiB was not reset.
-    return before is not None and after is not None and after <= max(rss_bytes() + (1 << 20), 0)
 
 
 def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:

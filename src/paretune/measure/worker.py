@@ -7,16 +7,11 @@ by calling `serve` with more of them.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Handler = Callable[[dict[str, Any]], dict[str, Any]]
+from paretune import process
+from paretune.process import Handler
 
 
 class Trial:
@@ -46,7 +41,7 @@ class Trial:
         recipe = Recipe.from_dict(request["recipe"])
         threads = hardware.set_threads(recipe.engine.threads or request.get("threads"))
         device = request.get("device", "cpu")
-        self.rss_before = memory.rss_bytes()
+        self.rss_before = process.rss_bytes()
         self.loaded = load_recipe(Path(request["folder"]), recipe, device, check=not request.get("is_checked"))
         runner = self.loaded.runner
         self.weights_bytes = memory.storage_bytes(runner.model)["total"]
@@ -106,11 +101,11 @@ class Trial:
         """Bytes in parts; activations are the peak of one whole request above the resting size."""
         from paretune.measure import memory
 
-        _give_back_free_memory()
-        is_reset = memory.reset_peak_rss()
-        resting = memory.rss_bytes()
+        process.give_back_free_memory()  # what earlier requests freed would make activations seem to take nothing
+        is_reset = process.reset_peak_rss()
+        resting = process.rss_bytes()
         self.bench.sample("throughput")
-        peak = memory.peak_rss_bytes()
+        peak = process.peak_rss_bytes()
         parts = memory.MemoryParts.take(
             weights_bytes=self.weights_bytes,
             kv_cache_bytes=self.bench.cache.nbytes,
@@ -124,47 +119,11 @@ class Trial:
         return {"ready": self.ready, "load": self.load, "warm": self.warm, "sample": self.sample, "memory": self.memory}
 
 
-def _give_back_free_memory() -> None:
-    """What earlier requests freed still counts as resident: without this, activations would seem to take nothing."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def serve(handlers: dict[str, Handler]) -> None:
-    """Answers requests until standard input closes. Dies with its parent, stopped or not."""
+    """Answers requests until standard input closes."""
     from paretune.errors import ParetuneError
 
-    _die_with_parent()
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints does not garble the protocol
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = {"ok": True, **handlers[request.pop("do")](request)}
-        except ParetuneError as error:
-            answer = {"ok": False, "kind": type(error).__name__, "reason": str(error)}
-        except MemoryError:
-            answer = {"ok": False, "kind": "OutOfMemory", "reason": "out of memory"}
-        except Exception as error:  # one trial's bug is a row with its cause, never the end of the run
-            reason = " ".join(str(error).split())[:300]
-            out_of_memory = "out of memory" in reason.lower() or "can't allocate memory" in reason.lower()
-            kind = "OutOfMemory" if out_of_memory else type(error).__name__
-            answer = {"ok": False, "kind": kind, "reason": f"{type(error).__name__}: {reason}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-def _die_with_parent() -> None:
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    PR_SET_PDEATHSIG = 1
-    # SIGKILL reaches a stopped process too.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    process.serve(handlers, (ParetuneError,))
 
 
 if __name__ == "__main__":

@@ -142,15 +142,15 @@ class Llama(LanguageModel):
         for i, block in enumerate(blocks):
             attn, mlp = block.self_attn, block.mlp
             heads = (c.n_head, c.n_kv_head, c.head_dim)
-            q = {"part": "norm_1+qkv_projection", "block": i}
-            kv = {"part": "qkv_projection", "block": i, "same_input": True}
+            q: dict[str, Any] = {"part": "norm_1+qkv_projection", "block": i}
+            kv: dict[str, Any] = {"part": "qkv_projection", "block": i, "same_input": True}
             norm = block.input_layernorm
             program.linear(attn.q_proj, "x", "qkv", norm=norm, columns=(0, width), barrier=False, **q)
             program.linear(attn.k_proj, "x", "qkv", columns=(q_width, width), barrier=False, **kv)
             program.linear(attn.v_proj, "x", "qkv", columns=(q_width + kv_width, width), **kv)
             program.attention("qkv", "mixed", i, attn.attention, attn.spec, *heads, rope=self._rope)
             program.linear(attn.o_proj, "mixed", "x", add=True, part="output_projection+residual_1", block=i)
-            gate = {"part": "norm_2+expansion+activation", "block": i, "barrier": False}
+            gate: dict[str, Any] = {"part": "norm_2+expansion+activation", "block": i, "barrier": False}
             norm = block.post_attention_layernorm
             program.linear(mlp.gate_proj, "x", "gate", norm=norm, activation=c.activation, **gate)
             program.linear(mlp.up_proj, "x", "inner", same_input=True, gate="gate", part="expansion", block=i)

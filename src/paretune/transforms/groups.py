@@ -18,12 +18,12 @@ class Groups(Quantize):
     """Every `group` neighbouring inputs of a row share a scale.
 
     Args:
-        bits: of a weight, 4 or 8.
+        bits: of a weight: 4, 8, or 7, which are stored in 8 and leave room to add byte products in 16 bits (AVX2).
         group: 32, 64 or 128; it has to divide every layer's width.
         minimum: also a smallest value a group (the integers then cover exactly the range that is there).
         head_bits: of the embeddings and the head: 4, 8, or 0 to leave them as they are; their groups are `group` too.
-        activation_bits: what native code rounds inputs to: 16 (as good as exact) or 8 (faster where the processor
-            multiplies bytes; measured like every change of numbers).
+        activation_bits: what native code rounds inputs to: 16 (as good as exact), 8 or 7 (faster where the processor
+            multiplies bytes, AVX2 among them with 7; measured like every change of numbers).
     """
 
     name: ClassVar[str] = "groups"
@@ -36,10 +36,10 @@ class Groups(Quantize):
 
     def __post_init__(self) -> None:
         allowed = {
-            "bits": (4, 8),
+            "bits": (4, 7, 8),
             "group": GROUPS,
             "head_bits": (0, 4, 8),
-            "activation_bits": (8, 16),
+            "activation_bits": (7, 8, 16),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -82,15 +82,21 @@ class Groups(Quantize):
 
     def is_mine(self, layer: Chosen) -> bool:
         form = (layer.weight.bits, layer.weight.group)
-        return super().is_mine(layer) and form == (self.bits_of(layer.is_end), self.group)
+        return super().is_mine(layer) and form == (stored_bits(self.bits_of(layer.is_end)), self.group)
 
     def expected_bytes(self, layer: Chosen) -> float:
         # The integers and two bytes a group for each number.
         numbers = 2 if self.minimum else 1
         weight = layer.weight
-        return weight.padded_rows * weight.padded_inputs * (self.bits_of(layer.is_end) / 8 + numbers * 2 / self.group)
+        each = stored_bits(self.bits_of(layer.is_end)) / 8 + numbers * 2 / self.group
+        return weight.padded_rows * weight.padded_inputs * each
 
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
         # What is not an end is most of the model; where the ends alone are chosen, theirs is the kernel.
         inner = [c for c in self.chosen(model) if not c.is_end]
-        return native_kernel(self, probe, f"native::int{self.bits if inner else self.head_bits}")
+        return native_kernel(self, probe, f"native::int{stored_bits(self.bits if inner else self.head_bits)}")
+
+
+def stored_bits(bits: int) -> int:
+    """Bits that a number takes; 7 are stored in 8."""
+    return 4 if bits == 4 else 8

@@ -19,6 +19,7 @@ from torch import Tensor
 from paretune import native_build
 from paretune.errors import ParetuneError
 from paretune.ops.weights.base import NativeForm, Weight
+from paretune.process import give_back_free_memory
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
 GROUPS = (32, 64, 128)
@@ -39,6 +40,7 @@ class Matrix(ctypes.Structure):
         ("n_in", c_int32),
         ("group", c_int32),
         ("activation_bits", c_int32),
+        ("largest", c_int32),
     ]
 
 
@@ -98,6 +100,8 @@ class PackedWeight(Weight):
         self.kind, self.group, self.activation_bits = form.kind, form.group, form.activation_bits
         self.bits = original.bits
         data = form.data.contiguous()
+        # Small numbers let byte products be added in 16 bits for longer (tiles.h).
+        self._largest = max(-int(data.min()), int(data.max())) if form.kind == "int8" else 8
         assert data.device.type == "cpu" and memory.numel() == packed_bytes(original)
         library().paretune_pack(
             KINDS[form.kind], data.data_ptr(), self.out_features, self.in_features, memory.data_ptr()
@@ -139,6 +143,7 @@ class PackedWeight(Weight):
             n_in=self.in_features,
             group=self.group,
             activation_bits=self.activation_bits,
+            largest=self._largest,
         )
 
     def original(self) -> Weight:
@@ -229,7 +234,7 @@ def pack(weights: Sequence[Weight]) -> Iterator[PackedWeight]:
     memory = _arena(sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes))
     at = 0
     for weight, size in zip(weights, sizes, strict=True):
-        _give_back()
+        give_back_free_memory()
         # Each has a storage of its own, so that bytes can be counted by storage.
         yield PackedWeight(weight, torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=at))
         at += -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -239,12 +244,6 @@ def _private(n_bytes: int) -> mmap.mmap:
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, n_bytes)
     return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has no huge pages
-
-
-def _give_back() -> None:
-    """Freed tensors of some megabytes stay with the C library, which counts as memory of the process."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _arena(n_bytes: int) -> Any:

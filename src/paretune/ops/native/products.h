@@ -1,8 +1,9 @@
 // Products of packed weights (packed.h) and a few or many inputs: one kernel for decode and prefill.
 //
 // Every sum is a chain over 256 inputs in their order, and such spans are added in their order, whatever the number of
-// rows, blocks or threads: decode, batches, verification and prefill give the same bits. Integer formats take inputs rounded to 16 (or 8) bits with a scale for
-// each 128 of them; their inner sums are exact integers, the same on every processor.
+// rows, blocks or threads: decode, batches, verification and prefill give the same bits. Integer formats take inputs
+// rounded to 16 (or 8 or 7) bits with a scale for each 128 of them; their inner sums are exact integers, the same on
+// every processor.
 //
 // Legend: T inputs and NB blocks of 16 rows of one register tile, k position in the input.
 #pragma once
@@ -23,7 +24,7 @@ struct Inputs {
   const float* x = nullptr;  // [M, x_stride]
   std::int64_t x_stride = 0;
   const std::int16_t* q = nullptr;  // [M, q_stride], zeros behind the inputs
-  const std::int8_t* q8 = nullptr;  // the same in 8 bits, in the order of packed int8 (packed.h)
+  const std::int8_t* q8 = nullptr;  // the same in bytes, in the order of packed int8 (packed.h)
   const float* scale = nullptr;     // [M, q_stride / kChunk]
   const std::int32_t* sums = nullptr;  // [M, q_stride / kSumOver]
   std::int64_t q_stride = 0;           // a multiple of kChunk
@@ -83,39 +84,53 @@ inline void store_bytes(const std::int16_t* from, std::int8_t* to) {
 #endif
 }
 
-// x -> q * scale, |q| <= 32767 or 127. A NaN or infinity makes its chunk's scale NaN, and so every sum it is part of.
+// At most kChunk inputs x -> q * scale, |q| <= 32767 or 127, zeros behind them. 7 bits are 128 steps from the smallest to
+// the largest input, 0 among them; `zero` is added to q for numbers from 0 to 127. A NaN or infinity makes the scale NaN,
+// and so every sum it is part of.
+inline void quantize_chunk(const float* x, int n, int bits, std::int16_t* q, float* scale, std::int32_t* sums,
+                           std::int32_t* zero) {
+  float row[kChunk] = {};
+  std::memcpy(row, x, sizeof(float) * n);
+  Vec highs = {}, lows = {}, poison = {};
+  for (int i = 0; i < kChunk; i += kLanes) {
+    const Vec v = load_floats(row + i);
+    highs = v > highs ? v : highs;
+    lows = v < lows ? v : lows;
+    poison += v * 0.0f;
+  }
+  float high = 0.0f, low = 0.0f;
+  for (int i = 0; i < kLanes; ++i) high = std::max(high, highs[i]), low = std::min(low, lows[i]);
+  const float nan = sum(poison), limit = bits == 16 ? 32767.0f : 127.0f, range = bits == 7 ? high - low : std::max(high, -low);
+  const bool is_zero = !(range > 1e-30f) || nan != 0.0f;
+  *scale = is_zero ? nan : range / limit;
+  const float factor = is_zero ? 0.0f : limit / range;
+  const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+  const auto round = [&](Vec v) { return (v * factor + magic) - magic; };
+  const Vec least = is_zero || bits != 7 ? fill(-limit) : round(fill(low));
+  const Vec most = is_zero || bits != 7 ? fill(limit) : least + limit;
+  *zero = is_zero || bits != 7 ? 0 : static_cast<std::int32_t>(-least[0]);
+  for (int i = 0; i < kChunk; i += 16) {
+    Vec rounded[kVecs];
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec found = is_zero ? Vec{} : round(load_floats(row + i + v * kLanes));
+      rounded[v] = found > most ? most : found < least ? least : found;
+    }
+    store_shorts(rounded, q + i);
+  }
+  for (int i = 0; i < kChunk; i += kSumOver) {
+    std::int32_t total = 0;
+    for (int j = 0; j < kSumOver; ++j) total += q[i + j];
+    sums[i / kSumOver] = total;
+  }
+}
+
 inline void quantize_row(const float* x, int C, int bits, std::int16_t* q, std::int8_t* q8, float* scale,
                          std::int32_t* sums) {
-  const float limit = bits == 8 ? 127.0f : 32767.0f;
   for (int k = 0; k < round_up(C, kChunk); k += kChunk) {
-    const int n = std::min(kChunk, C - k);
-    float row[kChunk] = {};
-    std::memcpy(row, x + k, sizeof(float) * n);
-    Vec largest = {}, poison = {};
-    for (int i = 0; i < kChunk; i += kLanes) {
-      const Vec v = load_floats(row + i), size = v < 0.0f ? -v : v;
-      largest = size > largest ? size : largest;
-      poison += v * 0.0f;
-    }
-    float absmax = 0.0f;
-    for (int i = 0; i < kLanes; ++i) absmax = std::max(absmax, largest[i]);
-    const float nan = sum(poison);
-    const bool is_zero = !(absmax > 1e-30f) || nan != 0.0f;
-    scale[k / kChunk] = is_zero ? nan : absmax / limit;
-    const float factor = is_zero ? 0.0f : limit / absmax;
-    const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-    for (int i = 0; i < kChunk; i += 16) {
-      Vec rounded[kVecs];
-      for (int v = 0; v < kVecs; ++v)
-        rounded[v] = is_zero ? Vec{} : (load_floats(row + i + v * kLanes) * factor + magic) - magic;
-      store_shorts(rounded, q + k + i);
-      if (q8 != nullptr) store_bytes(q + k + i, q8 + k + i);
-    }
-    for (int i = 0; i < kChunk; i += kSumOver) {
-      std::int32_t total = 0;
-      for (int j = 0; j < kSumOver; ++j) total += q[k + i + j];
-      sums[(k + i) / kSumOver] = total;
-    }
+    std::int32_t zero;
+    quantize_chunk(x + k, std::min(kChunk, C - k), bits, q + k, scale + k / kChunk, sums + k / kSumOver, &zero);
+    if (q8 != nullptr)
+      for (int i = 0; i < kChunk; i += 16) store_bytes(q + k + i, q8 + k + i);
   }
 }
 
@@ -287,7 +302,7 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
       for (int b = 0; b < NB * kVecs; ++b) acc[i][b] = fill_int(-kOffset * total[i]);
     }
 #if defined(__AVX512VNNI__) && defined(PARETUNE_AVX512)
-    if (w.activation_bits == 8) {  // 8-bit inputs have an instruction of their own here
+    if (w.activation_bits <= 8) {  // 8-bit inputs have an instruction of their own here
       for (int k = start; k < end; k += Q) {
         if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16));
         __m512i rows[NB], high[NB];
@@ -311,7 +326,7 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
       }
     } else
 #elif defined(PARETUNE_AVX2)
-    if (F == kInt4 && w.activation_bits == 8) {
+    if (F == kInt4 && w.activation_bits <= 8) {
       const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
       for (int part = start; part < end; part += kSumOver) {  // 8 sums of two products of 15 * 127 stay below 2^15
         __m256i shorts[T][NB * kVecs];
@@ -440,6 +455,16 @@ inline void widen(const Matrix& w, int block, int n_blocks, int from, int to, fl
   }
 }
 
+// A scale a row is multiplied with whole sums.
+inline void scale_sums(const Matrix& w, int block, int n_blocks, int M, float* sums) {
+  if (w.group != 0 || w.scale == nullptr) return;
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < n_blocks * kBlock; r += kLanes) {
+      float* at = sums + static_cast<std::int64_t>(m) * kPanelRows + r;
+      store_floats(at, load_floats(at) * load_floats(static_cast<const float*>(w.scale) + block * kBlock + r));
+    }
+}
+
 template <Format F>
 inline void panel(const Matrix& w, int block, int n_blocks, const Inputs& in, int M, float* sums) {
   const int C = is_integer(F) ? round_up(w.n_in, quantum(F)) : w.n_in;
@@ -454,7 +479,7 @@ inline void panel(const Matrix& w, int block, int n_blocks, const Inputs& in, in
       if constexpr (kWidens) {  // converted once, not for every tile
         alignas(64) static thread_local float wide[kPart * kPanelRows];
         widen<F>(w, block, n_blocks, from, to, wide);
-        const Matrix converted{wide, nullptr, nullptr, kFp32, kPanelRows, to - from, 0, 16};
+        const Matrix converted{wide, nullptr, nullptr, kFp32, kPanelRows, to - from, 0, 16, 0};
         Inputs rest = in;
         rest.x += from;
         rows_of_tiles<kFp32>(converted, 0, n_blocks, 0, to - from, rest, M, sums, from == 0);
@@ -463,12 +488,7 @@ inline void panel(const Matrix& w, int block, int n_blocks, const Inputs& in, in
       }
     }
   }
-  if (w.group == 0 && w.scale != nullptr)
-    for (int m = 0; m < M; ++m)
-      for (int r = 0; r < n_blocks * kBlock; r += kLanes) {
-        float* at = sums + static_cast<std::int64_t>(m) * kPanelRows + r;
-        store_floats(at, load_floats(at) * load_floats(static_cast<const float*>(w.scale) + block * kBlock + r));
-      }
+  scale_sums(w, block, n_blocks, M, sums);
 }
 
 constexpr int kPanelInputs = 96;  // rows whose sums are held at once

@@ -13,8 +13,8 @@
 #include <string>
 
 #include "attention.h"
-#include "products.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace {
 
@@ -83,7 +83,7 @@ struct Prepared {
 
 struct Scratch {
   Prepared prepared;
-  std::vector<float> sums;      // [kPanelInputs, kPanelRows]
+  std::vector<float> sums;      // [rows whose sums are held at once, kPanelRows]
   std::vector<float> queries;   // [kQueryTile or more, D], rotated
   std::vector<float> out;       // the same, of one chunk
   std::vector<Best> best;       // [rows]
@@ -94,6 +94,7 @@ struct Scratch {
 struct Work {
   bool rounds = false, pairs = false;  // to integers, to bf16
   bool waits = false;                  // others may still read what is written over
+  bool tiles = false, tiles_wait = false;  // the same of steps with rows enough for tiles
 };
 
 struct Program {
@@ -103,11 +104,12 @@ struct Program {
   std::vector<std::vector<float>> buffers;
   std::vector<Scratch> scratch;
   Prepared shared;              // of steps with many rows
+  Tiles tiles;                  // instead of its rounded rows, where there are more than kMaxTile
   std::vector<float> rope;      // cos and sin of every row of the step, [M, D]
   std::vector<float> partial;   // attention by chunks, where threads share a head
   std::vector<Gathered> gathered;
   int rows = 0, widest = 1, head_dim = 1, group = 1;
-  bool has_integers = false, has_bytes = false, has_pairs = false;
+  bool has_floats = false, has_integers = false, has_bytes = false, has_pairs = false;
   std::vector<Work> works;  // by operation
   const Step* step = nullptr;
   Team team;  // last: its threads must not see a half-made program
@@ -116,23 +118,31 @@ struct Program {
       : ops(o, o + n_ops), matrices(m, m + n_matrices), widths(w, w + n_buffers), buffers(n_buffers), scratch(n),
         team(n, [this](int t) { walk(t); }) {
     std::int32_t bits_now = 0;  // of the integers that the shared input holds
-    bool pairs_now = false;
+    bool pairs_now = false, tiles_are_read = false;
+    int tiles_now = -1;  // content of the shared tiles
     for (const Op& op : ops) {
       works.emplace_back();
       if (op.code == kLinear) {
         const Matrix& matrix = matrices[op.matrix];
-        if (op.norm != kSameInput) bits_now = 0, pairs_now = false;
+        if (op.norm != kSameInput) bits_now = 0, pairs_now = false, tiles_now = -1;
         Work& work = works.back();
         work.rounds = is_integer(matrix.format) && bits_now != matrix.activation_bits;
         work.waits = work.rounds && bits_now != 0;
         work.pairs = matrix.format == kBf16 && kHasBf16Dot && !pairs_now;
         if (is_integer(matrix.format)) bits_now = matrix.activation_bits;
         pairs_now |= work.pairs;
+        const int tiles_wanted = content_of(matrix) << 8 | (is_integer(matrix.format) ? matrix.activation_bits : 0);
+        work.tiles = tiles_now != tiles_wanted;
+        work.tiles_wait = work.tiles && tiles_are_read;
+        tiles_now = tiles_wanted;
+        tiles_are_read = true;
+        has_floats |= !is_integer(matrix.format);
         widest = std::max(widest, matrix.n_in);
         has_integers |= is_integer(matrix.format);
-        has_bytes |= is_integer(matrix.format) && kHasByteInputs && matrix.activation_bits == 8;
+        has_bytes |= is_integer(matrix.format) && kHasByteInputs && matrix.activation_bits <= 8;
         has_pairs |= matrix.format == kBf16 && kHasBf16Dot;
       }
+      if (op.has_barrier) tiles_are_read = false;
       if (op.code == kEmbed) widest = std::max(widest, matrices[op.matrix].n_in);
       if (op.code == kAttention) {
         head_dim = std::max(head_dim, op.head_dim);
@@ -154,9 +164,15 @@ struct Program {
     if (M <= rows) return;
     for (std::size_t i = 0; i < buffers.size(); ++i) buffers[i].resize(static_cast<std::size_t>(M) * widths[i]);
     rope.resize(static_cast<std::size_t>(M) * head_dim);
-    if (M > kFewRows) shared.reserve(M, widest, has_integers, has_bytes, has_pairs);
+    if (kHasTiles && M > kMaxTile) {
+      shared.reserve(kMaxTile, widest, has_integers, has_bytes, has_pairs);
+      shared.x.resize(static_cast<std::size_t>(M) * widest);
+      tiles.reserve(M, widest, has_floats, has_integers);
+    } else if (M > kFewRows) {
+      shared.reserve(M, widest, has_integers, has_bytes, has_pairs);
+    }
     for (Scratch& s : scratch) {
-      s.sums.resize(static_cast<std::size_t>(std::min(M, kPanelInputs)) * kPanelRows);
+      s.sums.resize(static_cast<std::size_t>(kHasTiles ? std::min(M + kMaxTile, kMostTiled) : std::min(M, kPanelInputs)) * kPanelRows);
       s.best.resize(M);
     }
     rows = M;
@@ -244,9 +260,35 @@ struct Program {
 
   bool is_last_only(const Op& op) const { return op.last_only && !step->all_logits; }
 
+  // Row m of a layer's input, normalised into x where it has to be.
+  const float* input_row(const Op& op, const Matrix& w, int m, float* x) const {
+    const std::int64_t row = is_last_only(op) ? m * step->K + step->last[m] : m;
+    const float* in = buffers[op.in].data() + row * w.n_in;
+    switch (op.norm) {
+      case kNoNorm: return in;
+      case kLayerNorm: layer_norm(in, op.gamma, op.beta, op.eps, w.n_in, x); return x;
+      case kRmsNorm: rms_norm(in, op.gamma, op.eps, w.n_in, x); return x;
+      default: return x;  // kSameInput: it is there
+    }
+  }
+
+  // Normalises, rounds and lays side by side the input rows, each thread a part of them.
+  void prepare_tiles(const Op& op, const Work& work, const Matrix& w, int t, int M) {
+    if (!work.tiles) return;
+    if (work.tiles_wait) team.barrier.wait();
+    if (t == 0) tiles.shape(M, w.n_in, content_of(w));
+    team.barrier.wait();
+    int from, to;
+    split(tiles.n_tiles(), t, &from, &to);
+    for (int m = from * tiles.T; m < to * tiles.T; ++m) {
+      float* x = shared.x.data() + static_cast<std::size_t>(std::min(m, M - 1)) * w.n_in;
+      tiles.set(m, m < M ? input_row(op, w, m, x) : nullptr, w.n_in, w.activation_bits);
+    }
+    team.barrier.wait();
+  }
+
   // Normalises and rounds the input rows: each thread all of them where they are few, else a part each.
   Inputs prepare(const Op& op, const Work& work, const Matrix& w, int t, int M) {
-    const Step& s = *step;
     const int C = w.n_in, padded = round_up(C, kChunk);
     const bool is_last = is_last_only(op), is_few = M <= kFewRows;
     const bool is_plain = op.norm == kNoNorm && !is_last;
@@ -256,12 +298,9 @@ struct Program {
     int from = 0, to = has_work ? M : 0;
     if (!is_few) split(to, t, &from, &to);
     for (int m = from; m < to; ++m) {
-      const float* row = buffers[op.in].data() + (is_last ? m * s.K + s.last[m] : m) * static_cast<std::int64_t>(C);
       float* x = p.x.data() + static_cast<std::size_t>(m) * C;
-      if (op.norm == kLayerNorm) layer_norm(row, op.gamma, op.beta, op.eps, C, x);
-      else if (op.norm == kRmsNorm) rms_norm(row, op.gamma, op.eps, C, x);
-      else if (op.norm == kNoNorm && is_last) std::memcpy(x, row, sizeof(float) * C);
-      const float* in = is_plain ? row : x;
+      const float* in = input_row(op, w, m, x);
+      if (op.norm == kNoNorm && is_last) std::memcpy(x, in, sizeof(float) * C);
       if (work.rounds)
         quantize_row(in, C, w.activation_bits, p.q.data() + static_cast<std::size_t>(m) * padded,
                      has_bytes ? p.q8.data() + static_cast<std::size_t>(m) * padded : nullptr,
@@ -283,7 +322,10 @@ struct Program {
     const Step& s = *step;
     const Matrix& w = matrices[op.matrix];
     const int M = is_last_only(op) ? s.B : s.B * s.K;
-    const Inputs in = prepare(op, works[&op - ops.data()], w, t, M);
+    const bool is_tiled = kHasTiles && M > kMaxTile;
+    Inputs in;
+    if (is_tiled) prepare_tiles(op, works[&op - ops.data()], w, t, M);
+    else in = prepare(op, works[&op - ops.data()], w, t, M);
     const bool is_logits = op.out == kLogits, wants_best = is_logits && s.best != nullptr && !s.all_logits;
     if (wants_best) std::fill_n(scratch[t].best.begin(), M, Best{-INFINITY, -1});
     int from, to;
@@ -293,7 +335,7 @@ struct Program {
     float* y = (is_logits ? s.logits : buffers[op.out].data()) + op.out_offset;
     const float* other = op.epilogue == kGate ? buffers[op.other].data() : nullptr;
     const std::int64_t other_stride = op.epilogue == kGate ? widths[op.other] : 0;
-    products(w, from, to, in, M, scratch[t].sums.data(), [&](int n, int n_rows, int m, int n_inputs, float* sums) {
+    const auto emit = [&](int n, int n_rows, int m, int n_inputs, float* sums) {
       for (int i = 0; i < n_inputs; ++i) {
         float* row = sums + static_cast<std::int64_t>(i) * kPanelRows;
         float* out = y + (m + i) * stride + n;
@@ -313,7 +355,11 @@ struct Program {
           for (int r = 0; r < n_rows; ++r)
             if (!(row[r] <= scratch[t].best[m + i].value)) take(&scratch[t].best[m + i], {row[r], n + r});
       }
-    });
+    };
+#if defined(PARETUNE_AVX2)
+    if (is_tiled) return tiled_products(w, from, to, tiles, scratch[t].sums.data(), emit);
+#endif
+    products(w, from, to, in, M, scratch[t].sums.data(), emit);
   }
 
   // -------------------------------------------------------------- attention
@@ -539,7 +585,7 @@ void paretune_program_free(void* program) { delete static_cast<Program*>(program
 
 std::int64_t paretune_program_bytes(const void* program) {
   const Program& p = *static_cast<const Program*>(program);
-  std::size_t n = 4 * (p.rope.size() + p.partial.size()) + sizeof(Gathered) * p.gathered.size() + p.shared.bytes();
+  std::size_t n = 4 * (p.rope.size() + p.partial.size()) + sizeof(Gathered) * p.gathered.size() + p.shared.bytes() + p.tiles.bytes();
   for (const auto& buffer : p.buffers) n += 4 * buffer.size();
   for (const Scratch& s : p.scratch) n += s.prepared.bytes() + 4 * (s.sums.size() + s.queries.size() + s.out.size());
   return static_cast<std::int64_t>(n);
@@ -563,27 +609,39 @@ int paretune_step(void* program, const Step* step) {
 // Without a program: y[M, N] = x[M, C] W^T. 1: no memory.
 int paretune_products(const Matrix* w, const float* x, int M, float* y) {
   try {
-    const int C = w->n_in, padded = round_up(C, kChunk);
-    const bool has_bytes = kHasByteInputs && w->activation_bits == 8;
+    const int C = w->n_in, padded = round_up(C, kChunk), n_blocks = round_up(w->n_out, kBlock) / kBlock;
+    const auto emit = [&](int n, int n_rows, int m, int n_inputs, float* found) {
+      for (int i = 0; i < n_inputs; ++i)
+        std::memcpy(y + static_cast<std::int64_t>(m + i) * w->n_out + n, found + static_cast<std::int64_t>(i) * kPanelRows,
+                    sizeof(float) * n_rows);
+    };
+#if defined(PARETUNE_AVX2)
+    if (M > kMaxTile) {
+      Tiles tiles;
+      tiles.reserve(M, C, !is_integer(w->format), is_integer(w->format));
+      tiles.shape(M, C, content_of(*w));
+      for (int m = 0; m < tiles.n_tiles() * tiles.T; ++m) tiles.set(m, x + static_cast<std::int64_t>(m) * C, C, w->activation_bits);
+      std::vector<float> sums(static_cast<std::size_t>(std::min(M + kMaxTile, kMostTiled)) * kPanelRows);
+      tiled_products(*w, 0, n_blocks, tiles, sums.data(), emit);
+      return 0;
+    }
+#endif
+    const bool has_bytes = kHasByteInputs && w->activation_bits <= 8;
     Prepared p;
     p.reserve(M, C, is_integer(w->format), has_bytes, true);
     for (int m = 0; m < M; ++m) {
+      const float* row = x + static_cast<std::int64_t>(m) * C;
       if (is_integer(w->format))
-        quantize_row(x + static_cast<std::int64_t>(m) * C, C, w->activation_bits, p.q.data() + static_cast<std::int64_t>(m) * padded,
+        quantize_row(row, C, w->activation_bits, p.q.data() + static_cast<std::int64_t>(m) * padded,
                      has_bytes ? p.q8.data() + static_cast<std::int64_t>(m) * padded : nullptr,
                      p.scale.data() + m * (padded / kChunk), p.sums.data() + m * (padded / kSumOver));
-      round_row_to_bf16(x + static_cast<std::int64_t>(m) * C, C, p.pairs.data() + static_cast<std::int64_t>(m) * (C + C % 2));
+      round_row_to_bf16(row, C, p.pairs.data() + static_cast<std::int64_t>(m) * (C + C % 2));
     }
     Inputs in;
     in.x = x, in.x_stride = C, in.q = p.q.data(), in.q8 = p.q8.data(), in.scale = p.scale.data();
     in.sums = p.sums.data(), in.q_stride = padded, in.pairs = p.pairs.data();
     std::vector<float> sums(static_cast<std::size_t>(std::min(M, kPanelInputs)) * kPanelRows);
-    products(*w, 0, round_up(w->n_out, kBlock) / kBlock, in, M, sums.data(),
-             [&](int n, int n_rows, int m, int n_inputs, float* found) {
-               for (int i = 0; i < n_inputs; ++i)
-                 std::memcpy(y + static_cast<std::int64_t>(m + i) * w->n_out + n, found + static_cast<std::int64_t>(i) * kPanelRows,
-                             sizeof(float) * n_rows);
-             });
+    products(*w, 0, n_blocks, in, M, sums.data(), emit);
     return 0;
   } catch (...) {
     return 1;

@@ -12,15 +12,28 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.ops.weights.base import NativeForm, Weight
 
 GROUPS = (32, 64, 128)
+_BITS_OF = {torch.int16: 16, torch.int8: 8, torch.uint8: 7}  # of inputs, as a checkpoint carries them
 AT_ONCE = 1 << 22  # numbers that are rounded together
 
 
-def rounded_to_bytes(x: Tensor) -> Tensor:
-    """Inputs as 8-bit kernels see them: `x[..., in]` rounded to 127 steps of the largest of each 128 neighbours."""
+def rounded_inputs(x: Tensor, bits: int) -> Tensor:
+    """Inputs as byte kernels see them, `x[..., in]`, a scale for each 128 neighbours.
+
+    8 bits are 127 steps of the largest on either side of 0; 7 bits are 128 steps from the smallest to the largest, 0
+    among them: as fine where most inputs have one sign.
+    """
     width = x.size(-1)
     chunks = F.pad(x.float(), (0, -width % 128)).unflatten(-1, (-1, 128))
-    step = chunks.abs().amax(dim=-1, keepdim=True) / 127
-    q = torch.round(chunks / torch.where(step > 0, step, torch.ones_like(step)))
+    if bits == 8:
+        low = -chunks.abs().amax(dim=-1, keepdim=True)
+        step = -low / 127
+    else:
+        low = chunks.amin(dim=-1, keepdim=True).clamp(max=0)
+        step = (chunks.amax(dim=-1, keepdim=True).clamp(min=0) - low) / 127
+    inverse = torch.where(step > 0, 1 / step, torch.zeros_like(step))
+    q = torch.round(chunks * inverse)
+    least = torch.round(low * inverse)
+    q = torch.minimum(torch.maximum(q, least), least + (254 if bits == 8 else 127))
     return (q * step).flatten(-2)[..., :width].to(x.dtype)
 
 
@@ -28,8 +41,8 @@ class IntGroups(Weight):
     """`W[i, g] ~ q * scale[i, g] (+ minimum[i, g])`; groups of 32 are bit for bit what llama.cpp's blocks hold.
 
     Args:
-        q: int8 `[out, in]` for 8 bits; uint8 `[out, in / 2]` for 4 bits, two numbers `q + 8` a byte, the even input in
-            the low half.
+        q: int8 `[out, in]` for 8 bits (and 7, whose numbers go to 64); uint8 `[out, in / 2]` for 4 bits, two numbers
+            `q + 8` a byte, the even input in the low half.
         scale: fp16 `[out, in / group]`.
         minimum: fp16 as `scale`, or None.
         compute_dtype: of `rows` and `dequantize`.
@@ -57,7 +70,7 @@ class IntGroups(Weight):
         self.register_buffer("minimum", minimum)
         # Empty tensors that carry the compute dtype and the inputs' bits into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
-        bits_dtype = torch.int8 if activation_bits == 8 else torch.int16
+        bits_dtype = next(dtype for dtype, bits in _BITS_OF.items() if bits == activation_bits)
         self.register_buffer("activations", torch.empty(0, dtype=bits_dtype, device=q.device))
 
     def _apply(self, fn, recurse=True):
@@ -94,11 +107,12 @@ class IntGroups(Weight):
             raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
         w = w.view(n_out, n_in // group, group)
         low = None
+        middle = 2 ** (bits - 1)
         if minimum:
             low = w.amin(dim=-1)
-            scale = (w.amax(dim=-1) - low) / (15 if bits == 4 else 255)
-        elif bits == 8:
-            scale = w.abs().amax(dim=-1) / 127
+            scale = (w.amax(dim=-1) - low) / (2 * middle - 1)
+        elif bits >= 7:
+            scale = w.abs().amax(dim=-1) / (127 if bits == 8 else 64)
         else:  # the number of largest size becomes -8, with its sign
             at = w.abs().argmax(dim=-1, keepdim=True)
             scale = w.gather(-1, at)[..., 0] / -8
@@ -106,10 +120,10 @@ class IntGroups(Weight):
         inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))[..., None]
         if minimum:
             assert low is not None
-            unsigned = ((w - low[..., None]) * inverse + 0.5).floor().clamp_(0, 15 if bits == 4 else 255)
-            q = unsigned - (8 if bits == 4 else 128)
-            low = low + scale * (8 if bits == 4 else 128)  # q counts from the middle
-        elif bits == 8:
+            unsigned = ((w - low[..., None]) * inverse + 0.5).floor().clamp_(0, 2 * middle - 1)
+            q = unsigned - middle
+            low = low + scale * middle  # q counts from there
+        elif bits >= 7:
             x = w * inverse
             q = torch.where(x < 0, -torch.floor(-x + 0.5), torch.floor(x + 0.5))  # roundf: halves away from zero
         else:
@@ -130,7 +144,7 @@ class IntGroups(Weight):
         activation_bits: int = 16,
     ) -> IntGroups:
         """Packs whole numbers `[out, in]` of any dtype, -8 to 7 or -128 to 127; the rest as the class has it."""
-        if bits == 8:
+        if bits >= 7:
             return cls(q.to(torch.int8), scale, minimum, compute_dtype, activation_bits)
         nibbles = (q + 8).to(torch.uint8)
         return cls(nibbles[:, ::2] | nibbles[:, 1::2] << 4, scale, minimum, compute_dtype, activation_bits)
@@ -150,8 +164,8 @@ class IntGroups(Weight):
 
     def matmul(self, x: Tensor) -> Tensor:
         """The layer is dequantised for every call: exact, and slow. The native runner has the fast form."""
-        if self.activation_bits == 8:
-            x = rounded_to_bytes(x)
+        if self.activation_bits < 16:
+            x = rounded_inputs(x, self.activation_bits)
         return F.linear(x, self.dequantize().to(x.dtype))
 
     def rows(self, index: Tensor) -> Tensor:
@@ -169,14 +183,14 @@ class IntGroups(Weight):
 
     @property
     def activation_bits(self) -> int:
-        return 8 * self.activations.itemsize
+        return _BITS_OF[self.activations.dtype]
 
     def to_tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in super().to_tensors().items() if t is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> IntGroups:
-        bits = 8 * tensors["activations"].itemsize
+        bits = _BITS_OF[tensors["activations"].dtype]
         return cls(tensors["q"], tensors["scale"], tensors.get("minimum"), tensors["compute"].dtype, bits)
 
     def native(self) -> NativeForm | None:

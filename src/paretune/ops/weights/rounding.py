@@ -20,7 +20,7 @@ AT_ONCE = 1 << 22  # numbers that are rounded together
 
 def levels(bits: int) -> tuple[int, int]:
     """The smallest and the largest integer."""
-    return (-8, 7) if bits == 4 else (-128, 127)
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def search_scales(w: Tensor, importance: Tensor, bits: int, group: int, minimum: bool) -> tuple[Tensor, Tensor | None]:

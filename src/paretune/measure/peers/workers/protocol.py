@@ -1,18 +1,13 @@
 """What the workers share: JSON lines, the slices of `measure.workload`, and how an engine looks to them.
 
 Standard library and NumPy only, and nothing of Paretune but two files of the same kind, loaded by path: the one clock
-and the memory of the process. The requests and answers are those of `paretune.measure.worker`, and beside them
+and what a process says of itself. The requests and answers are those of `paretune.measure.worker`, and beside them
 `convert`, `logits` and `greedy`. Legend: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import importlib.util
-import json
-import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,9 +32,9 @@ def _module(name: str, path: Path) -> Any:
     return module
 
 
-_MEASURE = Path(__file__).resolve().parents[2]
-clock = _module("clock", _MEASURE.parent / "clock.py")
-memory = _module("memory", _MEASURE / "memory.py")
+_PARETUNE = Path(__file__).resolve().parents[3]
+clock = _module("clock", _PARETUNE / "clock.py")
+process = _module("process", _PARETUNE / "process.py")
 
 
 class Engine:
@@ -163,12 +158,11 @@ class PeerTrial:
 
     def memory(self, request: dict[str, Any]) -> dict[str, Any]:
         """The process now and its peak during one request."""
-        with contextlib.suppress(OSError, AttributeError):  # glibc only
-            ctypes.CDLL(None).malloc_trim(0)
-        is_reset = memory.reset_peak_rss()
+        process.give_back_free_memory()
+        is_reset = process.reset_peak_rss()
         self.sample({"kind": "throughput"})
-        peak = memory.peak_rss_bytes()
-        return {"rss_bytes": memory.rss_bytes(), "rss_peak_bytes": peak, "is_peak_of_request": is_reset}
+        peak = process.peak_rss_bytes()
+        return {"rss_bytes": process.rss_bytes(), "rss_peak_bytes": peak, "is_peak_of_request": is_reset}
 
     def logits(self, request: dict[str, Any]) -> dict[str, Any]:
         """Writes the teacher-forced logits of `sequences`, fp32 `[sum of T, V]`, to `path` (.npy)."""
@@ -197,25 +191,8 @@ class PeerTrial:
 
 
 def serve(handlers: dict[str, Handler]) -> None:
-    """Answers requests until standard input closes, as `measure.worker.serve` does for our own."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG; it reaches a stopped process too
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints does not garble the protocol
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            answer = {"ok": True, **handlers[request.pop("do")](request)}
-        except Refused as error:
-            answer = {"ok": False, "kind": "Refused", "reason": str(error)}
-        except MemoryError:
-            answer = {"ok": False, "kind": "OutOfMemory", "reason": "out of memory"}
-        except Exception as error:  # one peer's bug is a row with its cause, never the end of the run
-            reason = " ".join(str(error).split())[:300]
-            answer = {"ok": False, "kind": type(error).__name__, "reason": f"{type(error).__name__}: {reason}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    """Answers requests until standard input closes."""
+    process.serve(handlers, (Refused,))
 
 
 def folder_bytes(path: str | Path) -> int:

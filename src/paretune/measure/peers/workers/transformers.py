@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .protocol import Engine, PeerTrial, memory, serve
+from .protocol import Engine, PeerTrial, serve
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -58,7 +58,7 @@ def open_engine(request: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     version = engine.library.__version__
     return engine, {
         "version": version,
-        "weights_bytes": memory.storage_bytes(engine.model)["total"],
+        "weights_bytes": sum({p.data_ptr(): p.nbytes for p in engine.model.parameters()}.values()),
         "threads": {"threads": engine.torch.get_num_threads()},
         "proof": [f"transformers {version}, {', '.join(dtypes)}, sdpa attention, DynamicCache"],
     }
