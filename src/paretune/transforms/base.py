@@ -70,11 +70,17 @@ class Transform:
 
     # `convert` does all that `apply` does to weights: a model can be converted while it is read.
     per_weight: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
 
     @property
     def title(self) -> str:
         """A short name for tables."""
         raise NotImplementedError
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is about named layers only, so that another of the same stage may follow."""
+        return False
 
     def requires(self, device: str) -> str | None:
         """Why this cannot run on `device`, or None."""
