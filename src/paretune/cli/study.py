@@ -52,5 +52,5 @@ def study(
     else:
         print("\n".join(result["summary"]))
     say(f"written: {out}")
-    if result["bench"]["too_noisy"]:
+    if result["too_noisy"]:
         raise TooNoisyError("this machine is too noisy to judge the methods", "Close other programs and run it again")

@@ -7,20 +7,21 @@ numbers are of another machine: ratios and shares are compared, never seconds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from paretune import files, hardware
 from paretune.hardware.devices import device_profile
-from paretune.measure import bench, environment, predict, profile_trace
+from paretune.measure import bench, predict, profile_trace
 from paretune.measure.profile import profile
-from paretune.model import checkpoint
 from paretune.recipe import Recipe
 from paretune.report import breakdown, html
 from paretune.report import profile as report
 from paretune.report.roofline import caption, roofline
-from paretune.report.tables import Column, Row, to_csv
+from paretune.report.tables import Column, Row
 from paretune.report.units import format_ratio, format_sec
+from paretune.studies import common
 
 NEW_TOKENS = 100
 SDPA = {"name": "attention", "form": "sdpa"}
@@ -68,23 +69,6 @@ WHY_TRITON = (
     "on a CPU in its interpreter, so that their numerics are tested everywhere. What CUTLASS is better at, large "
     "products in new formats at full tensor-core rate, is what PyTorch's own libraries already call."
 )
-_WORDS = {
-    "baseline": "baseline",
-    "faster": "faster",
-    "slower": "slower",
-    "indistinguishable": "indistinguishable",
-    "undecided": "undecided",
-}
-
-
-def sixteen_bits(device: str) -> tuple[str, str]:
-    """The 16-bit format of the study here, and why: the one that is not emulated, where there is one."""
-    support = hardware.dtype_support(device)
-    for name in ("fp16", "bf16") if device != "cpu" else ("bf16", "fp16"):
-        if support[name].works and not support[name].emulated:
-            return name, support[name].reason
-    name = next((n for n in ("bf16", "fp16") if support[n].works), "bf16")
-    return name, support[name].reason
 
 
 def methods(dtype: str) -> dict[str, Recipe]:
@@ -117,13 +101,12 @@ def run(
     Raises:
         ParetuneError: the folder cannot be written (before any measurement), or the memory is not enough.
     """
-    folder = checkpoint.resolve(model)
-    config = checkpoint.read_config(folder)
+    folder, config, model_name = common.open_model(model)
     out = files.ensure_folder(output_dir)
     input_len = min(32, config.n_positions // 2)
     new_tokens = min(NEW_TOKENS, config.n_positions - input_len)
-    header = environment.header(seed=seed)
-    dtype, dtype_reason = sixteen_bits(device)
+    header = common.header("kernels", model_name, config, quick=quick, seed=seed)
+    dtype, dtype_reason = common.sixteen_bits(device)
     say(f"methods: FP32, {dtype}, compile, both; {new_tokens} new tokens each")
     measured = bench.bench(
         folder,
@@ -159,7 +142,7 @@ def run(
             ceilings=ceilings,
             say=say,
         )
-        result["model"]["name"] = model if model in checkpoint.EMBEDDED else folder.name
+        result["model"]["name"] = model_name
         for row in result["parts"]:
             row["published_share"] = PUBLISHED_SHARES.get(row["part"])
         assert trace is not None
@@ -169,70 +152,54 @@ def run(
     predicted = predict.predict(config, t4, input_len)
     result = {
         **header,
-        "study": "kernels",
-        "model": {"name": model if model in checkpoint.EMBEDDED else folder.name, "family": config.family},
-        "quick": quick,
         "dtype": dtype,
         "dtype_reason": dtype_reason,
         "input_len": input_len,
         "new_tokens": new_tokens,
         "methods": method_rows(measured, dtype, new_tokens),
         "bench": measured,
+        "too_noisy": measured["too_noisy"],
         "profiles": profiles,
         "predicted_t4": predicted,
         "predicted_t4_findings": predict.findings(t4, predicted),
     }
     result["summary"] = [*lead_of(result), *(e["text"] for p in profiles for e in p["explanations"])]
-    files.write_json(out / "results.json", result)
-    files.write_text(out / "results.csv", to_csv(csv_rows(result)))
-    _write_report(out, result)
+    _write(out, result)
     return result
 
 
 def method_rows(measured: Mapping[str, Any], dtype: str, new_tokens: int) -> list[Row]:
     """The four rows: seconds for all new tokens, the ratio to FP32 with its interval, the verdict, the published."""
-    rows = []
+    rows: list[Row] = []
     for row in measured["rows"]:
         if row["role"] == "twin":
             continue
-        name = row["config"]
         per_sec = row.get("throughput_tokens_per_sec")
-        published = PUBLISHED_METHODS.get(name)
-        speedup = row.get("throughput_speedup")
-        verdict = row.get("throughput_verdict")
-        rows.append(
-            {
-                "method": name.replace("16 bits", dtype.upper()),
-                "total_sec": new_tokens / per_sec if per_sec else None,
-                "tokens_per_sec": per_sec,
-                "speedup": speedup,
-                "speedup_low": row.get("throughput_speedup_low"),
-                "speedup_high": row.get("throughput_speedup_high"),
-                "verdict": _WORDS.get(str(verdict), row["cause"] or "not reached"),
-                "n_slices": row.get("throughput_n"),
-                "published_sec": published and published[0],
-                "published_std_sec": published and published[1],
-                "published_speedup": published and PUBLISHED_METHODS["FP32"][0] / published[0],
-            }
-        )
-    return rows
+        total_sec = new_tokens / per_sec if per_sec else None
+        shown = {"total_sec": total_sec, "tokens_per_sec": per_sec, **common.judged(row, "throughput")}
+        rows.append({"method": row["config"], **shown})
+    base = PUBLISHED_METHODS["FP32"][0]
+    published = {
+        name: {"sec": sec, "std_sec": std, "speedup": base / sec} for name, (sec, std, _) in PUBLISHED_METHODS.items()
+    }
+    beside = common.beside(rows, published, "method")
+    return [{**row, "method": row["method"].replace("16 bits", dtype.upper())} for row in beside]
 
 
-def csv_rows(result: Mapping[str, Any]) -> list[Row]:
-    """Methods and parts in one flat table, a column `table` tells them apart."""
-    rows: list[Row] = [{"table": "methods", "row": m["method"], **m} for m in result["methods"]]
+def tables_of(result: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Methods and parts, as the CSV has them."""
+    tables: dict[str, list[Row]] = {"methods": list(result["methods"])}
     for taken in result["profiles"]:
         for part in taken["parts"]:
-            rows.append({"table": f"{taken['phase']}: {part['group']}", "row": part["title"], **part})
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return [{key: row.get(key) for key in columns} for row in rows]
+            tables.setdefault(f"{taken['phase']}: {part['group']}", []).append({"title": part["title"], **part})
+    return tables
 
 
 _METHOD_COLUMNS = [
     Column("method", "Method", numeric=False),
     Column("total_sec", "Time here"),
     Column("tokens_per_sec", "Tokens/s here"),
-    Column("speedup", "Against FP32", lambda r: format_ratio(r["speedup"], r["speedup_low"], r["speedup_high"])),
+    common.ratio_column("Against FP32"),
     Column("verdict", "Verdict", numeric=False),
     Column(
         "published_sec",
@@ -255,7 +222,7 @@ def lead_of(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _write_report(out: Path, result: Mapping[str, Any]) -> None:
+def _write(out: Path, result: Mapping[str, Any]) -> None:
     profiles = result["profiles"]
     n, shape = result["new_tokens"], f"{result['input_len']} prompt tokens, batch 1"
     sections = [
@@ -272,9 +239,10 @@ def _write_report(out: Path, result: Mapping[str, Any]) -> None:
             _METHOD_COLUMNS,
         )
     ]
-    pictures = [(roofline(profiles), caption(profiles)), (breakdown.bars(profiles), breakdown.CAPTION)]
-    files.write_bytes(out / "roofline.png", roofline(profiles, "png"))
-    files.write_bytes(out / "breakdown.png", breakdown.bars(profiles, "png"))
+    pictures = [
+        common.picture(out, "roofline", partial(roofline, profiles), caption(profiles)),
+        common.picture(out, "breakdown", partial(breakdown.bars, profiles), breakdown.CAPTION),
+    ]
     sections.append(html.section("Where the time goes", figures=pictures))
     for taken in profiles:
         name = report.PHASES[taken["phase"]]
@@ -301,7 +269,4 @@ def _write_report(out: Path, result: Mapping[str, Any]) -> None:
     sections.append(html.section("Traces", traces))
     sections.append(html.section("What the columns mean", report.DEFINITIONS))
     threads = result["bench"]["threads"]["threads"]
-    machine = result["hardware"] | {"threads": threads, "versions": result["versions"]}
-    sections.append(html.section("Machine", facts=machine))
-    title = f"{result['model']['name']}: the kernels study"
-    html.write_page(out / "report.html", title, lead_of(result), sections, result["command"])
+    common.write_results(out, result, tables_of(result), sections, lead_of(result), threads)

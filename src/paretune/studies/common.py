@@ -1,0 +1,114 @@
+"""What the studies share: the published row beside ours, the rows of a bench, and the files that a study leaves.
+
+A study is one function `run(model, output_dir, *, quick, seed, device, threads, say) -> result`. It measures, fills
+`Tables` and hands them to `write_results` with the sections of its page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from paretune import files, hardware
+from paretune.measure import environment
+from paretune.model import checkpoint
+from paretune.model.config import ModelConfig
+from paretune.report import html
+from paretune.report.tables import Column, Row, to_csv
+from paretune.report.units import format_ratio
+
+Tables = Mapping[str, Sequence[Row]]  # heading of a table -> its rows; the first value of a row names it
+Say = Callable[[str], None]
+
+
+def open_model(model: str) -> tuple[Path, ModelConfig, str]:
+    """(folder, config, the name that a report may print: never a path)."""
+    folder = checkpoint.resolve(model)
+    return folder, checkpoint.read_config(folder), model if model in checkpoint.EMBEDDED else folder.name
+
+
+def header(study: str, name: str, config: ModelConfig, *, quick: bool, seed: int) -> dict[str, Any]:
+    """The first keys of `results.json`."""
+    about = {"study": study, "model": {"name": name, "family": config.family}, "quick": quick}
+    return {**environment.header(seed=seed), **about}
+
+
+def sixteen_bits(device: str) -> tuple[str, str]:
+    """The 16-bit format of a study here, and why: the one that is not emulated, where there is one."""
+    support = hardware.dtype_support(device)
+    for name in ("fp16", "bf16") if device != "cpu" else ("bf16", "fp16"):
+        if support[name].works and not support[name].emulated:
+            return name, support[name].reason
+    name = next((n for n in ("bf16", "fp16") if support[n].works), "bf16")
+    return name, support[name].reason
+
+
+def judged(row: Mapping[str, Any], phase: str) -> Row:
+    """Of one row of a bench: the ratio of `phase` to the baseline, its interval, the verdict, or why there is none.
+
+    Args:
+        phase: prefill, decode or throughput (`bench_rows.PHASES`).
+    """
+    ends = ("speedup", "speedup_low", "speedup_high")
+    return {
+        **{end: row.get(f"{phase}_{end}") for end in ends},
+        "verdict": row.get(f"{phase}_verdict") or row.get("cause") or "not reached",
+        "n_slices": row.get(f"{phase}_n"),
+    }
+
+
+def beside(rows: Iterable[Row], published: Mapping[str, Mapping[str, Any]], key: str) -> list[Row]:
+    """Each row with the published row of the same name: its values under `published_*`, None where there is none.
+
+    Args:
+        published: name -> values, all with the same keys.
+        key: the column of `rows` that holds the name.
+    """
+    keys = list(dict.fromkeys(k for values in published.values() for k in values))
+    return [{**row, **{f"published_{k}": published.get(str(row[key]), {}).get(k) for k in keys}} for row in rows]
+
+
+def ratio_column(title: str, key: str = "speedup") -> Column:
+    """A ratio with its interval, from `key`, `key_low` and `key_high`."""
+    return Column(key, title, lambda row: format_ratio(*(row.get(f"{key}{end}") for end in ("", "_low", "_high"))))
+
+
+def flat(tables: Tables) -> list[Row]:
+    """All tables as one for a CSV: a column `table` tells them apart, every row has every column."""
+    rows = [
+        {"table": name, "row": next(iter(row.values()), None), **row} for name, rows in tables.items() for row in rows
+    ]
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in columns} for row in rows]
+
+
+def picture(out: Path, name: str, draw: Callable[[str], bytes], caption: str) -> tuple[bytes, str]:
+    """Writes `NAME.png` and gives the SVG with its caption, as `html.section` wants it.
+
+    Args:
+        draw: gives the bytes of a format, "png" or "svg".
+    """
+    files.write_bytes(out / f"{name}.png", draw("png"))
+    return draw("svg"), caption
+
+
+def write_results(
+    out: Path,
+    result: Mapping[str, Any],
+    tables: Tables,
+    sections: Iterable[dict[str, Any]],
+    lead: Iterable[str],
+    threads: int,
+) -> None:
+    """Writes results.json, results.csv and report.html; the machine is the last section of the page.
+
+    Raises:
+        ParetuneError: a file cannot be written.
+    """
+    files.write_json(out / "results.json", result)
+    files.write_text(out / "results.csv", to_csv(flat(tables)))
+    machine = result["hardware"] | {"threads": threads, "versions": result["versions"]}
+    title = f"{result['model']['name']}: the {result['study']} study"
+    sections = [*sections, html.section("Machine", facts=machine)]
+    html.write_page(out / "report.html", title, lead, sections, result["command"])
