@@ -80,7 +80,7 @@ def _page(made: Quantized, shown: Path) -> str:
         f"fp32, {made.n_bytes / made.n_parameters:.3f} bytes a parameter",
         "",
     ]
-    rows = [("Layers", "Number", "Format", "Parameters", "Bytes", "Bytes/parameter", "")]
+    rows: list[tuple[str, ...]] = [("Layers", "Number", "Format", "Parameters", "Bytes", "Bytes/parameter", "")]
     rows += [_row(*group) for group in _kinds(made.layers)]
     rows.append(("norms and biases", str(made.n_vectors), "dense", "", _mb(made.vector_bytes), "", "vectors stay"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -20,6 +20,7 @@ from paretune.model.config import ModelConfig
 from paretune.model.gguf import blocks, layout, vocabulary
 from paretune.model.gguf.container import Entry, Reader
 from paretune.model.layers import Embedding, Linear
+from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
 
 SCHEMA = 1  # of the folders: a higher number makes all anew
@@ -102,7 +103,7 @@ def _build(reader: Reader, config: ModelConfig) -> tuple[LanguageModel, list[str
         order = layout.rows_of(config, name)
         return theirs, entry, None if order is None else torch.argsort(order)
 
-    done: dict[int, nn.Module] = {}
+    done: dict[int, Weight] = {}
     for name, module in list(model.named_modules()):
         if not isinstance(module, Linear | Embedding):
             continue

@@ -22,8 +22,8 @@ SPACE = "\u2581"  # SentencePiece's mark of a space
 # Splitting rules of byte-level tokenizers that llama.cpp knows by name, told by a part of their pattern.
 _PRE = {"(?i:'s|'t|'re|'ve|'m|'ll|'d)": "llama-bpe", "'s|'t|'re|'ve|'m|'ll|'d": "gpt-2"}
 _PATTERNS = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+",
+    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 
 
@@ -69,7 +69,6 @@ def to_metadata(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], list
             "tokenizer.ggml.scores": scores,
             "tokenizer.ggml.add_space_prefix": prefix,
         }
-        # Single characters are not merged from anything and come first.
     first = tokenizer.encode("a")[:1]
     out["tokenizer.ggml.add_bos_token"] = config.bos_token_id is not None and first == [config.bos_token_id]
     out["tokenizer.ggml.add_eos_token"] = False
@@ -191,7 +190,7 @@ def _byte_level(metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
         before = {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
     merges = [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]]
-    model = {"vocab": _vocabulary(metadata), "merges": merges, "unk_token": None}
+    model: dict[str, Any] = {"vocab": _vocabulary(metadata), "merges": merges, "unk_token": None}
     model |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": pre == "llama-bpe"}
     return _whole(metadata, model, pre_tokenizer=before, decoder=level)
 
