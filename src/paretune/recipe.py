@@ -57,7 +57,7 @@ class Recipe:
     """An ordered tuple of transforms and the engine's options.
 
     Raises:
-        UsageError: the order is illegal, or one stage stands twice.
+        UsageError: the order is illegal, or one stage stands twice (a mix of formats aside).
     """
 
     transforms: tuple[Transform, ...] = ()
@@ -65,10 +65,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for first, second in zip(self.transforms, self.transforms[1:], strict=False):
-            if second.stage <= first.stage:
+            # A mix of formats: each but the last says which layers are its own.
+            is_mix = second.stage == first.stage and first.is_partial
+            if second.stage <= first.stage and not is_mix:
                 raise UsageError(
                     f"{first.title} ({first.stage.name}) cannot come before {second.title} ({second.stage.name})",
-                    "The order is PRUNE < ATTENTION < PRECISION < QUANTIZE < FUSE, one transform a stage",
+                    "The order is PRUNE < ATTENTION < PRECISION < QUANTIZE < FUSE, one transform a stage (several "
+                    "formats where all but the last have `include` or `exclude`)",
                 )
 
     @property
@@ -91,7 +94,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
-            "transforms": [{"name": t.name, **dataclasses.asdict(t)} for t in self.transforms],
+            # An empty filter is none: recipes keep the hash that they had before there were filters.
+            "transforms": [
+                {"name": t.name, **{k: v for k, v in dataclasses.asdict(t).items() if v != ""}} for t in self.transforms
+            ],
             "engine": {k: v for k, v in dataclasses.asdict(self.engine).items() if v is not None},
         }
 
@@ -188,7 +194,7 @@ def _build(kind: type, values: Any, what: str) -> Any:
         value = values[f.name]
         if value is None and str(f.type).endswith(" | None"):
             continue
-        expected = {"str": str, "bool": bool, "int": int}.get(str(f.type).removesuffix(" | None"))
+        expected = {"str": str, "bool": bool, "int": int, "float": float}.get(str(f.type).removesuffix(" | None"))
         if expected is not None and type(value) is not expected:
             raise UsageError(f"{what}: {f.name} is {value!r}", f"It has to be of type {f.type}")
     return kind(**values)
@@ -214,6 +220,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fp16": _preset([{"name": "precision", "dtype": "fp16"}]),
     "int8": _preset([{"name": "int8"}]),
     "int8_linear": _preset([{"name": "int8", "embeddings": False}]),
+    "llm_int8": _preset([{"name": "llm_int8"}]),
+    "nf4": _preset([{"name": "nf4"}]),
+    "nf4_head8": _preset([{"name": "nf4"}, {"name": "int8"}]),
+    "fp8": _preset([{"name": "fp8"}]),
     "bf16_int8": _preset([{"name": "precision", "dtype": "bf16"}, {"name": "int8"}]),
     "native": _preset([], runner="native"),
     "native_bf16": _preset([{"name": "precision", "dtype": "bf16"}], runner="native"),
@@ -228,6 +238,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "native_q4_0_a8": _preset(
         [{"name": "groups", "head_bits": 4, "activation_bits": 8}], runner="native", cache_dtype="int8"
     ),
+    "native_llm_int8": _preset([{"name": "llm_int8"}], runner="native"),
     "compile": _preset([], runner="compile"),
     "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),
     "compile_max": _preset([], runner="compile", compile_mode="max-autotune"),

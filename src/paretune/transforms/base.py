@@ -75,6 +75,11 @@ class Transform:
         """A short name for tables."""
         raise NotImplementedError
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether it is about named layers only, so that another of the same stage may follow."""
+        return False
+
     def requires(self, device: str) -> str | None:
         """Why this cannot run on `device`, or None."""
         return None

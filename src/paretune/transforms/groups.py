@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
-from paretune.model.layers import Embedding
 from paretune.ops.weights.base import Weight
-from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int_groups import GROUPS, IntGroups
-from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, swap_weights_, weight_holders
+from paretune.transforms.base import Observation
+from paretune.transforms.quantize import Chosen, Quantize, native_kernel
 
 
 @dataclass(frozen=True)
-class Groups(Transform):
+class Groups(Quantize):
     """Every `group` neighbouring inputs of a row share a scale.
 
     Args:
@@ -30,8 +27,7 @@ class Groups(Transform):
     """
 
     name: ClassVar[str] = "groups"
-    stage: ClassVar[Stage] = Stage.QUANTIZE
-    per_weight: ClassVar[bool] = True
+    format: ClassVar[str] = IntGroups.format
     bits: int = 4
     group: int = 32
     minimum: bool = False
@@ -48,59 +44,53 @@ class Groups(Transform):
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
-                raise UsageError(f"groups: {name} is {getattr(self, name)}", f"It has to be one of {known}")
+                raise UsageError(f"{self.name}: {name} is {getattr(self, name)}", f"It has to be one of {known}")
 
     @property
     def title(self) -> str:
         head = "" if self.head_bits == max(self.bits, 8) else f" head{self.head_bits or 'plain'}"
         inputs = "" if self.activation_bits == 16 else f"-a{self.activation_bits}"
-        return f"int{self.bits}-g{self.group}{'-min' if self.minimum else ''}{inputs}{head}"
+        return f"int{self.bits}-g{self.group}{'-min' if self.minimum else ''}{inputs}{head}{self.of_layers}"
 
-    def _bits_of(self, model: LanguageModel, module: nn.Module) -> int:
-        tied = {id(m.weight) for m in (model.embedding, model.head)}
-        is_end = isinstance(module, Embedding) or id(getattr(module, "weight", None)) in tied
+    @property
+    def format_title(self) -> str:  # type: ignore[override]
+        return f"groups of {self.group}"
+
+    def wants(self, is_end: bool) -> bool:
+        return bool(self.bits_of(is_end))
+
+    def bits_of(self, is_end: bool) -> int:
         return self.head_bits if is_end else self.bits
 
-    def _quantize(self, name: str, weight: Weight, bits: int) -> IntGroups:
-        if weight.in_features % self.group:
+    def quantize(self, layer: Chosen) -> Weight:
+        self.check_width(layer)
+        return IntGroups.quantize(
+            layer.weight.dequantize(),
+            self.bits_of(layer.is_end),
+            self.group,
+            minimum=self.minimum,
+            activation_bits=self.activation_bits,
+        )
+
+    def check_width(self, layer: Chosen) -> None:
+        """Raises `UsageError` where groups do not divide a layer."""
+        if layer.weight.in_features % self.group:
             raise UsageError(
-                f"groups of {self.group} do not divide the {weight.in_features} inputs of {name}",
+                f"groups of {self.group} do not divide its {layer.weight.in_features} inputs",
                 "Choose a smaller group, or int8 rows",
             )
-        return IntGroups.quantize(
-            weight.dequantize(), bits, self.group, minimum=self.minimum, activation_bits=self.activation_bits
-        )
 
-    def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
-        bits = self._bits_of(model, model.get_submodule(name))
-        return self._quantize(name, weight, bits) if bits and isinstance(weight, Dense) else weight
+    def is_mine(self, layer: Chosen) -> bool:
+        form = (layer.weight.bits, layer.weight.group)
+        return super().is_mine(layer) and form == (self.bits_of(layer.is_end), self.group)
 
-    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
-        wanted = {
-            id(m.weight): (name, self._bits_of(model, m))
-            for name, m in weight_holders(model, lambda m, n: isinstance(m.weight, Dense))  # type: ignore[union-attr]
-        }
-        swap_weights_(
-            model,
-            lambda m, n: bool(wanted.get(id(m.weight), ("", 0))[1]),  # type: ignore[union-attr]
-            lambda weight: self._quantize(wanted[id(weight)][0], weight, wanted[id(weight)][1]),
-        )
-        return model
-
-    def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
-        holders = weight_holders(model, lambda m, n: bool(self._bits_of(model, m)))
-        left = [n for n, m in holders if m.weight.format != IntGroups.format]
-        ensure(not left, self, f"{len(left)} layers are not in groups, {left[0] if left else ''} first")
-        unique = {id(m.weight): (m.weight, self._bits_of(model, m)) for _, m in holders}.values()
-        n_bytes = sum(w.stored_bytes for w, _ in unique)
-        n_values = sum(w.out_features * w.in_features for w, _ in unique)
-        numbers = 2 if self.minimum else 1
+    def expected_bytes(self, layer: Chosen) -> float:
         # The integers and two bytes a group for each number.
-        allowed = sum(w.padded_rows * w.padded_inputs * (bits / 8 + numbers * 2 / self.group) for w, bits in unique)
-        ensure(n_bytes <= allowed, self, f"{n_bytes} bytes are stored, {allowed:.0f} expected")
-        said = [f"{len(holders)} layers hold groups of {self.group}: {n_bytes:,} bytes for {n_values:,} weights"]
-        kernel = f"native::int{self.bits}"
-        if probe.runner.get("runner") == "native":
-            ensure(bool(probe.kernels.get(kernel)), self, f"the step runs no {kernel}")
-            said.append(f"{kernel} ran {probe.kernels[kernel]} times in one step")
-        return said
+        numbers = 2 if self.minimum else 1
+        weight = layer.weight
+        return weight.padded_rows * weight.padded_inputs * (self.bits_of(layer.is_end) / 8 + numbers * 2 / self.group)
+
+    def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
+        # What is not an end is most of the model; where the ends alone are chosen, theirs is the kernel.
+        inner = [c for c in self.chosen(model) if not c.is_end]
+        return native_kernel(self, probe, f"native::int{self.bits if inner else self.head_bits}")

@@ -1,4 +1,4 @@
-"""Linear layer over int8 weights with one scale a row (W8A16), as the formula says it."""
+"""Linear layers over int8 weights with one scale a row (W8A16 and LLM.int8), as the formulas say it."""
 
 from __future__ import annotations
 
@@ -21,3 +21,30 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     if x.dtype == torch.float16:  # x q^T passes 65504 soon
         return F.linear(x, (q * scale[:, None]).to(x.dtype))
     return (F.linear(x, q.to(x.dtype)) * scale).to(x.dtype)
+
+
+def mixed_int8_linear(x: Tensor, q: Tensor, scale: Tensor, threshold: float, columns: Tensor, side: Tensor) -> Tensor:
+    """LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339, section 3.2): two products.
+
+    Inputs whose size is `threshold` or more in some row, and `columns`, are multiplied as they are; the others are
+    rounded to 127 steps of their row's largest, so that integers meet integers.
+
+    Args:
+        x: `[..., in]`, floating point.
+        q, scale: as above.
+        columns: int64 `[k]`, inputs whose weights are kept in 16 bits; `q` holds zeros there.
+        side: those weights, 16 bits, `[out, k]`.
+
+    Returns:
+        `[..., out]` in the dtype of `x`.
+    """
+    flat = x.reshape(-1, x.size(-1)).double()
+    weight = q.double() * scale.double()[:, None]
+    weight[:, columns] = side.double()
+    is_large = (flat.abs() >= threshold).any(dim=0)
+    is_large[columns] = True
+    small = flat.masked_fill(is_large, 0)
+    step = small.abs().amax(dim=1, keepdim=True) / 127
+    rounded = torch.round(small / torch.where(step > 0, step, torch.ones_like(step))) * step
+    y = torch.where(is_large, flat, rounded) @ weight.T
+    return y.to(x.dtype).view(*x.shape[:-1], q.size(0))

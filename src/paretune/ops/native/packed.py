@@ -96,6 +96,7 @@ class PackedWeight(Weight):
         self._origin, self._compute_dtype = type(original), original.compute_dtype
         self.out_features, self.in_features = original.out_features, original.in_features
         self.kind, self.group, self.activation_bits = form.kind, form.group, form.activation_bits
+        self.bits = original.bits
         data = form.data.contiguous()
         assert data.device.type == "cpu" and memory.numel() == packed_bytes(original)
         library().paretune_pack(
@@ -110,6 +111,9 @@ class PackedWeight(Weight):
             scale = F.pad(scale.float(), (0, -self.out_features % BLOCK))
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
+        self._kept = list(form.kept)
+        for name, tensor in form.kept.items():
+            self.register_buffer(f"kept_{name}", tensor)
 
     def _apply(self, fn, recurse=True):
         # `model.to(bfloat16)` changes what rows and products come out in; packed bytes and scales stay.
@@ -156,7 +160,8 @@ class PackedWeight(Weight):
             minimum = None if minimum is None else _rows(minimum, self.out_features)
         elif scale is not None:
             scale = scale[: self.out_features].clone()
-        form = NativeForm(self.kind, data, scale, minimum, self.group, self.activation_bits)
+        kept = {name: getattr(self, f"kept_{name}") for name in self._kept}
+        form = NativeForm(self.kind, data, scale, minimum, self.group, self.activation_bits, kept)
         return self._origin.from_native(form, self._compute_dtype)
 
     def matmul(self, x: Tensor) -> Tensor:

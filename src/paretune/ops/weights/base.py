@@ -7,7 +7,7 @@ format's class.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -25,6 +25,7 @@ class NativeForm:
         minimum: fp16 `[out, in / group]` or None: `w = q * scale + minimum`.
         group: inputs that share a scale; 0: the whole row does.
         activation_bits: what inputs of integer formats are rounded to, 16 or 8.
+        kept: small tensors that native code does not read but the format needs to give itself back bit for bit.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class NativeForm:
     minimum: Tensor | None = None
     group: int = 0
     activation_bits: int = 16
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Weight(nn.Module):
@@ -47,6 +49,8 @@ class Weight(nn.Module):
 
     out_features: int
     in_features: int
+    bits: int  # of one stored number
+    group: int = 0  # inputs that share a scale; 0: the whole row does, or there is none
 
     def matmul(self, x: Tensor) -> Tensor:
         """`x[..., in] @ W.T -> [..., out]`, in the dtype of `x`."""

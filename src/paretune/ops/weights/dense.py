@@ -25,6 +25,7 @@ class Dense(Weight):
         self.out_features, self.in_features = values.shape
         # `requires_grad` stays what it was: inference models carry no gradients, the trainer switches them on.
         is_parameter = isinstance(values, nn.Parameter)
+        self.bits = 8 * values.element_size()
         self.values = values if is_parameter else nn.Parameter(values, requires_grad=False)
 
     def matmul(self, x: Tensor) -> Tensor:

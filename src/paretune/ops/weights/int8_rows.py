@@ -25,6 +25,7 @@ class Int8Rows(Weight):
 
     format = "int8_rows"
     kernel = "aten::_weight_int8pack_mm"
+    bits = 8
     q: Tensor
     scale: Tensor
     compute: Tensor

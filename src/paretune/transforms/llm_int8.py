@@ -1,0 +1,53 @@
+"""LLM.int8: int8 weights and int8 inputs, outlier inputs in 16 bits (Dettmers et al. 2022, arXiv:2208.07339)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from paretune.errors import UsageError
+from paretune.model.base import LanguageModel
+from paretune.ops.weights.base import Weight
+from paretune.ops.weights.mixed_int8 import MixedInt8
+from paretune.transforms.base import Observation, ensure
+from paretune.transforms.quantize import Chosen, Quantize
+
+
+@dataclass(frozen=True)
+class LLMInt8(Quantize):
+    """Int8 rows whose inputs are rounded to 8 bits a token, except where one of them is large.
+
+    Args:
+        threshold: size from which an input's whole column is multiplied in 16 bits.
+    """
+
+    name: ClassVar[str] = "llm_int8"
+    format: ClassVar[str] = MixedInt8.format
+    format_title: ClassVar[str] = "LLM.int8 rows"
+    threshold: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise UsageError(f"llm_int8: threshold is {self.threshold}", "It has to be positive; 6.0 is the paper's")
+
+    @property
+    def title(self) -> str:
+        return "llm.int8" + ("" if self.threshold == 6.0 else f" t{self.threshold:g}") + self.of_layers
+
+    def wants(self, is_end: bool) -> bool:
+        return not is_end  # an embedding is a look-up, and the paper leaves the head alone
+
+    def quantize(self, layer: Chosen) -> Weight:
+        return MixedInt8.quantize(layer.weight.dequantize(), self.threshold)
+
+    def expected_bytes(self, layer: Chosen) -> float:
+        weight = layer.weight
+        # A byte a value, four a row, the threshold.
+        return weight.padded_rows * (weight.padded_inputs + 4) + 4
+
+    def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
+        if probe.compiled:
+            return []
+        kernel = "native::int8" if probe.runner.get("runner") == "native" else MixedInt8.kernel
+        ensure(bool(probe.kernels.get(kernel)), self, f"the profile of one step shows no {kernel}")
+        return [f"{kernel} ran {probe.kernels[kernel]} times in one step"]

@@ -1,0 +1,48 @@
+"""4-bit normal floats in blocks of 64 (NF4 of bitsandbytes), doubly quantised scales."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from paretune.model.base import LanguageModel
+from paretune.ops.weights.base import Weight
+from paretune.ops.weights.nf4 import BLOCK, NF4, SCALE_BLOCK
+from paretune.transforms.base import Observation
+from paretune.transforms.quantize import Chosen, Quantize, native_kernel
+
+
+@dataclass(frozen=True)
+class NormalFloat4(Quantize):
+    """QLoRA's format (arXiv:2305.14314), rounded to nearest.
+
+    Args:
+        embeddings: also the embeddings and the head.
+    """
+
+    name: ClassVar[str] = "nf4"
+    format: ClassVar[str] = NF4.format
+    format_title: ClassVar[str] = "NF4 blocks"
+    embeddings: bool = False
+
+    @property
+    def title(self) -> str:
+        return ("nf4-all" if self.embeddings else "nf4") + self.of_layers
+
+    def wants(self, is_end: bool) -> bool:
+        return self.embeddings or not is_end
+
+    def quantize(self, layer: Chosen) -> Weight:
+        return NF4.quantize(layer.weight.dequantize())
+
+    def expected_bytes(self, layer: Chosen) -> float:
+        weight = layer.weight
+        n_blocks = weight.out_features * weight.in_features // BLOCK
+        # Four bits, a byte a block, four bytes a block of blocks and the offset.
+        own = weight.padded_rows * weight.padded_inputs / 2 + n_blocks + 4 * (-(-n_blocks // SCALE_BLOCK)) + 4
+        # Packed for native code, the scales are also there in fp16.
+        packed = 2 * weight.padded_rows * weight.padded_inputs / BLOCK
+        return own if weight.kernel is None else own + packed
+
+    def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
+        return native_kernel(self, probe, "native::nf4")

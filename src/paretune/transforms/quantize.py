@@ -1,0 +1,164 @@
+"""What all quantising transforms share: which layers, none half done, and the proof from stored bytes.
+
+A recipe may hold several of them, each with its layers; a layer that an earlier one (or the checkpoint) has quantised
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from paretune.errors import ParetuneError, UsageError
+from paretune.model.base import LanguageModel
+from paretune.model.layers import Embedding
+from paretune.ops.weights.base import Weight
+from paretune.ops.weights.dense import Dense
+from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, swap_weights_, weight_holders
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One matrix that a transform is about.
+
+    Args:
+        name: of the first layer that holds it.
+        is_end: an embedding or the head.
+    """
+
+    name: str
+    weight: Weight
+    is_end: bool
+
+
+@dataclass(frozen=True)
+class Quantize(Transform):
+    """Args:
+    include: patterns of layer names, separated by commas (`h.0.*, *.c_proj`); empty: all.
+    exclude: patterns of layers that stay as they are. A tied pair is chosen by either of its names.
+    """
+
+    stage: ClassVar[Stage] = Stage.QUANTIZE
+    per_weight: ClassVar[bool] = True
+    format: ClassVar[str]  # of the weights that this makes
+    format_title: ClassVar[str]
+    include: str = field(default="", kw_only=True)
+    exclude: str = field(default="", kw_only=True)
+
+    # -- what a format says
+
+    def wants(self, is_end: bool) -> bool:
+        """Whether it is about the embeddings and the head (`is_end`), or the other layers."""
+        return True
+
+    def quantize(self, layer: Chosen) -> Weight:
+        """The layer's weight in the new format."""
+        raise NotImplementedError
+
+    def expected_bytes(self, layer: Chosen) -> float:
+        """What such a matrix may take, everything counted; more is a copy that should not be there."""
+        raise NotImplementedError
+
+    def is_mine(self, layer: Chosen) -> bool:
+        """Whether the weight is what this transform makes."""
+        return layer.weight.format == self.format
+
+    def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
+        """The kernel that the watched step has to show."""
+        return []
+
+    # -- what they share
+
+    @property
+    def is_partial(self) -> bool:
+        return bool(self.include or self.exclude) or not self.wants(is_end=True)
+
+    @property
+    def of_layers(self) -> str:
+        """The filters, for titles."""
+        return (f" of {self.include}" if self.include else "") + (f" but {self.exclude}" if self.exclude else "")
+
+    def chosen(self, model: LanguageModel) -> list[Chosen]:
+        """The matrices that it is about, in the order of the tree, each shared one once.
+
+        Raises:
+            UsageError: a pattern matches no layer.
+        """
+        names: dict[int, list[str]] = {}
+        weights: dict[int, tuple[Weight, bool]] = {}
+        for name, module in weight_holders(model, lambda m, n: True):
+            key = id(module.weight)
+            is_end = isinstance(module, Embedding) or module is model.head
+            names.setdefault(key, []).append(name)
+            weights[key] = (module.weight, is_end or weights.get(key, (None, False))[1])
+        for option in ("include", "exclude"):
+            for pattern in _patterns(getattr(self, option)):
+                if not any(fnmatch.fnmatchcase(n, pattern) for ns in names.values() for n in ns):
+                    first = next(n for ns in names.values() for n in ns)
+                    raise UsageError(
+                        f"{self.name}: {option} pattern {pattern!r} matches no layer", f"Names look like {first}"
+                    )
+        return [
+            Chosen(names[key][0], weight, is_end)
+            for key, (weight, is_end) in weights.items()
+            if self.wants(is_end) and self._passes(names[key])
+        ]
+
+    def _passes(self, names: list[str]) -> bool:
+        def matches(text: str) -> bool:
+            return any(fnmatch.fnmatchcase(n, p) for n in names for p in _patterns(text))
+
+        return (not self.include or matches(self.include)) and not matches(self.exclude)
+
+    def _quantize(self, layer: Chosen) -> Weight:
+        try:
+            return self.quantize(layer)
+        except ParetuneError as error:
+            raise type(error)(f"{layer.name}: {error.cause}", error.cure) from None
+
+    def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
+        if not isinstance(weight, Dense):
+            return weight
+        held = model.get_submodule(name).weight  # `weight` itself may have been converted already
+        layer = next((c for c in self.chosen(model) if c.weight is held), None)
+        return weight if layer is None else self._quantize(Chosen(layer.name, weight, layer.is_end))
+
+    def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
+        todo = {id(c.weight): c for c in self.chosen(model) if isinstance(c.weight, Dense)}
+        self._swap_(model, todo, self._quantize)
+        return model
+
+    def _swap_(self, model: LanguageModel, todo: dict[int, Chosen], make: Callable[[Chosen], Weight]) -> None:
+        """All new weights are made before the first is put in: an error leaves the model as it was."""
+        swap_weights_(model, lambda m, n: id(m.weight) in todo, lambda w: make(todo[id(w)]))  # type: ignore[union-attr]
+
+    def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
+        chosen = self.chosen(model)
+        left = [c.name for c in chosen if c.weight.format == Dense.format]
+        ensure(not left, self, f"{len(left)} layers are not {self.format_title}, {left[0] if left else ''} first")
+        mine = [c for c in chosen if self.is_mine(c)]
+        others = sorted({c.weight.format for c in chosen if not self.is_mine(c)})
+        ensure(bool(mine), self, f"its layers were already quantised ({', '.join(others)})")
+        n_bytes = sum(c.weight.stored_bytes for c in mine)
+        n_values = sum(c.weight.out_features * c.weight.in_features for c in mine)
+        allowed = sum(self.expected_bytes(c) for c in mine)
+        ensure(n_bytes <= allowed, self, f"{n_bytes} bytes are stored, {allowed:.0f} expected")
+        said = f"{len(mine)} matrices hold {self.format_title}: {n_bytes:,} bytes for {n_values:,} weights"
+        said += f" ({8 * n_bytes / n_values:.2f} bits each)"
+        if others:
+            said += f"; {len(chosen) - len(mine)} were quantised before ({', '.join(others)})"
+        return [said, *self.proof_of_kernel(model, probe)]
+
+
+def _patterns(text: str) -> list[str]:
+    return [p.strip() for p in text.split(",") if p.strip()]
+
+
+def native_kernel(transform: Transform, probe: Observation, kernel: str) -> list[str]:
+    """Proof that the native step ran `kernel`; nothing where another runner runs."""
+    if probe.runner.get("runner") != "native":
+        return []
+    ensure(bool(probe.kernels.get(kernel)), transform, f"the step runs no {kernel}")
+    return [f"{kernel} ran {probe.kernels[kernel]} times in one step"]
