@@ -18,7 +18,7 @@ from paretune.measure.session import TrialProcess
 from paretune.model import checkpoint
 from paretune.model.gguf.save import save
 from paretune.recipe import preset
-from paretune.transforms.formats import transform_of
+from paretune.transforms.formats import transforms_of
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_llama_cpp_computes_the_same_from_our_file(data_dir, pocket_folder, tmp_
 
     folder = pocket_folder if model == "pocket" else data_dir / "tinystories_656k"
     if quantised:
-        folder = quantize(folder, transform_of(quantised), tmp_path / "quantised").folder
+        folder = quantize(folder, transforms_of(quantised), tmp_path / "quantised").folder
     tokens = Tokenizer(folder).encode(texts.text_of("search"))
     reference = reference_on_text(folder, tokens)
     made = save(folder, tmp_path / "out.gguf")
@@ -91,7 +91,9 @@ def test_llama_cpp_computes_the_same_from_our_file(data_dir, pocket_folder, tmp_
     # Greedy tokens are equal until a near tie: one swap, and both go on with another text.
     same = found.greedy_same
     if same < found.greedy_n:
-        margin, spread = margin_of(folder, reference.prompt + reference.greedy[:same], reference.greedy[same], greedy[same])
+        margin, spread = margin_of(
+            folder, reference.prompt + reference.greedy[:same], reference.greedy[same], greedy[same]
+        )
         assert margin <= agreement.TIE_WIDTH[bits] * spread
 
 

@@ -25,8 +25,9 @@ def quantize(
         int | None, typer.Option(help="Bits of embeddings and head; 0 leaves them. [default: the format's]")
     ] = None,
     embeddings: Annotated[
-        bool, typer.Option("--embeddings/--no-embeddings", help="Whether embeddings and head are quantised too.")
-    ] = True,
+        bool | None,
+        typer.Option("--embeddings/--no-embeddings", help="Whether embeddings and head are quantised too (--head 0)."),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Only layers of this name (`h.*.mlp.*`); may be repeated.")
     ] = None,
@@ -38,15 +39,17 @@ def quantize(
     """Writes a quantised folder: the small numbers themselves in safetensors, whole or not at all."""
     import json
 
-    from paretune.engine.quantize import Names
     from paretune.engine.quantize import quantize as run
     from paretune.errors import UsageError
     from paretune.measure import environment
     from paretune.model import checkpoint
-    from paretune.transforms.formats import transform_of
+    from paretune.transforms.formats import transforms_of
     from paretune.tune.plan import is_plan
 
-    transform = transform_of(format_name, group_size, head, embeddings)
+    if embeddings is not None and head is not None and embeddings != bool(head):
+        raise UsageError("--head and --embeddings contradict each other", "Give one of them")
+    head = 0 if embeddings is False else head
+    transforms = transforms_of(format_name, group_size, head, include or (), exclude or ())
     if is_plan(model):
         raise UsageError(f"{model} is a plan", "Pass the model that it was made for")
     target = output_dir.expanduser().resolve()
@@ -60,14 +63,7 @@ def quantize(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    made = run(
-        folder,
-        transform,
-        target,
-        names=Names(tuple(include or ()), tuple(exclude or ())),
-        overwrite=force,
-        say=say,
-    )
+    made = run(folder, transforms, target, overwrite=force, say=say)
     result = {**environment.header(), "format": format_name, **made.to_json(), "folder": str(output_dir)}
     print(json.dumps(result, indent=2, allow_nan=False) if json_output else _page(made, output_dir))
 
@@ -75,7 +71,7 @@ def quantize(
 def _page(made: Quantized, shown: Path) -> str:
     """The result for people."""
     lines = [
-        f"{shown}: {made.transform.title}, {made.n_parameters:,} parameters",
+        f"{shown}: {' + '.join(t.title for t in made.transforms)}, {made.n_parameters:,} parameters",
         f"  weight file {_mb(made.n_bytes)}, before {_mb(made.source_bytes)}; {made.n_bytes / made.fp32_bytes:.1%} of "
         f"fp32, {made.n_bytes / made.n_parameters:.3f} bytes a parameter",
         "",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,39 +21,7 @@ from paretune.model.stored import StoredTensors
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
 from paretune.transforms.base import Context, Transform, config_of, weight_holders
-
-
-@dataclass(frozen=True)
-class Names:
-    """Which layers: shell patterns over their fully qualified names (`h.*.attn.*`, `lm_head`).
-
-    Args:
-        include: only these; empty: all.
-        exclude: not these.
-    """
-
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    @property
-    def is_all(self) -> bool:
-        return not self.include and not self.exclude
-
-    def keep(self, names: Sequence[str]) -> bool:
-        """Whether a weight is wanted that goes by these names (a tied one has several)."""
-
-        def match(patterns: tuple[str, ...]) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-        return (not self.include or match(self.include)) and not match(self.exclude)
-
-    def check(self, model: LanguageModel) -> None:
-        """Raises `UsageError` where a pattern names no layer."""
-        known = [name for name, _ in weight_holders(model, lambda m, n: True)]
-        for pattern in (*self.include, *self.exclude):
-            if not fnmatch.filter(known, pattern):
-                shown = ", ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in known))
-                raise UsageError(f"no layer is called {pattern!r}", f"The layers: {shown}")
+from paretune.transforms.quantize import Quantize
 
 
 @dataclass(frozen=True)
@@ -85,7 +51,7 @@ class Quantized:
     """
 
     folder: Path
-    transform: Transform
+    transforms: tuple[Transform, ...]
     n_parameters: int
     source_bytes: int
     n_bytes: int
@@ -98,7 +64,7 @@ class Quantized:
     def to_json(self) -> dict[str, Any]:
         return {
             "folder": str(self.folder),
-            "transform": config_of(self.transform),
+            "transforms": [config_of(t) for t in self.transforms],
             "n_parameters": self.n_parameters,
             "source_bytes": self.source_bytes,
             "weights_bytes": self.n_bytes,
@@ -125,22 +91,21 @@ def refuse_quantized(folder: Path) -> None:
 
 def quantize(
     folder: Path,
-    transform: Transform,
+    transforms: Sequence[Transform],
     output_dir: Path,
     *,
-    names: Names | None = None,
     calibration: Tensor | None = None,
     cache_folder: Path | None = None,
     overwrite: bool = False,
-    say=lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Quantized:
-    """Writes the folder's model with `transform`'s weights into `output_dir`, whole or not at all.
+    """Writes the folder's model with the transforms' weights into `output_dir`, whole or not at all.
 
-    One weight at a time is there twice where the transform allows it. The numbers of layers that are left alone keep
+    One weight at a time is there twice where the transforms allow it. The numbers of layers that are left alone keep
     their dtype.
 
     Args:
-        names: which layers; None: all that the transform takes.
+        transforms: applied in order; each leaves alone what is quantised already.
         calibration: token windows `[N, T]` for transforms that need them.
 
     Raises:
@@ -148,32 +113,24 @@ def quantize(
         NoEffectError: nothing was quantised, or what was written is not what was made.
     """
     refuse_quantized(folder)
-    names = names or Names()
-    reason = transform.requires("cpu")
-    if reason:
-        raise UsageError(f"{transform.title} cannot be made here: {reason}", "Choose another --format")
-    names.check(checkpoint.build(checkpoint.read_config(folder)))
-    if not names.is_all and not transform.per_weight:
-        raise UsageError(
-            f"{transform.title} converts the model as a whole: --include and --exclude do not apply",
-            "Leave them out, or choose a format that rounds each layer by itself",
-        )
+    for transform in transforms:
+        reason = transform.requires("cpu")
+        if reason:
+            raise UsageError(f"{transform.title} cannot be made here: {reason}", "Choose another --format")
     context = Context(calibration=calibration, cache_folder=cache_folder, progress=say)
-    excluded: set[int] = set()
 
     def convert(model: LanguageModel, name: str, weight: Weight) -> Weight:
-        if not names.keep(_names_of(model, weight)):
-            excluded.add(id(weight))
-            return weight
-        return transform.convert(model, name, weight)
+        for transform in transforms:
+            weight = transform.convert(model, name, weight)
+        return weight
 
-    settings = {k: v for k, v in config_of(transform).items() if k != "name"}
+    streams = all(transform.per_weight for transform in transforms)
     with files.whole_folder(output_dir, overwrite=overwrite) as out, torch.no_grad():
         say(f"reading {folder.name}")
-        model = checkpoint.load(folder, None, convert if transform.per_weight else None)
-        if names.is_all:
+        model = checkpoint.load(folder, None, convert if streams else None)
+        for transform in transforms:
             model = transform.apply(model, context)
-        layers = tuple(_layers(model, excluded))
+        layers = tuple(_layers(model, transforms))
         if all(layer.format == Dense.format for layer in layers):
             raise NoEffectError("no layer was quantised", "Check --include and --exclude")
         inside = {id(t) for layer in _holders(model) for t in layer.weight.to_tensors().values()}
@@ -181,16 +138,18 @@ def quantize(
         n_vectors, vector_bytes = len(vectors), sum(p.nbytes for p in vectors)
         n_parameters = sum(layer.n_parameters for layer in layers) + sum(p.numel() for p in vectors)
         say("writing")
-        named = {"transform": transform.name, "settings": settings}
+        named = {"transforms": [config_of(t) for t in transforms]}
         checkpoint.save(model, out, tokenizer_from=folder, quantization=named)
         proof = [_proof_of_bits(model, out)]
         n_bytes = sum(path.stat().st_size for path in checkpoint.weight_files(out))
-        if names.is_all:
-            # The proof runs a step, in fp32 as the folder is run on a CPU.
-            proof += transform.verify(model, observe(EagerRunner(model.float())))
+        # The proof runs a step, in fp32 as the folder is run on a CPU.
+        probe = observe(EagerRunner(model.float()))
+        proof += [
+            s for i, t in enumerate(transforms) if not i or _did_anything(t, model) for s in t.verify(model, probe)
+        ]
     return Quantized(
         folder=output_dir,
-        transform=transform,
+        transforms=tuple(transforms),
         n_parameters=n_parameters,
         source_bytes=sum(path.stat().st_size for path in checkpoint.weight_files(folder)),
         n_bytes=n_bytes,
@@ -202,23 +161,25 @@ def quantize(
     )
 
 
+def _did_anything(transform: Transform, model: LanguageModel) -> bool:
+    """A transform for the rest finds nothing left where a filter left nothing."""
+    return not isinstance(transform, Quantize) or any(map(transform.is_mine, transform.chosen(model)))
+
+
 def _holders(model: LanguageModel) -> list[Linear | Embedding]:
     return [module for _, module in weight_holders(model, lambda m, n: True)]
 
 
-def _names_of(model: LanguageModel, weight: Weight) -> list[str]:
-    return [name for name, module in weight_holders(model, lambda m, n: True) if module.weight is weight]
-
-
-def _layers(model: LanguageModel, excluded: set[int]) -> list[Layer]:
+def _layers(model: LanguageModel, transforms: Sequence[Transform]) -> list[Layer]:
     by_weight: dict[int, tuple[Weight, list[str]]] = {}
     for name, module in weight_holders(model, lambda m, n: True):
         by_weight.setdefault(id(module.weight), (module.weight, []))[1].append(name)
+    passed = {n for t in transforms if isinstance(t, Quantize) for n in t.passed(model)}
     out = []
-    for key, (weight, found) in by_weight.items():
+    for weight, found in by_weight.values():
         reason = ""
         if isinstance(weight, Dense):
-            reason = "excluded by name" if key in excluded else "the format leaves it as it is"
+            reason = "the format leaves it as it is" if passed & set(found) else "excluded by name"
         n = weight.out_features * weight.in_features
         out.append(Layer(tuple(found), weight.format, n, weight.stored_bytes, reason))
     return out

@@ -106,6 +106,13 @@ class Quantize(Transform):
             if self.wants(is_end) and self._passes(names[key])
         ]
 
+    def passed(self, model: LanguageModel) -> list[str]:
+        """Names of the layers that the filters let through, whatever the format takes of them."""
+        names: dict[int, list[str]] = {}
+        for name, module in weight_holders(model, lambda m, n: True):
+            names.setdefault(id(module.weight), []).append(name)
+        return [name for shared in names.values() if self._passes(shared) for name in shared]
+
     def _passes(self, names: list[str]) -> bool:
         def matches(text: str) -> bool:
             return any(fnmatch.fnmatchcase(n, p) for n in names for p in _patterns(text))
