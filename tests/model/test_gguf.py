@@ -188,7 +188,7 @@ def test_a_file_is_read_once(tiny_factory, tmp_path, capsys):
 
 def test_a_tied_matrix_that_is_there_twice(tiny_factory, tmp_path):
     """As older converters write GPT-2."""
-    model, _, folder = tiny_factory("gpt2", **WIDE["gpt2"])
+    _, _, folder = tiny_factory("gpt2", **WIDE["gpt2"])
     save(folder, tmp_path / "x.gguf")
     reader = container.Reader(tmp_path / "x.gguf")
     reader.tensors["output.weight"] = reader.tensors["token_embd.weight"]
