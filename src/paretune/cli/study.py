@@ -13,10 +13,12 @@ from paretune.registry import Registry
 
 STUDIES: Registry[Callable[..., Any]] = Registry("study")
 STUDIES.register("kernels", "paretune.studies.kernels:run")
+STUDIES.register("precision", "paretune.studies.precision:run")
+STUDIES.register("quantization", "paretune.studies.quantization:run")
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="kernels.")],
+    name: Annotated[str, typer.Argument(help="kernels, precision or quantization.")],
     model: Annotated[str, typer.Option(help="Folder, hub id or `pocket`.")] = "pocket",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer blocks; with `pocket` minutes on two cores.")] = False,
     output_dir: Annotated[
@@ -28,7 +30,7 @@ def study(
     json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Runs a published study again: report.html, results.csv, results.json, pictures and traces."""
+    """Runs a published study again: report.html, results.csv, results.json, pictures (and traces)."""
     import json
 
     from paretune import hardware
