@@ -402,7 +402,8 @@ def _write(out: Path, result: Mapping[str, Any], threads: int) -> None:
             [
                 f"{shape}; all side by side in interleaved blocks, against fp32 with attention by the formula. Each "
                 "row changes one thing; `native` rows are the same idea in the form that this tool runs (int8 rows, "
-                "int4 groups with an 8-bit head, native code). The published columns are GPT-2 on an A100: compare ratios.",
+                "int4 groups with an 8-bit head, native code). The published columns are GPT-2 on an A100: compare "
+                "ratios.",
                 "Published INT8 is LLM.int8 and 4-bit is NF4, both of bitsandbytes; here they are our own, through "
                 "PyTorch, bit-equal in their numbers.",
             ],

@@ -297,7 +297,8 @@ def _write(out: Path, result: Mapping[str, Any], threads: int) -> None:
     quality = [
         f"Windows of {result['context']} tokens without overlap, run from the quantised folder by native code "
         f"where it has the format, else by PyTorch (column Runner). First text {n['train']:,} tokens (what a search "
-        f"sees), held-out text {n['valid']:,}. Neither was trained on. In brackets 95 % intervals over blocks of 128 tokens.",
+        f"sees), held-out text {n['valid']:,}. Neither was trained on. In brackets 95 % intervals over "
+        "blocks of 128 tokens.",
         "The paired change compares the same tokens with fp32, half of each window prefilled and half decoded; the "
         "worse half counts. Published perplexities are of GPT-2 Medium on WikiText-103, each on tokens of its own.",
     ]
