@@ -211,7 +211,8 @@ def test_more_parts_are_more_complex():
 
 def test_changes_numbers():
     changing = {n for n in PRESETS if preset(n).changes_numbers}
-    assert changing == {n for n in PRESETS if any(x in n for x in ("bf16", "fp16", "int8", "int4", "w8a8", "q8", "q4"))}
+    marks = ("bf16", "fp16", "int8", "int4", "w8a8", "q8", "q4", "nf4", "fp8")
+    assert changing == {n for n in PRESETS if any(x in n for x in marks)}
 
 
 def test_without_exact():

@@ -23,8 +23,7 @@ WIDE = {
     "mistral": {"hidden_size": 64, "intermediate_size": 128},
 }
 FAMILIES = tuple(WIDE)
-# Mistral's layers are Llama's: two formats are enough.
-CASES = [(f, name) for f in FAMILIES for name in FORMATS if f != "mistral" or name in ("int8", "nf4")]
+CASES = [(f, name) for f in FAMILIES for name in FORMATS if f == "gpt2" or name in ("int8", "int4", "nf4", "gptq")]
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +146,9 @@ def test_group_size_and_head(tiny, tmp_path):
     assert model.lm_head.weight.format == "dense"
 
 
-def refused(folder, out, error, match, name="int8", **options):
+def refused(folder, out, error, match, name="int8", calibration_text=None, **options):
     with pytest.raises(error, match=match):
-        quantize(folder, transforms_of(name, **options), out)
+        quantize(folder, transforms_of(name, **options), out, calibration_text=calibration_text)
     assert not out.exists() and [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")] == []
 
 
@@ -171,6 +170,20 @@ def test_bad_input_leaves_nothing(written, tiny, tmp_path):
     with pytest.raises(ParetuneError, match="exists already"):
         quantize(narrow, transforms_of("int8"), tmp_path / "full")
     assert (tmp_path / "full" / "mine").exists()
+
+
+def test_calibration_text(tiny, tmp_path, pocket_folder):
+    import shutil
+
+    _, _, folder = tiny("gpt2", **WIDE["gpt2"], vocab_size=8192)
+    shutil.copyfile(pocket_folder / "tokenizer.json", folder / "tokenizer.json")
+    refused(folder, tmp_path / "out", UsageError, "int8 needs no calibration text", calibration_text="x")
+    refused(folder, tmp_path / "out", UsageError, "calibration text too short", "gptq", calibration_text="Once")
+    text = "Once upon a time there was a small wooden boat on a wide lake, and nobody rowed it. " * 200
+    for name, given in (("a", text), ("b", text), ("c", None)):
+        quantize(folder, transforms_of("gptq"), tmp_path / name, calibration_text=given)
+    a, b, c = ((tmp_path / n / "model.safetensors").read_bytes() for n in "abc")
+    assert a == b != c
 
 
 def test_a_zero_row_stays_zero(tiny, tmp_path):

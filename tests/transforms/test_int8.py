@@ -295,7 +295,7 @@ def test_one_layer_undone_is_no_effect(tiny):
     model = Int8().apply(tiny("gpt2")[0], Context())
     layer = model.h[1].mlp.c_proj
     layer.weight = Dense(layer.weight.dequantize())
-    with pytest.raises(NoEffectError, match=r"1 layers are not int8, h\.1\.mlp\.c_proj first"):
+    with pytest.raises(NoEffectError, match=r"1 layers are not int8 rows, h\.1\.mlp\.c_proj first"):
         Int8().verify(model, fake())
 
 

@@ -32,6 +32,12 @@ def quantize(
         list[str] | None, typer.Option(help="Only layers of this name (`h.*.mlp.*`); may be repeated.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Not layers of this name; may be repeated.")] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text for formats that calibrate, not the text of an evaluation. [default: the model's]"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a model folder of that name.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
@@ -41,6 +47,7 @@ def quantize(
 
     from paretune.engine.quantize import quantize as run
     from paretune.errors import UsageError
+    from paretune.evaluate import texts
     from paretune.measure import environment
     from paretune.model import checkpoint
     from paretune.transforms.formats import transforms_of
@@ -63,7 +70,8 @@ def quantize(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    made = run(folder, transforms, target, overwrite=force, say=say)
+    text = None if calibration is None else texts.read_text(calibration)
+    made = run(folder, transforms, target, calibration_text=text, overwrite=force, say=say)
     result = {**environment.header(), "format": format_name, **made.to_json(), "folder": str(output_dir)}
     print(json.dumps(result, indent=2, allow_nan=False) if json_output else _page(made, output_dir))
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from paretune import clock, hardware
+from paretune.engine import calibration
 from paretune.engine.generate import naive_generate
 from paretune.engine.probe import Observation, observe
 from paretune.engine.runners.base import CACHE_DTYPES, Runner
 from paretune.errors import NoEffectError, NotExactError, UsageError
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
+from paretune.model.layers import Embedding, Linear
 from paretune.ops.native import packed
 from paretune.ops.weights.base import Weight
 from paretune.recipe import Recipe
@@ -40,6 +42,7 @@ def load_recipe(
     Models are loaded in fp32 on a CPU and as stored on a GPU.
 
     Args:
+        ctx: None where a transform needs calibration: the model writes the text itself.
         check: ask the recipe first whether it can run here; False where the caller has asked already (the answer costs
             seconds of micro-kernels, and more on a busy machine).
 
@@ -64,7 +67,11 @@ def load_recipe(
 
     dtype = torch.float32 if device == "cpu" else None
     model = checkpoint.load(folder, dtype, convert if streams else None).to(device)
-    model = recipe.apply(model, ctx or Context(device=device))
+    if ctx is None:
+        is_plain = all(m.weight.format == "dense" for m in model.modules() if isinstance(m, Linear | Embedding))
+        needs = is_plain and any(t.needs_calibration for t in recipe.transforms)
+        ctx = Context(device=device, calibration=calibration.from_model(model) if needs else None)
+    model = recipe.apply(model, ctx)
     return Loaded(folder, recipe, recipe.runner(model), clock.now() - started)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paretune import files
+from paretune.engine import calibration
 from paretune.engine.probe import observe
 from paretune.engine.runners.eager import EagerRunner
 from paretune.errors import NoEffectError, UsageError
@@ -94,8 +95,7 @@ def quantize(
     transforms: Sequence[Transform],
     output_dir: Path,
     *,
-    calibration: Tensor | None = None,
-    cache_folder: Path | None = None,
+    calibration_text: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Quantized:
@@ -106,10 +106,11 @@ def quantize(
 
     Args:
         transforms: applied in order; each leaves alone what is quantised already.
-        calibration: token windows `[N, T]` for transforms that need them.
+        calibration_text: for transforms that need some; None: the model writes it.
 
     Raises:
-        UsageError: quantised already, a pattern that names nothing, or a format that cannot be had here.
+        UsageError: quantised already, calibration text that is too short or not asked for, a pattern that names
+            nothing, or a format that cannot be had here.
         NoEffectError: nothing was quantised, or what was written is not what was made.
     """
     refuse_quantized(folder)
@@ -117,7 +118,13 @@ def quantize(
         reason = transform.requires("cpu")
         if reason:
             raise UsageError(f"{transform.title} cannot be made here: {reason}", "Choose another --format")
-    context = Context(calibration=calibration, cache_folder=cache_folder, progress=say)
+    calibrated = [transform for transform in transforms if transform.needs_calibration]
+    if calibration_text is not None and not calibrated:
+        raise UsageError(f"{transforms[0].title} needs no calibration text", "Leave out --calibration")
+    window_len = min(calibration.WINDOW_LEN, checkpoint.read_config(folder).n_positions)
+    windows = None
+    if calibration_text is not None:
+        windows = calibration.from_text(folder, calibration_text, window_len=window_len)
 
     def convert(model: LanguageModel, name: str, weight: Weight) -> Weight:
         for transform in transforms:
@@ -127,9 +134,16 @@ def quantize(
     streams = all(transform.per_weight for transform in transforms)
     with files.whole_folder(output_dir, overwrite=overwrite) as out, torch.no_grad():
         say(f"reading {folder.name}")
-        model = checkpoint.load(folder, None, convert if streams else None)
+        stored = _dtype_of(folder)
+        # What runs the model to calibrate it runs it in fp32.
+        model = checkpoint.load(folder, torch.float32 if calibrated else None, convert if streams else None)
+        if calibrated and windows is None:
+            say("the model writes its calibration text")
+            windows = calibration.from_model(model)
         for transform in transforms:
-            model = transform.apply(model, context)
+            model = transform.apply(model, Context(calibration=windows, progress=say))
+        if calibrated and stored is not None:
+            model = model.to(stored)  # what was left alone goes back as it came
         layers = tuple(_layers(model, transforms))
         if all(layer.format == Dense.format for layer in layers):
             raise NoEffectError("no layer was quantised", "Check --include and --exclude")
@@ -159,6 +173,13 @@ def quantize(
         layers=layers,
         proof=tuple(proof),
     )
+
+
+def _dtype_of(folder: Path) -> torch.dtype | None:
+    """The floating-point type of a checkpoint where it has one."""
+    stored = StoredTensors(checkpoint.weight_files(folder))
+    found = {dtype for dtype in map(stored.dtype_of, stored) if dtype.is_floating_point}
+    return found.pop() if len(found) == 1 else None
 
 
 def _did_anything(transform: Transform, model: LanguageModel) -> bool:

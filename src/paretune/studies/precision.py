@@ -262,7 +262,7 @@ def crossover(line: Sequence[Row], sweep: str) -> str:
     verdicts = [r["verdict"] for r in known]
     span = place(known[0]) if len(known) == 1 else f"{place(known[0])} to {place(known[-1])}"
     first, last = known[0], known[-1]
-    ends = shown(last) if len(known) == 1 else f"{shown(first)} there, {shown(last)} here"
+    ends = shown(last) if len(known) == 1 else f"{shown(first)} at the first, {shown(last)} at the last"
     if len(set(verdicts)) == 1:
         word = {"faster": "faster", "slower": "slower", "indistinguishable": "no different"}.get(
             verdicts[0], "undecided"
@@ -353,21 +353,21 @@ def mistral_rows(ceilings: hardware.Ceilings, reason: str | None, measured: Sequ
 
 _NOTHING = {"config": "", "throughput_tokens_per_sec": None}
 _METHODS = [
-    Column("config", "Configuration", numeric=False),
-    Column("tokens_per_sec", "Tokens/s here"),
-    common.ratio_column("Against the baseline"),
+    Column("config", "Form", numeric=False),
+    Column("tokens_per_sec", "Tokens/s"),
+    common.ratio_column("Against baseline"),
     Column("verdict", "Verdict", numeric=False),
     Column("weights_bytes", "Weights"),
-    Column("rss_peak_bytes", "Peak of the process"),
-    Column("published_tokens_per_sec", "Published tokens/s"),
-    Column("published_memory_bytes", "Published memory"),
-    Column("published_speedup", "Published ratio", lambda r: format_ratio(r["published_speedup"])),
+    Column("rss_peak_bytes", "Process"),
+    Column("published_tokens_per_sec", "Publ. tok/s"),
+    Column("published_memory_bytes", "Publ. memory"),
+    Column("published_speedup", "Publ. ratio", lambda r: format_ratio(r["published_speedup"])),
 ]
 _SIZES = [Column("shape", "Model", numeric=False), Column("n_parameters", "Parameters"), *_METHODS[:5]]
 _MISTRAL = [
     Column("config", "Configuration", numeric=False),
     Column("predicted_weights_bytes", "Weights, predicted"),
-    Column("most_tokens_per_sec", "Tokens/s at most, predicted"),
+    Column("most_tokens_per_sec", "At most, predicted"),
     *_METHODS[1:],
 ]
 
@@ -414,7 +414,7 @@ def _write(out: Path, result: Mapping[str, Any], threads: int) -> None:
     ]
     titles = {"batch": "Over batch sizes", "length": "Over prompt lengths", "size": "Over model sizes"}
     for sweep, title in titles.items():
-        x_show = format_count if sweep == "size" else None
+        x_show = (lambda v: format_count(float(v))) if sweep == "size" else None
 
         def draw(fmt: str, sweep: str = sweep, x_show: Any = x_show) -> bytes:
             return curves(result["sweeps"][sweep], _X[sweep], fmt, x_show)

@@ -69,6 +69,7 @@ class Transform:
 
     # `convert` does all that `apply` does to weights: a model can be converted while it is read.
     per_weight: ClassVar[bool] = False
+    needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
 
     @property
     def title(self) -> str:

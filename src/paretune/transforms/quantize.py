@@ -6,9 +6,10 @@ stays as it is.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from paretune.errors import ParetuneError, UsageError
@@ -24,13 +25,37 @@ class Chosen:
     """One matrix that a transform is about.
 
     Args:
-        name: of the first layer that holds it.
+        names: of the layers that hold it.
         is_end: an embedding or the head.
     """
 
-    name: str
+    names: tuple[str, ...]
     weight: Weight
     is_end: bool
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def matrices(model: LanguageModel) -> list[Chosen]:
+    """All matrices of a model in the order of the tree, each shared one once."""
+    out: dict[int, Chosen] = {}
+    for name, module in weight_holders(model, lambda m, n: True):
+        before = out.get(id(module.weight))
+        is_end = isinstance(module, Embedding) or module is model.head
+        names = (*before.names, name) if before else (name,)
+        out[id(module.weight)] = Chosen(names, module.weight, is_end or (before is not None and before.is_end))
+    return list(out.values())
+
+
+@contextlib.contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Puts the layer's name in front of what goes wrong inside."""
+    try:
+        yield
+    except ParetuneError as error:
+        raise type(error)(f"{layer}: {error.cause}", error.cure) from None
 
 
 @dataclass(frozen=True)
@@ -86,55 +111,41 @@ class Quantize(Transform):
         Raises:
             UsageError: a pattern matches no layer.
         """
-        names: dict[int, list[str]] = {}
-        weights: dict[int, tuple[Weight, bool]] = {}
-        for name, module in weight_holders(model, lambda m, n: True):
-            key = id(module.weight)
-            is_end = isinstance(module, Embedding) or module is model.head
-            names.setdefault(key, []).append(name)
-            weights[key] = (module.weight, is_end or weights.get(key, (None, False))[1])
+        everything = matrices(model)
         for option in ("include", "exclude"):
             for pattern in _patterns(getattr(self, option)):
-                if not any(fnmatch.fnmatchcase(n, pattern) for ns in names.values() for n in ns):
-                    first = next(n for ns in names.values() for n in ns)
+                if not any(fnmatch.fnmatchcase(n, pattern) for c in everything for n in c.names):
                     raise UsageError(
-                        f"{self.name}: {option} pattern {pattern!r} matches no layer", f"Names look like {first}"
+                        f"{self.name}: {option} pattern {pattern!r} matches no layer",
+                        f"Names look like {everything[-1].name}",
                     )
-        return [
-            Chosen(names[key][0], weight, is_end)
-            for key, (weight, is_end) in weights.items()
-            if self.wants(is_end) and self._passes(names[key])
-        ]
+        return [c for c in everything if self.wants(c.is_end) and self._passes(c.names)]
 
     def passed(self, model: LanguageModel) -> list[str]:
         """Names of the layers that the filters let through, whatever the format takes of them."""
-        names: dict[int, list[str]] = {}
-        for name, module in weight_holders(model, lambda m, n: True):
-            names.setdefault(id(module.weight), []).append(name)
-        return [name for shared in names.values() if self._passes(shared) for name in shared]
+        return [name for c in matrices(model) if self._passes(c.names) for name in c.names]
 
-    def _passes(self, names: list[str]) -> bool:
+    def _passes(self, names: tuple[str, ...]) -> bool:
         def matches(text: str) -> bool:
             return any(fnmatch.fnmatchcase(n, p) for n in names for p in _patterns(text))
 
         return (not self.include or matches(self.include)) and not matches(self.exclude)
 
-    def _quantize(self, layer: Chosen) -> Weight:
-        try:
+    def quantized(self, layer: Chosen) -> Weight:
+        """`quantize`, with the layer's name in what goes wrong."""
+        with naming(layer.name):
             return self.quantize(layer)
-        except ParetuneError as error:
-            raise type(error)(f"{layer.name}: {error.cause}", error.cure) from None
 
     def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
         if not isinstance(weight, Dense):
             return weight
         held = model.get_submodule(name).weight  # `weight` itself may have been converted already
         layer = next((c for c in self.chosen(model) if c.weight is held), None)
-        return weight if layer is None else self._quantize(Chosen(layer.name, weight, layer.is_end))
+        return weight if layer is None else self.quantized(replace(layer, weight=weight))
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         todo = {id(c.weight): c for c in self.chosen(model) if isinstance(c.weight, Dense)}
-        self._swap_(model, todo, self._quantize)
+        self._swap_(model, todo, self.quantized)
         return model
 
     def _swap_(self, model: LanguageModel, todo: dict[int, Chosen], make: Callable[[Chosen], Weight]) -> None:

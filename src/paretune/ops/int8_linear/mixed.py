@@ -13,14 +13,17 @@ KERNEL = "paretune::mixed_int8_linear"
 @torch.library.custom_op(KERNEL, mutates_args=())
 def mixed_int8_linear(x: Tensor, q: Tensor, scale: Tensor, threshold: float, columns: Tensor, side: Tensor) -> Tensor:
     flat = x.reshape(-1, x.size(-1))
-    is_large = (flat.abs() >= threshold).any(dim=0)
+    is_outlier = flat.abs() >= threshold
+    is_large = is_outlier.any(dim=0)
     is_large[columns] = False  # they have weights of their own
     large = is_large.nonzero().view(-1)
     small = flat.float()
     if large.numel() or columns.numel():
-        small = small.masked_fill(is_large, 0)
+        small = small.masked_fill(is_outlier, 0)
         small[:, columns] = 0
     step = small.abs().amax(dim=1, keepdim=True) / 127
+    if large.numel():  # as in bitsandbytes, what is small in them counted for the step
+        small = small.masked_fill(is_large, 0)
     rounded = torch.round(small / torch.where(step > 0, step, torch.ones_like(step))).to(torch.int8)
     y = _integer_product(rounded, q).float() * step * scale
     if large.numel():  # their weights stay integers, as in bitsandbytes

@@ -38,13 +38,17 @@ def mixed_int8_linear(x: Tensor, q: Tensor, scale: Tensor, threshold: float, col
     Returns:
         `[..., out]` in the dtype of `x`.
     """
-    flat = x.reshape(-1, x.size(-1)).double()
+    flat = x.reshape(-1, x.size(-1)).float()
     weight = q.double() * scale.double()[:, None]
     weight[:, columns] = side.double()
-    is_large = (flat.abs() >= threshold).any(dim=0)
+    is_outlier = flat.abs() >= threshold
+    is_large = is_outlier.any(dim=0)
     is_large[columns] = True
+    # As in bitsandbytes, what is small in a column that is large elsewhere counts for its row's step.
+    stays = flat.masked_fill(is_outlier, 0)
+    stays[:, columns] = 0
+    step = stays.abs().amax(dim=1, keepdim=True) / 127
     small = flat.masked_fill(is_large, 0)
-    step = small.abs().amax(dim=1, keepdim=True) / 127
-    rounded = torch.round(small / torch.where(step > 0, step, torch.ones_like(step))) * step
-    y = torch.where(is_large, flat, rounded) @ weight.T
+    rounded = torch.round(small / torch.where(step > 0, step, torch.ones_like(step))).double() * step
+    y = torch.where(is_large, flat, rounded).double() @ weight.T
     return y.to(x.dtype).view(*x.shape[:-1], q.size(0))

@@ -117,11 +117,23 @@ class IntGroups(Weight):
         half, half_low = scale.half(), None if low is None else low.half()
         if not bool(torch.isfinite(half).all()) or (half_low is not None and not bool(torch.isfinite(half_low).all())):
             raise ParetuneError("a weight is too large for fp16 scales", "Use int8 rows, whose scales are fp32")
-        q = q.reshape(n_out, n_in)
+        return cls.from_integers(q.reshape(n_out, n_in), bits, half, half_low, values.dtype, activation_bits)
+
+    @classmethod
+    def from_integers(
+        cls,
+        q: Tensor,
+        bits: int,
+        scale: Tensor,
+        minimum: Tensor | None,
+        compute_dtype: torch.dtype,
+        activation_bits: int = 16,
+    ) -> IntGroups:
+        """Packs whole numbers `[out, in]` of any dtype, -8 to 7 or -128 to 127; the rest as the class has it."""
         if bits == 8:
-            return cls(q.to(torch.int8), half, half_low, values.dtype, activation_bits)
+            return cls(q.to(torch.int8), scale, minimum, compute_dtype, activation_bits)
         nibbles = (q + 8).to(torch.uint8)
-        return cls(nibbles[:, ::2] | nibbles[:, 1::2] << 4, half, half_low, values.dtype, activation_bits)
+        return cls(nibbles[:, ::2] | nibbles[:, 1::2] << 4, scale, minimum, compute_dtype, activation_bits)
 
     def integers(self) -> Tensor:
         """int8 `[out, in]`."""

@@ -70,7 +70,7 @@ def _nearest_of_16_bits() -> Tensor:
 def nearest_in_map(x: Tensor) -> Tensor:
     """Index in the dynamic map of `x` in [-1, 1], uint8, by way of its 16-bit rounding.
 
-    So does bitsandbytes (0.50) on a CPU. Its GPU kernels compare with midpoints: about one scale in 800 is one step off.
+    So does bitsandbytes (0.50) on a CPU. Its GPU kernels compare with midpoints: one scale in 800 is a step away there.
     """
     return _nearest_of_16_bits().to(x.device)[((x + 1) * 32767.5 + 0.5).floor().long()]
 

@@ -1,0 +1,198 @@
+"""Better integers for `IntGroups` than the nearest ones: scales searched for, GPTQ, HQQ.
+
+All give the same stored form, so every kernel serves them.
+
+Legend: N outputs, C inputs, g size of a group, G = C / g groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from paretune.errors import ParetuneError
+from paretune.ops.weights.int_groups import IntGroups
+
+COLUMNS = 128  # that GPTQ rounds before the rest of the matrix is brought up to date
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.05)  # scales that are tried, times the one of plain rounding
+AT_ONCE = 1 << 22  # numbers that are rounded together
+
+
+def levels(bits: int) -> tuple[int, int]:
+    """The smallest and the largest integer."""
+    return (-8, 7) if bits == 4 else (-128, 127)
+
+
+def search_scales(w: Tensor, importance: Tensor, bits: int, group: int, minimum: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales (and minima) that make `sum importance * (w - rounded)^2` of each group small.
+
+    Args:
+        w: fp32 `[N, C]`.
+        importance: of each input, `[C]`: the diagonal of the second moments.
+
+    Returns:
+        fp16 `[N, G]` each; the minimum counts from the integer 0.
+    """
+    parts = [_search(part, importance, bits, group, minimum) for part in w.split(max(1, AT_ONCE // w.size(1)))]
+    low = torch.cat([p[1] for p in parts if p[1] is not None]) if minimum else None
+    return torch.cat([p[0] for p in parts]), low
+
+
+def _search(w: Tensor, importance: Tensor, bits: int, group: int, minimum: bool) -> tuple[Tensor, Tensor | None]:
+    least, most = levels(bits)
+    x = w.unflatten(1, (-1, group))  # (N, G, g)
+    weight = (importance / importance.mean().clamp(min=1e-30) + 1e-3).view(-1, group)
+    if minimum:
+        top, bottom = x.amax(-1), x.amin(-1)
+        middle = (top + bottom) / 2
+    else:
+        # Both signs of the scale: the integers reach one further down than up.
+        at = x.abs().argmax(dim=-1, keepdim=True)
+        extreme = x.gather(-1, at)[..., 0]
+    largest = (torch.maximum(top.abs(), bottom.abs()) if minimum else extreme.abs() / -least).max()
+    if not float(largest) * max(SHRINK) < torch.finfo(torch.float16).max:
+        raise ParetuneError("a weight is too large for fp16 scales", "Use int8 rows, whose scales are fp32")
+    best = torch.full(x.shape[:2], torch.inf, device=w.device)
+    scale = torch.zeros_like(best)
+    low = torch.zeros_like(best) if minimum else None
+    for shrink in SHRINK:
+        if minimum:
+            s = ((top - bottom) * shrink / (most - least)).half().float()
+            b = (middle - (top - bottom) * shrink / 2 - least * s).half().float()
+        else:
+            s = (extreme * shrink / least).half().float()
+            b = torch.zeros_like(s)
+        error = ((x - rounded(x, s[..., None], b[..., None], bits)).square() * weight).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, s, scale)
+        if low is not None:
+            low = torch.where(better, b, low)
+    return scale.half(), None if low is None else low.half()
+
+
+def integers(w: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
+    """The nearest integers, as floats; a group without a scale is all zeros."""
+    inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
+    return ((w - minimum) * inverse).round_().clamp_(*levels(bits))
+
+
+def rounded(w: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
+    return integers(w, scale, minimum, bits) * scale + minimum
+
+
+def nearest_weighted(
+    values: Tensor, importance: Tensor, bits: int, group: int, minimum: bool, activation_bits: int
+) -> IntGroups:
+    """Nearest integers under searched scales: what GPTQ begins with, without what it adds."""
+    w = values.detach().float()
+    scale, low = search_scales(w, importance, bits, group, minimum)
+    s, b = _by_input(scale, group), torch.zeros(1) if low is None else _by_input(low, group)
+    return IntGroups.from_integers(integers(w, s, b, bits), bits, scale, low, values.dtype, activation_bits)
+
+
+def _by_input(x: Tensor, group: int) -> Tensor:
+    return x.float().repeat_interleave(group, dim=1)
+
+
+def gptq(
+    values: Tensor,
+    moments: Tensor,
+    bits: int,
+    group: int,
+    *,
+    minimum: bool = False,
+    act_order: bool = True,
+    damping: float = 0.01,
+    activation_bits: int = 16,
+) -> IntGroups:
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each rounded column's error is made up for by those to come.
+
+    Scales are fixed before (`search_scales`), so that inputs may be rounded in the order of their size (act-order) and
+    still lie in their own groups: nothing is gathered at run time.
+
+    Args:
+        values: `[N, C]`.
+        moments: `H` of the inputs, fp32 `[C, C]`; overwritten.
+        damping: of the mean of the diagonal, added to it.
+
+    Raises:
+        ParetuneError: `H` cannot be inverted, whatever is added.
+    """
+    w = values.detach().float()
+    diagonal = moments.diagonal()
+    is_dead = diagonal == 0  # never seen: rounded to nearest
+    scale, low = search_scales(w, diagonal.clone(), bits, group, minimum)
+    diagonal[is_dead] = 1
+    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(w.size(1), device=w.device)
+    factor = _inverse_factor(moments[order][:, order], damping)
+    # Rows are inputs from here on: one input of all outputs lies in one piece.
+    left = w.t()[order].contiguous()
+    scales = _by_input(scale, group).t()[order].contiguous()
+    lows = torch.zeros_like(scales) if low is None else _by_input(low, group).t()[order].contiguous()
+    q = torch.empty_like(left)
+    for start in range(0, left.size(0), COLUMNS):
+        end = min(start + COLUMNS, left.size(0))
+        part, own = left[start:end], factor[start:end, start:end]
+        errors = torch.empty_like(part)
+        for i in range(end - start):
+            s, b = scales[start + i], lows[start + i]
+            q[start + i] = integers(part[i], s, b, bits)
+            errors[i] = (part[i] - q[start + i] * s - b) / own[i, i]
+            part[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    found = torch.empty_like(q)
+    found[order] = q
+    return IntGroups.from_integers(found.t().contiguous(), bits, scale, low, values.dtype, activation_bits)
+
+
+def _inverse_factor(h: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of `h` with `damping` times its mean on the diagonal."""
+    mean = h.diagonal().mean()
+    for times in (1, 10, 100):
+        damped = h + torch.eye(h.size(0), device=h.device) * (mean * damping * times)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed):
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(failed):
+            return upper
+    raise ParetuneError("the second moments of a layer's inputs cannot be inverted", "Give more calibration text")
+
+
+def hqq(values: Tensor, bits: int, group: int, *, activation_bits: int = 16, n_steps: int = 20) -> IntGroups:
+    """HQQ (Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models"): minima that make the
+    errors sparse, without calibration.
+
+    Minimises `|w - rounded|_p`, p = 0.7: an auxiliary error is shrunk towards zero and the minimum moved to the mean of
+    what is left, in turns.
+    """
+    if values.numel() > AT_ONCE:
+        rows = max(1, AT_ONCE // values.size(1))
+        parts = [hqq(p, bits, group, activation_bits=activation_bits, n_steps=n_steps) for p in values.split(rows)]
+        lows = torch.cat([p.minimum for p in parts if p.minimum is not None])
+        q, scale = torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
+        return IntGroups(q, scale, lows, values.dtype, activation_bits)
+    least, most = levels(bits)
+    x = values.detach().float().unflatten(1, (-1, group))
+    if not bool(torch.isfinite(x).all()):
+        raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
+    top, bottom = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
+    s = ((top - bottom) / (most - least)).half().float()
+    b = (bottom - least * s).half().float()
+    if not bool(torch.isfinite(s).all() and torch.isfinite(b).all()):
+        raise ParetuneError("a weight is too large for fp16 scales", "Use int8 rows, whose scales are fp32")
+    best, best_error = b, torch.full_like(b, torch.inf)
+    # Errors are measured in steps, so that one `beta` fits every layer.
+    step = torch.where(s != 0, s, torch.ones_like(s))
+    beta, p = 10.0, 0.7
+    for _ in range(n_steps):
+        q = integers(x, s, b, bits)
+        error = (x - q * s - b) / step
+        size = error.abs().pow(p).sum(-1, keepdim=True)
+        best, best_error = torch.where(size < best_error, b, best), torch.minimum(size, best_error)
+        kept = error.sign() * (error.abs() - error.abs().clamp(min=1e-6).pow(p - 1) / beta).clamp(min=0)
+        b = (x - kept * step - q * s).mean(-1, keepdim=True).half().float()
+        beta *= 1.01
+    q = integers(x, s, best, bits).flatten(1)
+    return IntGroups.from_integers(q, bits, s[..., 0].half(), best[..., 0].half(), values.dtype, activation_bits)

@@ -1,0 +1,142 @@
+"""Runs calibration text through a model block by block and sums up what each linear layer sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from paretune.errors import ParetuneError, UsageError
+from paretune.model.base import LanguageModel
+from paretune.model.layers import Linear
+from paretune.transforms.base import Context
+
+TOKENS_AT_ONCE = 4096
+
+
+class _Captured(Exception):
+    """The first block was reached: nothing behind it need run."""
+
+
+def check_calibration(ctx: Context, who: str, widest: int) -> Tensor:
+    """The calibration windows, int64 `[N, T]`.
+
+    Raises:
+        UsageError: there are none, or they have fewer tokens than the widest layer has inputs (its second moments would
+            be singular).
+    """
+    if ctx.calibration is None:
+        raise UsageError(f"{who} needs calibration text", "Give some that is not the evaluation text")
+    n_tokens = ctx.calibration.numel()
+    if n_tokens < widest:
+        raise UsageError(
+            f"calibration text too short: {n_tokens:,} tokens for layers of {widest:,} inputs",
+            f"Give {4 * widest:,} tokens or more",
+        )
+    return ctx.calibration
+
+
+def blocks_of(model: LanguageModel) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks with their names."""
+    lists = [(n, m) for n, m in model.named_children() if isinstance(m, nn.ModuleList)]
+    assert len(lists) == 1, "a model has one list of blocks"
+    name, blocks = lists[0]
+    return [(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+
+
+class SecondMoments:
+    """`H = 2 / n * sum x x^T` of the inputs of some layers, fp32 `[in, in]`; layers that read one tensor share it."""
+
+    def __init__(self, layers: dict[str, Linear]) -> None:
+        self._sums: list[Tensor] = []
+        self._n: list[int] = []
+        self._of: dict[str, int] = {}
+        self._last: tuple[int, Tensor] | None = None
+        self._hooks = [m.register_forward_pre_hook(self._hook(name)) for name, m in layers.items()]
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            if self._last is not None and self._last[1] is x and self._of.setdefault(name, self._last[0]) != -1:
+                return  # summed for the layer before
+            if name not in self._of:
+                self._of[name] = len(self._sums)
+                self._sums.append(torch.zeros(x.size(-1), x.size(-1), device=x.device))
+                self._n.append(0)
+            at = self._of[name]
+            flat = x.reshape(-1, x.size(-1)).float()
+            self._sums[at].addmm_(flat.t(), flat)
+            self._n[at] += flat.size(0)
+            self._last = (at, x)
+
+        return see
+
+    def forget_input(self) -> None:
+        """A new pass begins: tensors of the last one may be gone and their identity with them."""
+        self._last = None
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def of(self, name: str) -> Tensor:
+        """Raises `ParetuneError` where the calibration text gave NaN or infinity."""
+        at = self._of[name]
+        moments = self._sums[at] * (2 / self._n[at])
+        if not bool(torch.isfinite(moments).all()):
+            raise ParetuneError("its inputs are not finite on the calibration text", "Use fp32")
+        return moments
+
+
+@torch.inference_mode()
+def walk(
+    model: LanguageModel,
+    tokens: Tensor,
+    visit: Callable[[str, dict[str, Linear], SecondMoments], None],
+    progress: Callable[[str], None],
+) -> None:
+    """Calls `visit(block name, its linear layers, their moments)` for one block after another.
+
+    What `visit` changes in a block is what the next one's inputs come from, so that errors are made up for.
+
+    Args:
+        tokens: `[N, T]`.
+    """
+    blocks = blocks_of(model)
+    batches = _inputs_of_first_block(model, blocks[0][1], tokens)
+    for i, (name, block) in enumerate(blocks):
+        progress(f"block {i + 1} of {len(blocks)}")
+        layers = {n: m for n, m in model.named_modules() if n.startswith(f"{name}.") and isinstance(m, Linear)}
+        moments = SecondMoments(layers)
+        try:
+            for args, kwargs in batches:
+                moments.forget_input()
+                block(*args, **kwargs)
+        finally:
+            moments.close()
+        visit(name, layers, moments)
+        if i + 1 < len(blocks):
+            batches = [((block(*args, **kwargs), *args[1:]), kwargs) for args, kwargs in batches]
+
+
+def _inputs_of_first_block(
+    model: LanguageModel, first: nn.Module, tokens: Tensor
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Captured
+
+    hook = first.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        for batch in tokens.to(model.embedding.weight.device).split(max(1, TOKENS_AT_ONCE // tokens.size(1))):
+            try:
+                model(batch, None, "last")
+            except _Captured:
+                continue
+    finally:
+        hook.remove()
+    return seen

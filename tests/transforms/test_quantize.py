@@ -1,0 +1,216 @@
+"""What quantising transforms share: filters, mixes, errors that leave the model alone, proof; and GPTQ on a model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from paretune.engine.probe import observe
+from paretune.engine.runners.eager import EagerRunner
+from paretune.errors import NoEffectError, ParetuneError, UsageError
+from paretune.model.layers import Embedding, Linear
+from paretune.ops.weights.dense import Dense
+from paretune.recipe import Recipe, preset
+from paretune.transforms.base import Context
+from paretune.transforms.fp8 import Float8
+from paretune.transforms.gptq import GPTQ
+from paretune.transforms.groups import Groups
+from paretune.transforms.hqq import HQQ
+from paretune.transforms.int8 import Int8
+from paretune.transforms.llm_int8 import LLMInt8
+from paretune.transforms.nf4 import NormalFloat4
+
+WIDE = {
+    "gpt2": {"n_embd": 64},
+    "llama": {"hidden_size": 64, "intermediate_size": 128},
+    "mistral": {"hidden_size": 64, "intermediate_size": 128},
+}
+CALIBRATION = torch.randint(0, 131, (32, 32), generator=torch.Generator().manual_seed(1))
+CONTEXT = Context(calibration=CALIBRATION)
+EVERY = [Int8(), Groups(), LLMInt8(), NormalFloat4(), GPTQ(), HQQ(), Float8()]
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model(request, tiny):
+    return tiny(request.param, **WIDE[request.param])[0]
+
+
+def formats(model):
+    return {n: m.weight.format for n, m in model.named_modules() if isinstance(m, Linear | Embedding)}
+
+
+def fake(**runner):
+    return SimpleNamespace(kernels={}, compiled=True, cache_dtype="torch.float32", runner=runner)
+
+
+@pytest.mark.parametrize("transform", EVERY, ids=lambda t: t.title)
+def test_filters(model, transform):
+    from dataclasses import replace
+
+    some = replace(transform, include="*.0.*", exclude="*.mlp.*,*head")
+    before = formats(model)
+    some.apply(model, CONTEXT)
+    after = formats(model)
+    changed = {n for n in after if after[n] != before[n]}
+    assert changed and changed == {n for n in after if ".0." in n and ".mlp." not in n}
+    assert some.verify(model, fake())
+    assert "of *.0.* but" in some.title and some.title != transform.title
+    assert Recipe.from_dict(Recipe((some,)).to_dict()).transforms == (some,)
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error(model, option):
+    with pytest.raises(UsageError, match=f"int8: {option} pattern 'h.9.\\*' matches no layer"):
+        Int8(**{option: "h.9.*"}).apply(model, Context())
+    assert set(formats(model).values()) == {"dense"}
+
+
+def test_a_tied_pair_is_chosen_by_either_name(tiny):
+    for name in ("wte", "lm_head"):
+        model = tiny("gpt2", **WIDE["gpt2"])[0]
+        Int8(include=name).apply(model, Context())
+        assert model.lm_head.weight is model.wte.weight and model.wte.weight.format == "int8_rows"
+
+
+def test_a_mix_in_one_recipe(model, tiny_tokens):
+    recipe = Recipe((NormalFloat4(include="*.0.*"), Groups(bits=8, group=64, include="*.1.*"), Int8()))
+    again = Recipe.from_dict(recipe.to_dict())
+    assert again == recipe and again.hash == recipe.hash and "nf4 of *.0.* + int8-g64 of *.1.* + int8" in recipe.name
+    recipe.apply(model, Context())
+    for name, found in formats(model).items():
+        assert found == ("nf4" if ".0." in name else "int_groups" if ".1." in name else "int8_rows"), name
+    probe = observe(EagerRunner(model))
+    said = [s for t in recipe.transforms for s in t.verify(model, probe)]
+    assert "4 matrices hold NF4 blocks" in said[0] or "7 matrices hold NF4 blocks" in said[0]
+    assert any("were quantised before (int_groups, nf4)" in s for s in said)
+
+
+def test_all_but_the_last_of_a_mix_name_their_layers():
+    with pytest.raises(UsageError, match="all but the last have"):
+        Recipe((Groups(), Int8()))
+    assert Recipe((NormalFloat4(), Int8())).name.startswith("nf4 + int8")  # it leaves the ends by itself
+    assert preset("nf4_head8").transforms[1:] == (NormalFloat4(), Int8())
+
+
+def test_an_already_quantised_model_is_no_silent_no_op(model):
+    Int8().apply(model, Context())
+    for transform in (Groups(), NormalFloat4(), GPTQ()):
+        transform.apply(model, CONTEXT)
+        with pytest.raises(NoEffectError, match=r"its layers were already quantised \(int8_rows\)"):
+            transform.verify(model, fake())
+
+
+@pytest.mark.parametrize("transform", EVERY, ids=lambda t: t.title)
+def test_nan_names_the_layer_and_leaves_the_model(model, transform):
+    last = [n for n, m in model.named_modules() if isinstance(m, Linear) and ".1." in n][-1]
+    values = model.get_submodule(last).weight.values
+    values.data[3, 5] = float("nan")
+    before = {n: m.weight for n, m in model.named_modules() if isinstance(m, Linear | Embedding)}
+    with pytest.raises(ParetuneError, match=f"{last}: a weight holds NaN or infinity"):
+        transform.apply(model, CONTEXT)
+    assert all(model.get_submodule(n).weight is w for n, w in before.items())
+
+
+@pytest.mark.parametrize("transform", [Groups(), NormalFloat4(), GPTQ(), HQQ()], ids=lambda t: t.title)
+def test_a_width_that_groups_do_not_divide(tiny, transform):
+    model = tiny("llama", hidden_size=64, intermediate_size=80)[0]
+    before = formats(model)
+    with pytest.raises(UsageError, match=r"layers\.0\.mlp\.down_proj: .* do(es)? not divide .*80") as failure:
+        transform.apply(model, CONTEXT)
+    assert failure.value.exit_code == 2 and formats(model) == before
+
+
+def test_a_kept_copy_is_no_effect(model):
+    for transform in (NormalFloat4(), LLMInt8(), Float8()):
+        fresh = transform.apply(model, Context())
+        weight = next(
+            m.weight for m in fresh.modules() if isinstance(m, Linear) and m.weight.format == transform.format
+        )
+        weight.register_buffer("cached", weight.dequantize())
+        with pytest.raises(NoEffectError, match="bytes are stored"):
+            transform.verify(fresh, fake())
+        for m in fresh.modules():
+            if isinstance(m, Linear | Embedding):
+                m.weight = Dense(m.weight.dequantize())
+
+
+def test_llm_int8_needs_its_kernel_in_the_profile(model):
+    LLMInt8().apply(model, Context())
+    assert "paretune::mixed_int8_linear ran" in LLMInt8().verify(model, observe(EagerRunner(model)))[1]
+    with pytest.raises(NoEffectError, match="shows no paretune::mixed_int8_linear"):
+        LLMInt8().verify(model, SimpleNamespace(kernels={}, compiled=False, runner={}))
+
+
+def test_bad_options():
+    for make, said in (
+        (lambda: GPTQ(damping=0.0), "damping is 0.0"),
+        (lambda: LLMInt8(threshold=0.0), "threshold is 0.0"),
+        (lambda: HQQ(minimum=False), "minimum is False"),
+        (lambda: GPTQ(group=48), "gptq: group is 48"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            make()
+
+
+def test_fp8_says_that_a_cpu_only_stores_it():
+    assert Float8().requires("cpu") is None and "storage only" in Float8().notes("cpu")[0]
+    assert "no fp8 numbers" in Float8().requires("mps")
+
+
+# ---- GPTQ
+
+
+def output_error(model, exact, tokens):
+    return float((model(tokens, None, "all") - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_gptq_beats_nearest_on_a_model(tiny, family):
+    """On tokens of the kind that it was calibrated on, not the same ones. Shared inputs (q, k, v) share moments."""
+    calibration = torch.randint(0, 30, (64, 32), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 30, (16, 32), generator=torch.Generator().manual_seed(2))
+    errors = {}
+    for name, transform in (("nearest", Groups(group=64, head_bits=0)), ("gptq", GPTQ(head_bits=0))):
+        model = tiny(family, **WIDE[family])[0]
+        exact = model(tokens, None, "all")
+        transform.apply(model, Context(calibration=calibration))
+        assert transform.verify(model, fake())
+        errors[name] = output_error(model, exact, tokens)
+    assert errors["gptq"] < 0.75 * errors["nearest"], errors
+
+
+def test_gptq_wants_calibration_text(model):
+    with pytest.raises(UsageError, match="needs calibration text"):
+        GPTQ().apply(model, Context())
+    with pytest.raises(UsageError, match="calibration text too short: 32 tokens for layers of"):
+        GPTQ().apply(model, Context(calibration=CALIBRATION[:1]))
+    assert set(formats(model).values()) == {"dense"}
+
+
+def test_gptq_twice_is_once(model):
+    GPTQ().apply(model, CONTEXT)
+    weights = {n: m.weight for n, m in model.named_modules() if isinstance(m, Linear)}
+    GPTQ().apply(model, Context())  # a converted checkpoint needs no text
+    assert all(model.get_submodule(n).weight is w for n, w in weights.items())
+
+
+def test_a_failure_half_way_leaves_the_model(model, monkeypatch):
+    from paretune.ops.weights import rounding
+
+    solved = []
+
+    def fails(*args, **options):
+        solved.append(1)
+        if len(solved) == 6:
+            raise ParetuneError("no inverse")
+        return real(*args, **options)
+
+    real = rounding.gptq
+    monkeypatch.setattr(rounding, "gptq", fails)
+    before = {n: m.weight for n, m in model.named_modules() if isinstance(m, Linear | Embedding)}
+    with pytest.raises(ParetuneError, match="no inverse"):
+        GPTQ().apply(model, CONTEXT)
+    assert all(model.get_submodule(n).weight is w for n, w in before.items())
+    assert not any(m._forward_pre_hooks for m in model.modules())
