@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from paretune.errors import ParetuneError
 
@@ -31,8 +31,9 @@ def write_error(path: str | os.PathLike[str], error: OSError) -> ParetuneError:
     return ParetuneError(f"cannot write {path}: {cause}", cure)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replaces `path` by `data`, or leaves it as it was.
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Yields an open temporary file that replaces `path` when the body succeeds, and vanishes when it does not.
 
     Raises:
         ParetuneError: the folder is missing, read-only or full.
@@ -42,7 +43,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, target)
@@ -52,6 +53,16 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         if isinstance(error, OSError):
             raise write_error(target, error) from None
         raise
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replaces `path` by `data`, or leaves it as it was.
+
+    Raises:
+        ParetuneError: the folder is missing, read-only or full.
+    """
+    with whole_file(path) as f:
+        f.write(data)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

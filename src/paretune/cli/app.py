@@ -31,6 +31,8 @@ _VERBS = {
     "profile": ("paretune.cli.profile:profile", "Say where the time of a step goes, and why."),
     "study": ("paretune.cli.study:study", "Run a published study again, beside its published numbers."),
     "train": ("paretune.cli.train:train", "Train a language model on text."),
+    "quantize": ("paretune.cli.quantize:quantize", "Write a model in a smaller number format."),
+    "export": ("paretune.cli.export:export", "Write a model as a GGUF file for llama.cpp."),
     "new": ("paretune.cli.new:new", "Make a model folder with random weights."),
     "doctor": ("paretune.cli.app:_doctor", "Say what this machine is, can do at most, and lacks."),
     "ls": ("paretune.cli.ls:ls", "List transforms, runners, formats, presets and embedded models."),

@@ -39,6 +39,7 @@ def collect(device: str | None = None) -> dict[str, Any]:
     for section, name in _SECTIONS.items():
         table = getattr(registry, name)
         found[section.replace(" ", "_")] = [{"name": n, "what": _what(table, n)} for n in table.names()]
+    found["quantize_formats"] = [{"name": name, "what": what} for name, what in _quantize_formats()]
     found["presets"] = [{"name": name, "what": _spell(recipe)} for name, recipe in PRESETS.items()]
     found["embedded_models"] = _embedded_models()
     if device is not None:
@@ -48,7 +49,7 @@ def collect(device: str | None = None) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """The listing as plain text."""
-    sections = [*_SECTIONS, "presets", "embedded models"]
+    sections = [*_SECTIONS, "quantize formats", "presets", "embedded models"]
     width = max(len(entry["name"]) for s in sections for entry in found[s.replace(" ", "_")])
     lines: list[str] = []
     for section in sections:
@@ -99,6 +100,13 @@ def _spell(recipe: dict[str, Any]) -> str:
 
     transforms = ", ".join(words(t, "name") for t in recipe["transforms"]) or "as loaded"
     return f"{transforms}; {words({'runner': 'eager', **recipe.get('engine', {})}, 'runner')}"
+
+
+def _quantize_formats() -> list[tuple[str, str]]:
+    """Names and lines of `paretune quantize --format`."""
+    from paretune.transforms.formats import FORMATS
+
+    return [(name, chosen.what) for name, chosen in FORMATS.items()]
 
 
 def _embedded_models() -> list[dict[str, str]]:

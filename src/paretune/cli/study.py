@@ -13,12 +13,14 @@ from paretune.registry import Registry
 
 STUDIES: Registry[Callable[..., Any]] = Registry("study")
 STUDIES.register("kernels", "paretune.studies.kernels:run")
+STUDIES.register("precision", "paretune.studies.precision:run")
+STUDIES.register("quantization", "paretune.studies.quantization:run")
 STUDIES.register("attention", "paretune.studies.attention:run")
 OF_PAIRS = ("attention",)  # studies that fine-tune on articles and summaries
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="kernels or attention.")],
+    name: Annotated[str, typer.Argument(help="kernels, precision, quantization or attention.")],
     model: Annotated[str, typer.Option(help="Folder, hub id or `pocket`.")] = "pocket",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer blocks; with `pocket` minutes on two cores.")] = False,
     output_dir: Annotated[
@@ -36,7 +38,7 @@ def study(
     json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Runs a published study again: report.html, results.csv, results.json, pictures and traces."""
+    """Runs a published study again: report.html, results.csv, results.json, pictures (and traces)."""
     import json
 
     from paretune import hardware

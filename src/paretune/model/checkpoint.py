@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def resolve(name: str) -> Path:
-    """The folder of a model: `pocket`, a local path, or a hub id (downloaded once into the hub's cache).
+    """The folder of a model: `pocket`, a local path, a GGUF file, or a hub id (downloaded once into the hub's cache).
 
     Raises:
         UsageError: no such folder, and the hub does not have it or cannot be reached.
@@ -65,6 +65,10 @@ def resolve(name: str) -> Path:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
+    if name and folder.is_file() and folder.suffix.lower() == ".gguf":
+        from paretune.model.gguf.load import folder_of
+
+        return folder_of(folder)
     if name and folder.exists():
         raise UsageError(f"{name} is a file, not a model folder", "Pass the folder that holds config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
@@ -160,7 +164,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, on_weight: OnWeight | N
     formats = _formats(config)
     tensors = StoredTensors(weight_files(folder))
     rename = _renamer(model, tensors)
-    _swap_formats_(model, formats, tensors, rename, on_weight)
+    _swap_formats_(model, formats, tensors, rename, dtype, on_weight)
     expected = dict(_dense_slots(model))
     _drop_redundant_(model, tensors, rename, expected)
     # The largest first: while it is there twice, little else is.
@@ -200,32 +204,45 @@ def load(folder: Path, dtype: torch.dtype | None = None, on_weight: OnWeight | N
     return model.eval()
 
 
-def save(model: LanguageModel, folder: Path, tokenizer_from: Path | None = None) -> None:
-    """Writes `config.json`, `model.safetensors` and the tokenizer's files into `folder` (which exists).
+def tensors_of(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
+    """What `save` writes, one tensor at a time under its stored name.
 
-    Dense layers are written in the stock layout (`transformers` reads them), others as their stored tensors.
+    Dense layers come in the stock layout (`transformers` reads them), others as their stored tensors.
     """
-    config: ModelConfig = model.config
     prefix = model.hf_prefix
-    tensors: dict[str, Tensor] = {}
-    formats: dict[str, str] = {}
     for name, (owner, attribute) in _dense_slots(model):
         value = getattr(owner, attribute).detach()
         transposed = name.endswith(model.hf_transposed) and value.dim() == 2
-        tensors[_hf_name(name, prefix)] = (value.t() if transposed else value).contiguous()
+        yield _hf_name(name, prefix), (value.t() if transposed else value).contiguous()
     for name, module in _weight_holders(model):
         weight = module.weight
         if isinstance(weight, Dense):
             continue
-        formats[f"{name}.weight"] = weight.format
         for part, value in weight.to_tensors().items():
-            tensors[f"{_hf_name(name, prefix)}.weight.{weight.format}.{part}"] = value.detach().contiguous()
+            yield f"{_hf_name(name, prefix)}.weight.{weight.format}.{part}", value.detach().contiguous()
+
+
+def save(
+    model: LanguageModel,
+    folder: Path,
+    tokenizer_from: Path | None = None,
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `config.json`, `model.safetensors` and the tokenizer's files into `folder` (which exists).
+
+    Args:
+        quantization: more entries for `quantization_config`, for people to read.
+    """
+    config: ModelConfig = model.config
+    tensors = dict(tensors_of(model))
+    holders = _weight_holders(model)
+    formats = {f"{name}.weight": m.weight.format for name, m in holders if not isinstance(m.weight, Dense)}
     hf: dict[str, Any] = config.to_hf()
     hf.pop("torch_dtype", None)
     hf["dtype"] = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
     hf.pop("quantization_config", None)
     if formats:
-        hf["quantization_config"] = {"quant_method": METHOD, "formats": formats}
+        hf["quantization_config"] = {"quant_method": METHOD, **(quantization or {}), "formats": formats}
     try:
         if tokenizer_from is not None and not _same_folder(tokenizer_from, folder):
             for file in TOKENIZER_FILES:
@@ -330,7 +347,12 @@ def _replace_(model: LanguageModel, old: Weight, new: Weight) -> None:
 
 
 def _swap_formats_(
-    model: LanguageModel, formats: dict[str, str], tensors: StoredTensors, rename, on_weight: OnWeight | None
+    model: LanguageModel,
+    formats: dict[str, str],
+    tensors: StoredTensors,
+    rename,
+    dtype: torch.dtype | None,
+    on_weight: OnWeight | None,
 ) -> None:
     """Puts weights that are stored in another format into the tree, taking their tensors out of `tensors`."""
     for full_name, format_name in formats.items():
@@ -355,6 +377,8 @@ def _swap_formats_(
                 f"{old.out_features}x{old.in_features}",
                 "The weights belong to another config.json",
             )
+        if dtype is not None:  # what the rows are computed in; the stored numbers stay
+            weight = weight.to(dtype)
         _replace_(model, old, weight if on_weight is None else on_weight(model, module_name, weight))
 
 

@@ -87,6 +87,10 @@ class StoredTensors:
             raise _damaged(path, ValueError(f"{n_read} of {last - first} bytes of {name}"))
         return memory.view(_DTYPES[entry["dtype"]]).view(entry["shape"])
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a tensor, without reading it."""
+        return _DTYPES.get(self._at[name][2]["dtype"], torch.uint8)
+
     def pop(self, name: str) -> Tensor:
         tensor = self[name]
         del self._at[name]

@@ -65,18 +65,28 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """The prompt that the model's chat template makes of `[{"role", "content"}, ...]`.
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a `tokenizer.json`."""
+        return self._tokenizer.to_str()
 
-        Raises:
-            UsageError: the model has no chat template, or the template refuses these messages.
-        """
+    @property
+    def chat_template(self) -> str | None:
+        """The model's template in Jinja, the default one where it has several; None where it has none."""
         template = self.settings.get("chat_template")
         if self._chat_file.is_file():
             template = self._chat_file.read_text("utf-8")
         if isinstance(template, list):  # several named ones
             named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
             template = named[0].get("template") if named else None
+        return template or None
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt that the model's chat template makes of `[{"role", "content"}, ...]`.
+
+        Raises:
+            UsageError: the model has no chat template, or the template refuses these messages.
+        """
+        template = self.chat_template
         if not template:
             raise UsageError("this model has no chat template", "Leave out --chat: it is a plain language model")
         specials = {k: _token_text(v) for k, v in self.settings.items() if k.endswith("_token") and v}

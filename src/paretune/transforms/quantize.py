@@ -121,6 +121,10 @@ class Quantize(Transform):
                     )
         return [c for c in everything if self.wants(c.is_end) and self._passes(c.names)]
 
+    def passed(self, model: LanguageModel) -> list[str]:
+        """Names of the layers that the filters let through, whatever the format takes of them."""
+        return [name for c in matrices(model) if self._passes(c.names) for name in c.names]
+
     def _passes(self, names: tuple[str, ...]) -> bool:
         def matches(text: str) -> bool:
             return any(fnmatch.fnmatchcase(n, p) for n in names for p in _patterns(text))

@@ -1,0 +1,151 @@
+"""A GGUF file as a model folder: its integers stay the integers they are.
+
+The folder lies in the cache, named by what it was made from, and every verb reads it like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from paretune import files, native_build
+from paretune.errors import CheckpointError
+from paretune.model import checkpoint
+from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
+from paretune.model.gguf import blocks, layout, vocabulary
+from paretune.model.gguf.container import Entry, Reader
+from paretune.model.layers import Embedding, Linear
+from paretune.ops.weights.base import Weight
+from paretune.ops.weights.dense import Dense
+
+SCHEMA = 1  # of the folders: a higher number makes all anew
+READ = (*blocks.BITS, *blocks.DENSE, "Q6_K")
+
+
+def folder_of(path: Path) -> Path:
+    """The model folder of a GGUF file, made now if the cache does not have it.
+
+    Raises:
+        CheckpointError: a damaged file, or something in it that is not read here.
+    """
+    info = path.stat()
+    key = f"{SCHEMA} {path.resolve()} {info.st_size} {info.st_mtime_ns}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    stem = re.sub(r"[^A-Za-z0-9._-]", "_", path.stem)[:60]
+    target = native_build.cache_folder() / "gguf" / f"{stem}-{digest}"
+    if not (target / "config.json").is_file():
+        reader = Reader(path)
+        with files.whole_folder(target, overwrite=True) as out:
+            notes = convert(reader, out)
+        native_build.say(f"{path.name} was read into {target}")
+        for note in notes:
+            native_build.say(f"{path.name}: {note}")
+    return target
+
+
+def convert(reader: Reader, out: Path) -> list[str]:
+    """Writes the model of a file into the folder `out` and gives what the user should know.
+
+    Raises:
+        CheckpointError: an architecture, a type or a tensor that is not read here, or one that is missing.
+    """
+    where = str(reader.path)
+    shapes = {name: entry.shape for name, entry in reader.tensors.items()}
+    for name, entry in reader.tensors.items():
+        if entry.type_name not in READ:
+            raise CheckpointError(
+                f"{where}: {name} is stored as {entry.type_name}, which is not read here",
+                "Take a file in Q8_0, Q4_0, F16 or F32",
+            )
+    factors = _vector(reader, layout.ROPE_FACTORS) if layout.ROPE_FACTORS in shapes else None
+    hf = layout.to_hf(reader.metadata, shapes, factors, where)
+    if not hf["tie_word_embeddings"] and _same(reader, "output.weight", "token_embd.weight"):
+        hf["tie_word_embeddings"] = True  # GPT-2's files often hold the tied matrix twice
+    config = ModelConfig.from_hf(hf, where)
+    model, notes = _build(reader, config)
+    checkpoint.save(model, out)
+    reason = vocabulary.write_tokenizer(reader.metadata, out)
+    if reason:
+        notes.append(f"{reason}: put tokenizer files into the folder to give it text")
+    return notes
+
+
+def _same(reader: Reader, a: str, b: str) -> bool:
+    first, second = reader.tensors[a], reader.tensors[b]
+    is_alike = (first.shape, first.type_name) == (second.shape, second.type_name)
+    return is_alike and torch.equal(reader.raw(a), reader.raw(b))
+
+
+def _build(reader: Reader, config: ModelConfig) -> tuple[LanguageModel, list[str]]:
+    model, where = checkpoint.build(config), reader.path
+    left = set(reader.tensors) - {layout.ROPE_FACTORS}
+    if config.tied_head:
+        left.discard("output.weight")
+    dtype = _dtype(reader)
+    notes = []
+
+    def take(name: str, shape: tuple[int, ...]) -> tuple[str, Entry, Tensor | None]:
+        theirs = layout.name_of(config, name)
+        if theirs not in left:
+            raise CheckpointError(f"{where}: tensor {theirs} is missing", "Download the file again")
+        left.discard(theirs)
+        entry = reader.tensors[theirs]
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{where}: tensor {theirs} has shape {list(entry.shape)}, its entries ask for {list(shape)}",
+                "Download the file again",
+            )
+        order = layout.rows_of(config, name)
+        return theirs, entry, None if order is None else torch.argsort(order)
+
+    done: dict[int, Weight] = {}
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, Linear | Embedding):
+            continue
+        old = module.weight
+        if id(old) not in done:
+            theirs, entry, order = take(f"{name}.weight", (old.out_features, old.in_features))
+            raw = reader.raw(theirs)
+            done[id(old)] = blocks.decode(raw if order is None else raw[order], entry.type_name, dtype)
+            if entry.type_name == "Q6_K":
+                notes.append(f"{theirs} was Q6_K and is fp16 now")
+        module.weight = done[id(old)]
+    inside = {id(p) for weight in done.values() for p in weight.parameters()}
+    for name, p in list(model.named_parameters()):
+        if id(p) in inside:
+            continue
+        theirs, _, order = take(name, tuple(p.shape))
+        value = _vector(reader, theirs)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        ordered = value if order is None else value[order]
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(ordered.to(dtype), requires_grad=False))
+    if left:
+        raise CheckpointError(f"{where}: tensor {min(left)} does not belong to this model", "Take another file")
+    if dtype == torch.float32:  # one dtype beside the integers, the one that loses nothing
+        for module in model.modules():
+            if isinstance(module, Dense):
+                module.float()
+    return model.eval(), notes
+
+
+def _dtype(reader: Reader) -> torch.dtype:
+    """That of the matrices where all vectors are exact in it, else fp32."""
+    kinds = {e.type_name for e in reader.tensors.values() if len(e.shape) > 1 and e.type_name in blocks.DENSE}
+    if len(kinds) != 1:
+        return torch.float32
+    dtype = blocks.DENSE[kinds.pop()]
+    vectors = (_vector(reader, n) for n, e in reader.tensors.items() if len(e.shape) == 1)
+    return dtype if all(torch.equal(v.to(dtype).float(), v) for v in vectors) else torch.float32
+
+
+def _vector(reader: Reader, name: str) -> Tensor:
+    """fp32 `[n]`."""
+    type_name = reader.tensors[name].type_name
+    if type_name not in blocks.DENSE:
+        raise CheckpointError(f"{reader.path}: the vector {name} is {type_name}", "Take another file")
+    return reader.raw(name).view(blocks.DENSE[type_name]).flatten().float()
