@@ -234,6 +234,9 @@ def test_memory_allocation():
 def test_a_busy_machine():
     found = explain.explain(result(preemptions=5.0, cpu_pressure=0.9))[0]
     assert found.cause == "busy machine" and "500 times a second" in found.sentence and "90 %" in found.sentence
+    row = part("expansion", 0.9, 0.8, "memory", product_weight_bytes=9 * 10**7, bytes=9 * 10**7)
+    _, bound = explain.explain(result(row, preemptions=5.0))
+    assert bound.cause == "weight bandwidth" and bound.gain is None and "Predicted" not in bound.text
 
 
 def test_slow_products():

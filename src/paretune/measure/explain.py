@@ -8,6 +8,7 @@ of the step that the cure takes away, by the byte counts and the rates measured 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from paretune.measure.explain_base import Explanation, Result
 from paretune.measure.explain_bounds import BOUNDS
@@ -33,9 +34,14 @@ CAUSES = (
 
 
 def explain(result: Result) -> list[Explanation]:
-    """All causes that the figures show, what is simply wrong first, then by share of the step."""
+    """All causes that the figures show, what is simply wrong first, then by share of the step.
+
+    On a busy machine no gain is predicted: the times that it would rest on are those of the other programs too.
+    """
     found = [e for rule in MISTAKES for e in rule(result)]
     found += sorted((e for rule in BOUNDS for e in rule(result)), key=lambda e: -e.share)
+    if any(e.cause == "busy machine" for e in found):
+        found = [replace(e, gain=None) for e in found]
     return found or list(_nothing(result))
 
 

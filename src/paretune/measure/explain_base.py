@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from paretune.hardware import Ceilings
+from paretune.measure.profile_parts import SUM_KEYS
 from paretune.measure.roofline import quantity
 
 LARGE = 0.4  # of the step: a cause that is called its bound
@@ -55,7 +56,8 @@ def gain_without(share: float) -> float:
 
 
 def leaves_of(result: Result) -> list[Mapping[str, Any]]:
-    return [row for row in result.get("parts") or () if row["part"] not in ("blocks", "attention", "mlp")]
+    """The parts of a profile without the sums of them."""
+    return [row for row in result.get("parts") or () if row["part"] not in SUM_KEYS]
 
 
 def class_share(result: Result, *kinds: str) -> float:

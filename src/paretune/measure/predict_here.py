@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from paretune import clock, hardware
+from paretune.measure.explain_base import leaves_of
 from paretune.measure.predict import Sizes
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
@@ -107,7 +108,7 @@ def cost_model(profiled: Mapping[str, Any], products: Sequence[Mapping[str, floa
     """The cost model of a runner from a decode profile of a small model of `config`."""
     kv_bytes = 4.0 * Sizes.of(config).kv_values * (profiled["input_len"] + 1)
     if profiled["parts"]:  # with what it takes to find the operators, as in `product_rates`
-        leaves = [r for r in profiled["parts"] if r["part"] not in ("blocks", "attention", "mlp")]
+        leaves = leaves_of(profiled)
         product_sec = sum(r["sec"] for r in leaves if r["product_weight_bytes"])
         attention_sec = sum(r["sec"] for r in leaves if r["part"] == "fused_attention")
     else:

@@ -14,6 +14,7 @@ import torch
 
 from paretune import clock, hardware
 from paretune.engine.load import Loaded
+from paretune.measure.explain_base import leaves_of
 from paretune.measure.profile_steps import Step
 from paretune.model.layers import Linear
 from paretune.ops.weights.dense import Dense
@@ -113,7 +114,7 @@ def facts(loaded: Loaded, step: Step, result: dict[str, Any], breaks: BreakCount
     def each(name: str) -> float | None:
         return None if before is None else (getattr(after, name) - getattr(before, name)) / n_steps
 
-    parts = [row for row in result["parts"] if row["part"] not in ("blocks", "attention", "mlp")]
+    parts = leaves_of(result)
     return {
         "threads": result["threads"]["threads"],
         "usable_cores": result["threads"]["usable_cores"],

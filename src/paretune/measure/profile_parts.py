@@ -69,6 +69,7 @@ SUMS: dict[Group, tuple[str, str, Group]] = {
     "attention": ("attention", "Self-attention", "block"),
     "mlp": ("mlp", "MLP", "block"),
 }
+SUM_KEYS = frozenset(key for key, _, _ in SUMS.values())
 TITLES: dict[Group, str] = {
     "model": "The step",
     "block": "Within the blocks",

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from paretune.measure.profile_native import N_STEPS
+from paretune.measure.profile_parts import TITLES
 from paretune.report import html
 from paretune.report.roofline import caption, roofline
 from paretune.report.tables import Column, Row, to_markdown
 from paretune.report.units import format_bytes, format_percent, format_rate, format_sec, number
 
-GROUPS = {
-    "model": "The step",
-    "block": "Within the blocks",
-    "attention": "Within self-attention",
-    "mlp": "Within the MLP",
-}
+GROUPS = TITLES  # the headings of the tables
 PHASES = {"prefill": "Prefill", "decode": "Decode", "train": "Training"}
 # Printed with every table.
 DEFINITIONS = (

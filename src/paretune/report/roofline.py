@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from paretune.measure.profile_parts import SUM_KEYS  # sums: their members are drawn
 from paretune.report.canvas import (
     BLUE,
     GREY,
@@ -22,7 +23,6 @@ from paretune.report.canvas import (
 )
 from paretune.report.units import format_rate, number
 
-_GROUPS = ("blocks", "attention", "mlp")  # sums: their members are drawn
 _LOOKS = {"prefill": (BLUE, "o"), "decode": (ORANGE, "s"), "train": (RED, "D")}
 MIN_SHARE = 0.01  # of the step: less is not drawn
 _MAX_LABELS = 9  # a phase
@@ -33,7 +33,7 @@ def points_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     out = []
     for row in result.get("parts") or ():
         x, y = number(row.get("intensity")), number(row.get("flops_per_sec"))
-        if row["part"] not in _GROUPS and x and y and row["share"] >= MIN_SHARE:
+        if row["part"] not in SUM_KEYS and x and y and row["share"] >= MIN_SHARE:
             out.append({"x": x, "y": y, "share": row["share"], "title": row["title"]})
     whole = result.get("whole") or {}
     if not out and whole.get("needed_flops") and whole.get("needed_bytes"):
