@@ -242,6 +242,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "native_q4_0_a8": _preset(
         [{"name": "groups", "head_bits": 4, "activation_bits": 8}], runner="native", cache_dtype="int8"
     ),
+    "native_nf4": _preset([{"name": "nf4"}, {"name": "int8"}], runner="native"),
     "native_llm_int8": _preset([{"name": "llm_int8"}], runner="native"),
     "compile": _preset([], runner="compile"),
     "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),
