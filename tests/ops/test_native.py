@@ -175,7 +175,9 @@ def test_packing_loses_nothing(name):
     with pytest.raises(IndexError):
         native.rows(torch.tensor([37]))
     # Rows rounded up to 16; integers, 16-bit scales and nothing else.
-    assert native.stored_bytes <= -(-weight.stored_bytes * 48 // 37) + 64
+    assert native.stored_bytes <= -(-weight.stored_bytes * 48 // 37) + 64 + (
+        48 * 128 // 64 * 2 if name == "nf4" else 0
+    )  # fp16 scales beside the 8-bit ones
 
 
 @pytest.mark.parametrize("name", FORMATS)
