@@ -260,6 +260,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "native_alibi": _mechanism(runner="native", alibi=True),
     "native_window256": _mechanism(runner="native", pattern="window:256"),
     "native_alibi_window256": _mechanism(runner="native", alibi=True, pattern="window:256"),
+    "native_nf4": _preset([{"name": "nf4"}, {"name": "int8"}], runner="native"),
     "native_llm_int8": _preset([{"name": "llm_int8"}], runner="native"),
     "compile": _preset([], runner="compile"),
     "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),

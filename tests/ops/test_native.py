@@ -24,6 +24,7 @@ from paretune.ops.native.program import ACTIVATIONS, CannotLower
 from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.ops.weights.int_groups import IntGroups
+from paretune.ops.weights.nf4 import CODES, NF4
 from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context
 from paretune.transforms.groups import Groups
@@ -48,7 +49,8 @@ FORMATS = {
     "int4, 7-bit inputs": lambda w: IntGroups.quantize(w, 4, 32, activation_bits=7),
     "int4 with minimum, 7-bit inputs": lambda w: IntGroups.quantize(w, 4, 128, minimum=True, activation_bits=7),
 }
-INTEGER_INPUTS = {"int8": 16, "int8 groups": 16, "int4": 16, "int4 with minimum": 16}
+FORMATS["nf4"] = NF4.quantize
+INTEGER_INPUTS = {"nf4": 16, "int8": 16, "int8 groups": 16, "int4": 16, "int4 with minimum": 16}
 INTEGER_INPUTS |= {name: int(name.split(", ")[1][0]) for name in FORMATS if ", " in name}
 
 FAMILIES = ("gpt2", "llama", "mistral")
@@ -74,6 +76,10 @@ def numbers(weight):
         if weight.minimum is not None:
             out += weight.minimum.double()[..., None]
         return out.flatten(-2)
+    if isinstance(weight, NF4):  # native code has the codes in steps of 1/1023 and the scales in fp16
+        codes = torch.round(torch.tensor(CODES).double() * 1023) / 1023
+        scales = weight.absmax().half().double().repeat_interleave(64, dim=1)
+        return codes[weight.integers().int()] * scales
     return weight.values.double()
 
 
@@ -163,11 +169,15 @@ def test_packing_loses_nothing(name):
     assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
     assert torch.equal(native.dequantize(), weight.dequantize())
     index = torch.tensor([[0, 36], [5, 5]])
-    assert torch.equal(native.rows(index), weight.rows(index))
+    # Steps of 1/1023 of a scale in fp16; as the whole, NF4 gives itself back bit for bit.
+    slack = 1e-3 * float(weight.dequantize().abs().max()) if weight.format == "nf4" else 0
+    torch.testing.assert_close(native.rows(index), weight.rows(index), rtol=0, atol=slack)
     with pytest.raises(IndexError):
         native.rows(torch.tensor([37]))
     # Rows rounded up to 16; integers, 16-bit scales and nothing else.
-    assert native.stored_bytes <= -(-weight.stored_bytes * 48 // 37) + 64
+    assert native.stored_bytes <= -(-weight.stored_bytes * 48 // 37) + 64 + (
+        48 * 128 // 64 * 2 if name == "nf4" else 0
+    )  # fp16 scales beside the 8-bit ones
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -8,8 +8,9 @@
 //   int8        quantum 4, bytes q + 128 in the order k0 k2 k1 k3: the lane's even bytes are the pair (k0, k1), its odd
 //               bytes (k2, k3), each one mask or shift away from 16 bits; `vpdpbusd` takes the bytes as they are
 //   int4        quantum 8, nibbles q in 0..15 for q - 8, two 16-bit halves: k0 k4 k2 k6 | k1 k5 k3 k7, lowest first
+//   nf4         as int4, for kNormalCodes[q] / kNormalSteps
 //
-// Missing rows and inputs at the ends are zeros (128 and 8 in the integer formats).
+// Missing rows and inputs at the ends are zeros (128, 8 and 7 in the integer formats).
 //
 // Legend: N outputs, C inputs, g size of a group.
 #pragma once
@@ -31,17 +32,26 @@ extern "C" struct Matrix {
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 constexpr int quantum(std::int32_t format) {
-  return format == kInt4 ? 8 : format == kInt8 ? 4 : format == kBf16 ? 2 : 1;
+  return format == kInt4 || format == kNf4 ? 8 : format == kInt8 ? 4 : format == kBf16 ? 2 : 1;
 }
 
-constexpr bool is_integer(std::int32_t format) { return format == kInt8 || format == kInt4; }
+constexpr bool is_integer(std::int32_t format) {
+  return format == kInt8 || format == kInt4 || format == kNf4;
+}
+
+// The normal floats of NF4 as integers: 64 products with 16-bit inputs fit into 32 bits, and half a step of 1/1023 is
+// less than a hundredth of the distance between two of them.
+constexpr int kNormalSteps = 1023;
+constexpr std::int16_t kNormalCodes[16] = {-1023, -712, -537, -404, -291, -189, -93, 0,
+                                           81,    165,  252,  346,  451,  576,  740, 1023};
 
 constexpr std::int64_t block_bytes(std::int32_t format, int C) {
   const std::int64_t padded = round_up(C, quantum(format));
   switch (format) {
     case kFp32: return padded * 4 * kBlock;
     case kInt8: return padded * kBlock;
-    case kInt4: return padded / 2 * kBlock;
+    case kInt4:
+    case kNf4: return padded / 2 * kBlock;
     default: return padded * 2 * kBlock;
   }
 }
@@ -87,11 +97,12 @@ inline void pack_rows(std::int32_t format, const void* src, int N, int C, int bl
                   128 + (is_there(j) ? static_cast<const std::int8_t*>(src)[row * C + i * 4 + j] : 0));
             break;
           }
-          case kInt4: {
+          case kInt4:
+          case kNf4: {
             std::uint32_t bits = 0;
             for (int j = 0; j < 8; ++j) {
               const int k = i * 8 + j;
-              std::uint32_t q = 8;
+              std::uint32_t q = format == kInt4 ? 8 : 7;
               if (is_there(j)) {
                 const std::uint8_t byte = static_cast<const std::uint8_t*>(src)[row * ((C + 1) / 2) + k / 2];
                 q = k % 2 ? byte >> 4 : byte & 15;
@@ -107,7 +118,7 @@ inline void pack_rows(std::int32_t format, const void* src, int N, int C, int bl
   }
 }
 
-// One stored value as it is: a float, or the integer of an integer format.
+// One stored value as it is: a float, the integer of an integer format, or the index of an NF4 code.
 inline float stored(const void* data, std::int32_t format, int C, std::int64_t row, int k) {
   const char* block = static_cast<const char*>(data) + block_bytes(format, C) * (row / kBlock);
   const int Q = quantum(format), j = k % Q;
@@ -117,8 +128,10 @@ inline float stored(const void* data, std::int32_t format, int C, std::int64_t r
     case kFp16: return load_one<kFp16>(block, lane);
     case kBf16: return load_one<kBf16>(block, lane * 2 + j);
     case kInt8: return static_cast<float>(reinterpret_cast<const std::uint8_t*>(block)[lane * 4 + kByteOf[j]] - 128);
-    default: return static_cast<float>(
-        static_cast<int>(reinterpret_cast<const std::uint32_t*>(block)[lane] >> kShiftOf[j] & 15) - 8);
+    default: {
+      const int q = static_cast<int>(reinterpret_cast<const std::uint32_t*>(block)[lane] >> kShiftOf[j] & 15);
+      return static_cast<float>(format == kInt4 ? q - 8 : q);
+    }
   }
 }
 
@@ -130,6 +143,7 @@ inline std::int64_t group_at(const Matrix& w, std::int64_t row, int k) {
 inline void matrix_row(const Matrix& w, std::int64_t row, float* out) {
   for (int c = 0; c < w.n_in; ++c) {
     float value = stored(w.data, w.format, w.n_in, row, c);
+    if (w.format == kNf4) value = kNormalCodes[static_cast<int>(value)] * (1.0f / kNormalSteps);
     if (w.group != 0) {
       const std::int64_t at = group_at(w, row, c);
       value *= from_fp16(static_cast<const std::uint16_t*>(w.scale)[at]);

@@ -21,7 +21,7 @@ from paretune.errors import ParetuneError
 from paretune.ops.weights.base import NativeForm, Weight
 from paretune.process import give_back_free_memory
 
-KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4}
+KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "nf4": 5}
 GROUPS = (32, 64, 128)
 BLOCK = 16  # rows that lie side by side
 _ALIGNMENT = 64  # bytes of a cache line
@@ -155,8 +155,8 @@ class PackedWeight(Weight):
             data = values.to({"bf16": torch.bfloat16, "fp16": torch.float16}[self.kind])
         elif self.kind == "int8":
             data = values.to(torch.int8)
-        elif self.kind == "int4":
-            nibbles = (values + 8).to(torch.uint8)
+        elif self.kind in ("int4", "nf4"):
+            nibbles = (values + (8 if self.kind == "int4" else 0)).to(torch.uint8)
             data = nibbles[:, ::2] | nibbles[:, 1::2] << 4
         scale, minimum = self.scale, self.minimum
         if self.group:
@@ -209,7 +209,7 @@ class PackedWeight(Weight):
 
     @property
     def padded_inputs(self) -> int:
-        quantum = {"int4": 8, "int8": 4, "bf16": 2}.get(self.kind, 1)
+        quantum = {"int4": 8, "nf4": 8, "int8": 4, "bf16": 2}.get(self.kind, 1)
         return -(-self.in_features // quantum) * quantum
 
     @property

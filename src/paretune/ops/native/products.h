@@ -157,6 +157,41 @@ inline std::int32_t load_int(const void* p) {
 }
 inline IntVec fill_int(std::int32_t x) { return x - IntVec{}; }
 
+// kNormalCodes of the indices 0 to 15.
+inline UShortVec normal_codes(UShortVec index) {
+#if (defined(PARETUNE_AVX512) && defined(__AVX512BW__)) || defined(PARETUNE_AVX2)
+  // Two look-ups of bytes: an index with its highest bit set gives zero, which leaves room for the other half.
+  alignas(16) static constexpr auto kHalves = [] {
+    struct { std::uint8_t low[16], high[16]; } out{};
+    for (int i = 0; i < 16; ++i) {
+      out.low[i] = static_cast<std::uint8_t>(kNormalCodes[i] & 255);
+      out.high[i] = static_cast<std::uint8_t>(kNormalCodes[i] >> 8 & 255);
+    }
+    return out;
+  }();
+  const __m128i low = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalves.low));
+  const __m128i high = _mm_load_si128(reinterpret_cast<const __m128i*>(kHalves.high));
+  const UShortVec below = index | 0x8000, above = (index << 8) | 0x80;
+#if defined(PARETUNE_AVX512)
+  return (UShortVec)_mm512_or_si512(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(low), (__m512i)below),
+                                    _mm512_shuffle_epi8(_mm512_broadcast_i32x4(high), (__m512i)above));
+#else
+  return (UShortVec)_mm256_or_si256(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(low), (__m256i)below),
+                                    _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(high), (__m256i)above));
+#endif
+#else
+  UShortVec out;
+  for (int i = 0; i < kLanes * 2; ++i) out[i] = static_cast<std::uint16_t>(kNormalCodes[index[i]]);
+  return out;
+#endif
+}
+
+// Scales of a group's 16 rows; those of NF4 count in steps of its codes.
+inline Vec group_scale(const Matrix& w, std::int64_t at) {
+  const Vec scale = load<kFp16>(w.scale, at);
+  return w.format == kNf4 ? scale * (1.0f / kNormalSteps) : scale;
+}
+
 // c + the sum of the two products of 16-bit numbers in each lane.
 inline IntVec add_products(UIntVec a, IntVec b, IntVec c) {
 #if defined(PARETUNE_AVX512) && defined(__AVX512VNNI__)
@@ -288,7 +323,7 @@ inline void float_tile(const Matrix& w, int block, int from, int to, const Input
 
 template <Format F, int T, int NB>
 inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs& in, float* sums, bool is_first) {
-  constexpr int Q = F == kInt4 ? 8 : 4, kOffset = F == kInt4 ? 8 : 128;
+  constexpr int Q = quantum(F), kOffset = F == kInt4 ? 8 : F == kInt8 ? 128 : 0;
   const std::int64_t bytes = block_bytes(F, w.n_in), n_groups = w.group == 0 ? 0 : w.n_in / w.group;
   const char* base = static_cast<const char*>(w.data) + bytes * block;
   const int interval = w.group == 0 ? kChunk : w.group;
@@ -304,10 +339,10 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
 #if defined(__AVX512VNNI__) && defined(PARETUNE_AVX512)
     if (w.activation_bits <= 8) {  // 8-bit inputs have an instruction of their own here
       for (int k = start; k < end; k += Q) {
-        if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16));
+        if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kInt8 ? 16 : 8));
         __m512i rows[NB], high[NB];
         for (int b = 0; b < NB; ++b) {
-          const char* p = base + b * bytes + static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16);
+          const char* p = base + b * bytes + static_cast<std::int64_t>(k) * (F == kInt8 ? 16 : 8);
           rows[b] = _mm512_loadu_si512(p);
           if constexpr (F == kInt4) {
             high[b] = _mm512_and_si512(_mm512_srli_epi16(rows[b], 4), _mm512_set1_epi8(15));
@@ -355,7 +390,7 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
     } else
 #endif
     for (int k = start; k < end; k += Q) {
-      if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kInt4 ? 8 : 16));
+      if constexpr (T == 1) prefetch_blocks<NB>(base, bytes, static_cast<std::int64_t>(k) * (F == kInt8 ? 16 : 8));
       const auto bits = [&](const char* p, int b) {
         return load_bits(p + b / kVecs * bytes + static_cast<std::int64_t>(k / Q) * kBlock * 4 + b % kVecs * kLanes * 4);
       };
@@ -375,6 +410,11 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
       if constexpr (F == kInt8) {
         add(0, [](UShortVec v) { return v & 255; });
         add(1, [](UShortVec v) { return v >> 8; });
+      } else if constexpr (F == kNf4) {
+        add(0, [](UShortVec v) { return normal_codes(v & 15); });
+        add(2, [](UShortVec v) { return normal_codes((v >> 4) & 15); });
+        add(1, [](UShortVec v) { return normal_codes((v >> 8) & 15); });
+        add(3, [](UShortVec v) { return normal_codes(v >> 12); });
       } else {
         add(0, [](UShortVec v) { return v & 15; });
         add(2, [](UShortVec v) { return (v >> 4) & 15; });
@@ -384,7 +424,7 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
     }
     for (int b = 0; b < NB * kVecs; ++b) {
       const std::int64_t group = ((block + b / kVecs) * n_groups + start / std::max(w.group, 1)) * kBlock + b % kVecs * kLanes;
-      const Vec weight_scale = w.group == 0 ? fill(1.0f) : load<kFp16>(w.scale, group);
+      const Vec weight_scale = w.group == 0 ? fill(1.0f) : group_scale(w, group);
       for (int i = 0; i < T; ++i) {
         const float scale = in.scale[i * (in.q_stride / kChunk) + start / kChunk];
         float* at = sums + i * kPanelRows + b * kLanes;
@@ -508,6 +548,7 @@ inline void products(const Matrix& w, int from, int to, const Inputs& in, int M,
         case kFp16: panel<kFp16>(w, block, n_blocks, rows, n, sums); break;
         case kInt8: panel<kInt8>(w, block, n_blocks, rows, n, sums); break;
         case kInt4: panel<kInt4>(w, block, n_blocks, rows, n, sums); break;
+        case kNf4: panel<kNf4>(w, block, n_blocks, rows, n, sums); break;
       }
       emit(block * kBlock, n_rows, m, n, sums);
     }

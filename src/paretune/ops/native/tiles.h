@@ -224,6 +224,12 @@ inline void shorts_of(const Matrix& w, const char* block, int from, int to, char
       if (w.format == kInt8) {
         store_bits(at, _mm256_sub_epi16(_mm256_and_si256(bits, byte), middle));
         store_bits(at + 64, _mm256_sub_epi16(_mm256_srli_epi16(bits, 8), middle));
+      } else if (w.format == kNf4) {
+        const UShortVec q = (UShortVec)bits;
+        store_bits(at, (__m256i)normal_codes(q & 15));
+        store_bits(at + 64, (__m256i)normal_codes((q >> 8) & 15));
+        store_bits(at + 128, (__m256i)normal_codes((q >> 4) & 15));
+        store_bits(at + 192, (__m256i)normal_codes(q >> 12));
       } else {
         store_bits(at, _mm256_sub_epi16(_mm256_and_si256(bits, nibble), middle));
         store_bits(at + 64, _mm256_sub_epi16(_mm256_and_si256(_mm256_srli_epi16(bits, 8), nibble), middle));
@@ -283,7 +289,7 @@ inline void add_scaled(const Matrix& w, std::int64_t group, const std::int32_t* 
                        const float* scale, const std::int32_t* zero, const std::int32_t* total, float* sums) {
 #pragma GCC unroll 2
   for (int v = 0; v < kBlock; v += kLanes) {
-    const Vec weight_scale = w.group == 0 ? fill(1.0f) : load<kFp16>(w.scale, group + v);
+    const Vec weight_scale = w.group == 0 ? fill(1.0f) : group_scale(w, group + v);
     Vec minimum = {};
     if constexpr (kMinimum) minimum = load<kFp16>(w.minimum, group + v);
     IntVec correction = {};

@@ -20,7 +20,7 @@ class NativeForm:
 
     Args:
         kind: a name in `ops.native.packed.KINDS`.
-        data: `[out, in]`; int4 `[out, in / 2]` with the even inputs in the low nibbles.
+        data: `[out, in]`; int4 and nf4 `[out, in / 2]` with the even inputs in the low nibbles.
         scale: fp32 `[out]`, or fp16 `[out, in / group]`, or None.
         minimum: fp16 `[out, in / group]` or None: `w = q * scale + minimum`.
         group: inputs that share a scale; 0: the whole row does.

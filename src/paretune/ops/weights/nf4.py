@@ -171,7 +171,13 @@ class NF4(Weight):
         return self._numbers(self.q, self.absmax())
 
     def native(self) -> NativeForm | None:
-        return None
+        kept = {"scale": self.scale, "scale_of_scales": self.scale_of_scales, "offset": self.offset}
+        return NativeForm("nf4", self.q, self.absmax().half(), group=BLOCK, kept=kept)
+
+    @classmethod
+    def from_native(cls, form: NativeForm, compute_dtype: torch.dtype) -> NF4:
+        k = form.kept
+        return cls(form.data, k["scale"], k["scale_of_scales"], k["offset"], compute_dtype)
 
     @property
     def compute_dtype(self) -> torch.dtype:
