@@ -37,7 +37,7 @@ LIMITS_USEC = {"greedy": 50.0, "top-k 50": 500.0, "top-p 0.9": 500.0, "top-k 50,
 class FreeRunner:
     """Costs nothing: the same logits at every step, spread as a trained model's are (a few likely tokens)."""
 
-    config = SimpleNamespace(vocab_size=VOCABULARY, n_positions=1 << 20, eos_token_ids=())
+    config = SimpleNamespace(vocab_size=VOCABULARY, longest=1 << 20, eos_token_ids=())
     device = torch.device("cpu")
 
     def __init__(self) -> None:

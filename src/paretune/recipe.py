@@ -233,6 +233,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "native_q4_0_a8": _preset(
         [{"name": "groups", "head_bits": 4, "activation_bits": 8}], runner="native", cache_dtype="int8"
     ),
+    "native_attn": {"transforms": [{"name": "attention", "form": "native"}]},
+    "flex_attn": {"transforms": [{"name": "attention", "form": "flex"}]},
+    # Mechanisms change what the model says: quality is measured, fine-tuning recovers it.
+    "alibi": _mechanism(alibi=True),
+    "window256": _mechanism(pattern="window:256"),
+    "longformer": _mechanism(pattern="prefix:16+window:256"),
+    "bigbird": _mechanism(form="native", pattern="prefix:64+window:192+random:3x64@0"),
+    "strided": _mechanism(form="native", pattern="window:128+strided:64"),
+    "blocks": _mechanism(form="native", pattern="blocks:128+strided:64"),
+    "alibi_window256": _mechanism(alibi=True, pattern="window:256"),
+    "native_alibi": _mechanism(runner="native", alibi=True),
+    "native_window256": _mechanism(runner="native", pattern="window:256"),
+    "native_alibi_window256": _mechanism(runner="native", alibi=True, pattern="window:256"),
     "compile": _preset([], runner="compile"),
     "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),
     "compile_max": _preset([], runner="compile", compile_mode="max-autotune"),

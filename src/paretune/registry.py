@@ -71,6 +71,8 @@ RUNNERS.register("native", "paretune.engine.runners.native:NativeRunner")
 ATTENTION.register("eager", "paretune.ops.attention.reference:attention")
 ATTENTION.register("sdpa", "paretune.ops.attention.sdpa:attention")
 ATTENTION.register("native", "paretune.ops.attention.native:attention")
+ATTENTION.register("flex", "paretune.ops.attention.flex:attention")
+ATTENTION.register("flash_attn", "paretune.ops.attention.flash:attention")
 
 FORMATS.register("dense", "paretune.ops.weights.dense:Dense")
 FORMATS.register("int8_rows", "paretune.ops.weights.int8_rows:Int8Rows")

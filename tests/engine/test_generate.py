@@ -204,7 +204,7 @@ class Scripted:
 
     def __init__(self, *rows, vocab_size=8192, eos=(), prefill_sec=0.0, decode_sec=0.0, fake=None):
         self.rows, self.vocab_size, self.costs, self.fake = rows, vocab_size, (prefill_sec, decode_sec), fake
-        self.config = SimpleNamespace(n_positions=10**6, vocab_size=vocab_size, eos_token_ids=eos)
+        self.config = SimpleNamespace(longest=10**6, vocab_size=vocab_size, eos_token_ids=eos)
         self.step = 0
 
     chooses = False

@@ -1,9 +1,12 @@
 """The key/value cache: pre-allocated, per-row lengths, rollback.
 
-Per layer keys and values `[B, n_kv_head, capacity, head_dim]`, int8 ones with a scale per head and position; slot =
-absolute position. Rows may have different
-lengths: what lies beyond a row's length is garbage that no query sees (its position is later than the query's) and that
-the next token overwrites.
+Per layer keys and values `[B, n_kv_head, n_slots, head_dim]`, int8 ones with a scale per head and position. Rows may have
+different lengths: what lies beyond a row's length is garbage that no query sees (its position is later than the query's)
+and that the next token overwrites.
+
+Slot = absolute position, unless the model forgets (`Kept`): then the first `prefix` positions have slots of their own and
+all later ones share a ring of the window and the largest step, `prefix + position % ring`, so that the memory is the same
+however long the text is and rolling a step back is exact.
 
 Legend: B batch, K tokens of this step, n visible slots, D head dimension.
 """
@@ -16,8 +19,12 @@ import torch
 from torch import Tensor
 
 from paretune.errors import UsageError
-from paretune.ops.attention.pattern import Pattern
+from paretune.ops.attention.pattern import Kept, Pattern
 from paretune.ops.attention.spec import Visible
+
+
+RING_STEP = 256  # tokens a step may have on a ring; longer ones go in pieces
+RING_UNIT = 256  # rings are multiples of it: native code reads so many positions in one stretch
 
 
 def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +44,7 @@ class LayerView:
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        shape = (cache.batch_size, cache.n_kv_head, cache.capacity, cache.head_dim)
+        shape = (cache.batch_size, cache.n_kv_head, cache.n_slots, cache.head_dim)
         self.k = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
         self.v = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
         if cache.dtype == torch.int8:
@@ -47,7 +54,7 @@ class LayerView:
     @property
     def in_order_from(self) -> int | None:
         """Position of this step's first token where all rows share it and keys lie in order; else None."""
-        return None if self.cache.static else self.cache.start
+        return None if self.cache.static or self.cache.ring else self.cache.start
 
     @property
     def nbytes(self) -> int:
@@ -58,13 +65,13 @@ class LayerView:
         cache, dtype = self.cache, k_new.dtype
         self._store(k_new, self.k, self.k_scale)
         self._store(v_new, self.v, self.v_scale)
-        n = cache.capacity if cache.static else cache.extent
+        n = cache.n_slots if cache.static or cache.ring else cache.extent
         k, v = self._load(n, dtype)
-        query, key = cache.positions, cache.slots[:, :n]
+        query, key = cache.positions, cache.key_positions[:, :n]
         start, K = cache.start, k_new.size(2)
         window = n if pattern.is_dense else pattern.kept.window or 0
         # Rows of one length that see all there is: no mask, except among the new tokens themselves.
-        if not cache.static and start is not None and n <= window and (start == 0 or K == 1):
+        if not (cache.static or cache.ring) and start is not None and n <= window and (start == 0 or K == 1):
             return Visible(k, v, None, K > 1, query, key)
         return Visible(k, v, cache.mask(n, pattern), False, query, key)
 
@@ -73,10 +80,11 @@ class LayerView:
         scale = None
         if scales is not None:
             new, scale = quantize_heads(new)
-        if cache.static or cache.start is None:
-            values[cache.row_index, :, cache.positions] = new.transpose(1, 2)
+        if cache.static or cache.ring or cache.start is None:
+            slots = cache.slot_index
+            values[cache.row_index, :, slots] = new.transpose(1, 2)
             if scales is not None and scale is not None:
-                scales[cache.row_index, :, cache.positions] = scale.transpose(1, 2)
+                scales[cache.row_index, :, slots] = scale.transpose(1, 2)
             return
         end = cache.start + new.size(2)
         values[:, :, cache.start : end] = new
@@ -104,6 +112,7 @@ class KVCache:
         capacity: tokens each row can hold.
         dtype: of what is stored; PyTorch code gets it back in the dtype of the new keys.
         static: always show all slots under a mask, so that shapes never change (compiled decode).
+        kept: what decode has to keep; a window that is short for the capacity makes a ring.
     """
 
     def __init__(
@@ -117,19 +126,30 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         static: bool = False,
+        kept: Kept | None = None,
     ) -> None:
         assert batch_size >= 1 and capacity >= 1
         self.batch_size, self.n_kv_head, self.capacity, self.head_dim = batch_size, n_kv_head, capacity, head_dim
         self.dtype, self.device, self.static = dtype, torch.device(device), static
+        self.ring = self.prefix = 0
+        self.window = 0 if kept is None or kept.window is None else kept.window
+        if kept is not None and kept.window is not None:
+            ring = -(-(kept.window + RING_STEP) // RING_UNIT) * RING_UNIT
+            if kept.prefix + ring < capacity:
+                self.ring, self.prefix = ring, kept.prefix
+        self.n_slots = self.prefix + self.ring or capacity
         self.layers = [LayerView(self) for _ in range(n_layer)]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # tokens held by each row
         self.row_index = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
-        self.slots = torch.arange(capacity, device=device)[None]  # (1, capacity), the position stored in each slot
+        self.slots = torch.arange(self.n_slots, device=device)[None]  # (1, n_slots)
+        self.key_positions = self.slots  # (B or 1, n_slots): the position in each slot, negative where there is none
         self.positions = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # (B, K) of this step
+        self.slot_index = self.positions  # (B, K) where they are stored
         self.last = torch.zeros(batch_size, dtype=torch.int64, device=device)  # index of each row's last valid token
         self.start: int | None = 0  # common length of all rows before this step; None: they differ
         self.extent = 0  # slots that hold anything after this step
         self._host_lengths = [0] * batch_size
+        self._written = [-1] * batch_size  # the last position that was ever stored, padding included
         self._staged: list[int] | None = None
         self._n_new: list[int] = [0] * batch_size
         self._masks: dict[tuple[int, Pattern], Tensor] = {}
@@ -138,6 +158,11 @@ class KVCache:
     def host_lengths(self) -> tuple[int, ...]:
         """`lengths` without reading the device."""
         return tuple(self._host_lengths)
+
+    @property
+    def max_step(self) -> int:
+        """Tokens that a step may have."""
+        return RING_STEP if self.ring else self.capacity
 
     @property
     def nbytes(self) -> int:
@@ -173,6 +198,7 @@ class KVCache:
             UsageError: the cache is too short.
         """
         self._check_room(K)
+        assert K <= self.max_step, f"a step of {K} tokens on a ring for {self.max_step}: send it in pieces"
         longest = max(self._host_lengths)
         self._n_new = self._staged or [K] * self.batch_size
         self._staged = None
@@ -182,7 +208,16 @@ class KVCache:
         self.extent = longest + K
         self._masks = {}
         steps = torch.arange(K, device=self.device)[None]
-        self.positions = self.lengths[:, None] + steps  # (B, K)
+        self.positions = self.slot_index = self.lengths[:, None] + steps  # (B, K)
+        if self.ring:
+            at = self.positions
+            self.slot_index = torch.where(at < self.prefix, at, self.prefix + at % self.ring)
+            # The latest position that shares the slot; those of the prefix are not in the ring.
+            last = at[:, -1:]
+            key = last - (last - (self.slots - self.prefix)) % self.ring
+            key = torch.where(key < self.prefix, torch.full_like(key, -1), key)
+            self.key_positions = torch.where(self.slots < self.prefix, self.slots, key)
+            self._written = [max(w, n + K - 1) for w, n in zip(self._written, self._host_lengths, strict=True)]
         if all(n == K for n in self._n_new):
             self.last = torch.full_like(self.lengths, K - 1)
         else:
@@ -197,9 +232,21 @@ class KVCache:
         self._host_lengths = [a + b for a, b in zip(self._host_lengths, self._n_new, strict=True)]
 
     def truncate_(self, lengths: Sequence[int] | int) -> None:
-        """Forgets everything from position `lengths` on (rollback); the slots are overwritten later."""
+        """Forgets everything from position `lengths` on (rollback); the slots are overwritten later.
+
+        Raises:
+            UsageError: a ring no longer holds what came before (it does for the last step, and for a start again).
+        """
         wanted = [lengths] * self.batch_size if isinstance(lengths, int) else list(lengths)
         assert all(0 <= w <= held for w, held in zip(wanted, self._host_lengths, strict=True))
+        for row, n in enumerate(wanted if self.ring else ()):
+            if n <= self.prefix:
+                self._written[row] = -1
+            elif max(self.prefix, n - self.window + 1) <= self._written[row] - self.ring:
+                raise UsageError(
+                    f"a ring of {self.ring} tokens cannot go back from {self._written[row] + 1} to {n}",
+                    "Start the sequence again",
+                )
         self._host_lengths = wanted
         self.lengths.copy_(torch.tensor(wanted))
 
@@ -212,8 +259,8 @@ class KVCache:
     def mask(self, n: int, pattern: Pattern) -> Tensor:
         """bool `[B, 1, K, n]`, made once a step and shared by the layers."""
         if self.static:  # inside a compiled graph: no state may be kept between calls
-            return pattern.mask(self.positions, self.slots)
+            return pattern.mask(self.positions, self.key_positions)
         key = (n, pattern)
         if key not in self._masks:
-            self._masks[key] = pattern.mask(self.positions, self.slots[:, :n])
+            self._masks[key] = pattern.mask(self.positions, self.key_positions[:, :n])
         return self._masks[key]

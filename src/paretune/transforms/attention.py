@@ -56,9 +56,10 @@ class Attention(Transform):
             fused = [k for k in seen if "flash" in k or "efficient" in k or "cudnn" in k]
             native = ["native::attention"] if "native::attention" in seen else []
             said += f" ({[*fused, *native, 'the unfused math form'][0]} in the profile)"
-        if self.form == "native" and not probe.compiled:
-            ran = kernels_like(probe, ["paretune::attend", "native::attention"])
-            ensure(bool(ran), self, "the profile of one step shows no native attention")
+        kernel = getattr(importlib.import_module(function.__module__), "KERNEL", None)
+        if kernel is not None and not probe.compiled:
+            ran = kernels_like(probe, [kernel, "native::attention"])
+            ensure(bool(ran), self, f"the profile of one step shows no {kernel}")
             said += f" ({next(iter(ran))} in the profile)"
         return [said]
 

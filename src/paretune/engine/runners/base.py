@@ -54,7 +54,25 @@ class Runner:
             dtype=self.cache_dtype,
             device=self.device,
             static=False,
+            kept=c.attention_pattern.kept,
         )
+
+    def in_pieces(self, tokens: Tensor, cache: KVCache, logits: Logits) -> Tensor:
+        """A step that is too long for the cache's ring as several short ones."""
+        B, K = tokens.shape
+        n_new = cache.take_staged_(K)
+        parts: list[Tensor] = []
+        last: Tensor | None = None
+        for start in range(0, K, cache.max_step):
+            part = tokens[:, start : start + cache.max_step]
+            cache.stage_([min(max(n - start, 0), part.size(1)) for n in n_new])
+            out = self.forward(part, cache, logits)
+            if logits == "all":
+                parts.append(out)
+                continue
+            ends_here = torch.tensor([start < max(n, 1) <= start + part.size(1) for n in n_new], device=out.device)
+            last = out if last is None else torch.where(ends_here[:, None, None], out, last)
+        return torch.cat(parts, dim=1) if last is None else last
 
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
         """One step: `tokens[B, K] -> [B, 1, V]` ("last") or `[B, K, V]` ("all"); the cache holds K more after it."""

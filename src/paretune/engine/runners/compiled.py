@@ -65,6 +65,8 @@ class CompileRunner(Runner):
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
         assert cache.static, "this cache was made by another runner"
         K = tokens.size(1)
+        if K > cache.max_step and cache.ring:
+            return self.in_pieces(tokens, cache, logits)
         # Own memory with plain strides: a slice of a longer prompt would be compiled for once more.
         tokens = tokens.clone(memory_format=torch.contiguous_format)
         cache.begin_(K)
@@ -72,7 +74,7 @@ class CompileRunner(Runner):
             out = self._decode(tokens, cache, logits)
         else:
             # Only the length is symbolic: with `dynamic=True` the weights' sizes would be too.
-            for tensor in (tokens, cache.positions):
+            for tensor in (tokens, cache.positions, cache.slot_index):
                 torch._dynamo.mark_dynamic(tensor, 1)
             out = self._prefill(tokens, cache, logits)
         cache.commit_()

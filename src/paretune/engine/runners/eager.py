@@ -14,6 +14,8 @@ class EagerRunner(Runner):
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
+        if tokens.size(1) > cache.max_step and cache.ring:
+            return self.in_pieces(tokens, cache, logits)
         cache.begin_(tokens.size(1))
         out = self.model(tokens, cache, logits)
         cache.commit_()

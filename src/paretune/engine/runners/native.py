@@ -121,7 +121,7 @@ class NativeRunner(Runner):
         # A forked child has no team; a model that was given other weights since has others.
         if not self._program.is_usable or (K > 1 and self._weight_pointers() != self._weights_at):
             self._lower()
-        if B * K > MAX_ROWS and K > 1:
+        if K > 1 and (B * K > MAX_ROWS or (cache.ring and K > cache.max_step)):
             return self._in_pieces(tokens, cache, logits, best)
         cache.begin_(K)
         out = self._step(tokens, cache, logits, best)
@@ -134,7 +134,7 @@ class NativeRunner(Runner):
         n_new = cache.take_staged_(K)
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < self._program.n_vocab:
             raise IndexError("a token is not in the vocabulary")  # before any piece is held
-        size = max(1, MAX_ROWS // B)
+        size = min(max(1, MAX_ROWS // B), cache.max_step)
         parts = []
         last = torch.empty(B, 1, self._program.n_vocab)
         part_best = None if best is None else torch.empty_like(best)
@@ -173,9 +173,11 @@ class NativeRunner(Runner):
             op_ns=None if self._op_ns is None else ctypes.addressof(self._op_ns),
             B=B,
             K=K,
-            capacity=cache.capacity,
+            capacity=cache.n_slots,
             cache_format=native.CACHE_FORMATS[cache.dtype],
             all_logits=is_all,
+            prefix=cache.prefix,
+            ring=cache.ring,
         )
         self._program.step(step)
         self.n_native_steps += 1

@@ -58,9 +58,7 @@ class Pattern:
 
     def far(self, query: Tensor, key: Tensor) -> Tensor:
         """Which keys are seen wherever they lie (later ones aside). Constant over each `QUERY_BLOCK` of queries."""
-        return torch.zeros((), dtype=torch.bool, device=key.device).expand(
-            torch.broadcast_shapes(query.shape, key.shape)
-        )
+        return (key < 0) & (query < 0)  # nobody
 
     @property
     def kept(self) -> Kept:

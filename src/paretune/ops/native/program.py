@@ -27,7 +27,7 @@ from paretune.registry import ATTENTION
 
 CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "quick_gelu": 3, "relu": 4, "silu": 5}
-EXACT_ATTENTION = ("eager", "sdpa", "native")  # the native form computes the same sums
+EXACT_ATTENTION = ("eager", "sdpa", "native", "flex", "flash_attn")  # the native form computes the same sums
 LOGITS = "logits"
 
 _EMBED, _LINEAR, _ATTENTION = 1, 2, 3

@@ -1,0 +1,103 @@
+"""FlexAttention (`torch.nn.attention.flex_attention`): the pattern as a mask function, ALiBi as a change of the score.
+
+Compiled, blocks of 128 that nobody sees are skipped, on GPUs and CPUs; PyTorch's CPU form is forward only and needs a
+C++ compiler. Uncompiled it would be a dense matrix, so it never runs that way.
+
+Legend: B batch, H heads, K new tokens, n visible keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from paretune import native_build
+from paretune.errors import UsageError
+from paretune.ops.attention import sdpa
+from paretune.ops.attention.pattern import Pattern
+from paretune.ops.attention.spec import AttentionSpec, LayerCache
+
+KERNEL = "Torch-Compiled Region"
+MOST_SHAPES = 32  # that are compiled for in one process
+
+
+def requires(device: str) -> str | None:
+    """Why this form cannot run on `device`, or None."""
+    if device == "cpu":
+        reason = native_build.unavailable_reason()
+        return None if reason is None else f"FlexAttention on a CPU has to be compiled: {reason}"
+    return None
+
+
+def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
+    """Arguments and result as in `reference.attention`; exact up to the order of additions.
+
+    Whole sequences and the first prompt on a cache; each new length is compiled for (tens of seconds on a CPU). Later steps, whose few queries skip little, go through `sdpa`.
+
+    Raises:
+        UsageError: gradients are asked for on a CPU.
+    """
+    start = 0 if layer_cache is None else getattr(layer_cache, "in_order_from", None)
+    if start != 0 or q.size(2) == 1:
+        return sdpa.attention(q, k_new, v_new, layer_cache, spec)
+    k, v = k_new, v_new
+    if layer_cache is not None:
+        k, v = layer_cache.append(k_new, v_new, spec.pattern)[:2]
+    if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        raise UsageError(
+            "PyTorch's FlexAttention has no gradients on a CPU", "Train with --attention sdpa, or on a GPU"
+        )
+    K = q.size(2)
+    slopes = None if spec.slopes is None else _slopes(spec.slopes, q.device)
+
+    def score(value: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return value - slopes[h] * (query - key)  # type: ignore[index]
+
+    # Beyond the limit PyTorch would run the dense uncompiled form without a word.
+    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=True):
+        return _compiled()(
+            q,
+            k,
+            v,
+            score_mod=None if slopes is None else score,
+            block_mask=_block_mask(spec.pattern, K, str(q.device)),
+            scale=spec.scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )
+
+
+@functools.cache
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=16)
+def _slopes(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(slopes, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(pattern: Pattern, n_tokens: int, device: str) -> Any:
+    """Which blocks of 128 x 128 any query sees, and which of them wholly."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size = 128
+    n = -(-n_tokens // size)
+    any_seen = pattern.block_mask(n_tokens, size)
+    counts, order = any_seen.sum(1, dtype=torch.int32), any_seen.int().argsort(dim=1, descending=True, stable=True)
+
+    def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return pattern.visible(query, key)
+
+    return BlockMask.from_kv_blocks(
+        counts.to(device)[None, None],
+        order.to(torch.int32).to(device)[None, None, :, :n],
+        BLOCK_SIZE=size,
+        mask_mod=seen,
+        seq_lengths=(n_tokens, n_tokens),
+    )
