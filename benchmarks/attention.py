@@ -5,8 +5,8 @@
 operator: one layer of GPT-2's shape (12 heads of 64) on random inputs; peak memory is what the process grew by in one
 call, inputs and output aside. decode: the native runner on a random GPT-2, the cache filled to a position without
 computing it. prefill: the same model; the Amdahl limit is what the dense model would gain if attention cost nothing,
-from the native runner's own counters. Cases of a table are interleaved: a block holds each once, in random order; ratios are
-medians over blocks with 95 % intervals, above 1: faster than the first case.
+from the native runner's own counters. Cases of a table are interleaved: a block holds each once, in random order;
+ratios are medians over blocks with 95 % intervals, above 1: faster than the first case.
 """
 
 from __future__ import annotations

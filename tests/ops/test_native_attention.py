@@ -38,8 +38,7 @@ def inputs(B, H, Hkv, K, D, n=None, dtype=torch.float32):
 
 def plain(q, k, v, spec):
     """The formula in fp64, mask and bias from the pattern's and the paper's definitions."""
-    B, H, K, D = q.shape
-    n = k.size(2)
+    H, K, n = q.size(1), q.size(2), k.size(2)
     k, v = (t.double().repeat_interleave(H // k.size(1), 1) for t in (k, v))
     scores = q.double() @ k.transpose(2, 3) * spec.scale
     if spec.slopes is not None:
@@ -135,7 +134,7 @@ def test_native_does_not_depend_on_threads_and_compiles():
 )
 @torch.inference_mode()
 def test_models_prefill_decode_and_batch(tiny, form, family, mechanism):
-    """Any way of cutting a text into steps, alone or beside longer rows, is one pass without a cache in the reference."""
+    """Any way of cutting a text into steps, alone or beside others, equals the reference without a cache."""
     model, _, _ = tiny(family, **({"n_positions": 128} if family == "gpt2" else {}))
     model = Mechanism(**mechanism).apply(model, Context())
     tokens = torch.randint(0, 131, (2, 90))

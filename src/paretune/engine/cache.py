@@ -1,12 +1,12 @@
 """The key/value cache: pre-allocated, per-row lengths, rollback.
 
-Per layer keys and values `[B, n_kv_head, n_slots, head_dim]`, int8 ones with a scale per head and position. Rows may have
-different lengths: what lies beyond a row's length is garbage that no query sees (its position is later than the query's)
-and that the next token overwrites.
+Per layer keys and values `[B, n_kv_head, n_slots, head_dim]`, int8 ones with a scale per head and position. Rows may
+have different lengths: what lies beyond a row's length is garbage that no query sees (its position is later than the
+query's) and that the next token overwrites.
 
-Slot = absolute position, unless the model forgets (`Kept`): then the first `prefix` positions have slots of their own and
-all later ones share a ring of the window and the largest step, `prefix + position % ring`, so that the memory is the same
-however long the text is and rolling a step back is exact.
+Slot = absolute position, unless the model forgets (`Kept`): then the first `prefix` positions have slots of their own
+and all later ones share a ring of the window and the largest step, `prefix + position % ring`, so that the memory is the
+same however long the text is and rolling a step back is exact.
 
 Legend: B batch, K tokens of this step, n visible slots, D head dimension.
 """
@@ -198,7 +198,7 @@ class KVCache:
             UsageError: the cache is too short.
         """
         self._check_room(K)
-        assert K <= self.max_step, f"a step of {K} tokens on a ring for {self.max_step}: send it in pieces"
+        assert self.max_step >= K, f"a step of {K} tokens on a ring for {self.max_step}: send it in pieces"
         longest = max(self._host_lengths)
         self._n_new = self._staged or [K] * self.batch_size
         self._staged = None

@@ -59,7 +59,7 @@ class Runner:
 
     def in_pieces(self, tokens: Tensor, cache: KVCache, logits: Logits) -> Tensor:
         """A step that is too long for the cache's ring as several short ones."""
-        B, K = tokens.shape
+        K = tokens.size(1)
         n_new = cache.take_staged_(K)
         parts: list[Tensor] = []
         last: Tensor | None = None

@@ -65,7 +65,7 @@ class CompileRunner(Runner):
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:
         assert cache.static, "this cache was made by another runner"
         K = tokens.size(1)
-        if K > cache.max_step and cache.ring:
+        if cache.ring and cache.max_step < K:
             return self.in_pieces(tokens, cache, logits)
         # Own memory with plain strides: a slice of a longer prompt would be compiled for once more.
         tokens = tokens.clone(memory_format=torch.contiguous_format)

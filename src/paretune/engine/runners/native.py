@@ -121,7 +121,7 @@ class NativeRunner(Runner):
         # A forked child has no team; a model that was given other weights since has others.
         if not self._program.is_usable or (K > 1 and self._weight_pointers() != self._weights_at):
             self._lower()
-        if K > 1 and (B * K > MAX_ROWS or (cache.ring and K > cache.max_step)):
+        if K > 1 and (B * K > MAX_ROWS or (cache.ring and cache.max_step < K)):
             return self._in_pieces(tokens, cache, logits, best)
         cache.begin_(K)
         out = self._step(tokens, cache, logits, best)

@@ -35,7 +35,8 @@ def requires(device: str) -> str | None:
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Arguments and result as in `reference.attention`; exact up to the order of additions.
 
-    Whole sequences and the first prompt on a cache; each new length is compiled for (tens of seconds on a CPU). Later steps, whose few queries skip little, go through `sdpa`.
+    Whole sequences and the first prompt on a cache; each new length is compiled for (tens of seconds on a CPU). Later
+    steps, whose few queries skip little, go through `sdpa`.
 
     Raises:
         UsageError: gradients are asked for on a CPU.
