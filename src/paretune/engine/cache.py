@@ -5,8 +5,8 @@ have different lengths: what lies beyond a row's length is garbage that no query
 query's) and that the next token overwrites.
 
 Slot = absolute position, unless the model forgets (`Kept`): then the first `prefix` positions have slots of their own
-and all later ones share a ring of the window and the largest step, `prefix + position % ring`, so that the memory is the
-same however long the text is and rolling a step back is exact.
+and all later ones share a ring of the window and the largest step, `prefix + position % ring`: the memory is the same
+however long the text is, and rolling a step back is exact.
 
 Legend: B batch, K tokens of this step, n visible slots, D head dimension.
 """
@@ -21,7 +21,6 @@ from torch import Tensor
 from paretune.errors import UsageError
 from paretune.ops.attention.pattern import Kept, Pattern
 from paretune.ops.attention.spec import Visible
-
 
 RING_STEP = 256  # tokens a step may have on a ring; longer ones go in pieces
 RING_UNIT = 256  # rings are multiples of it: native code reads so many positions in one stretch
