@@ -218,6 +218,14 @@ void check_parts(const Keys& keys, const std::vector<std::vector<float>>& querie
   }
 }
 
+// A head's keys and values from position `start` on.
+HeadCache from_position(HeadCache c, std::int64_t start, int D) {
+  const std::int64_t bytes = start * D * static_cast<std::int64_t>(element_bytes(c.format));
+  c.k += bytes, c.v += bytes;
+  if (c.format == kInt8) c.k_scale += start, c.v_scale += start;
+  return c;
+}
+
 void check_attention(std::int32_t format, int D, int length, int n_queries) {
   Random random(format * 1000 + D * 10 + length + n_queries);
   const std::int64_t start = length > kChunkPositions ? kChunkPositions : 0;
@@ -239,14 +247,22 @@ void check_attention(std::int32_t format, int D, int length, int n_queries) {
   for (int i = 0; i < n_queries; ++i) q.push_back(queries[i].data()), outs.push_back(out[i].data());
   const float scale = 1.0f / std::sqrt(static_cast<float>(D));
   std::vector<Gathered> gathered(n_queries);
-  attend_chunk(n_queries, q.data(), keys.cache, start, begin.data(), end.data(), D, scale, gathered.data(),
-               outs.data());
+  PackedChunk packed;
+  packed.reserve(D);
+  std::vector<float> spare(D);
+  // ALiBi from far behind, on every other shape.
+  std::vector<Bias> bias(n_queries);
+  for (int i = 0; i < n_queries; ++i) bias[i] = {1.0f / static_cast<float>(2 + i % 5), length + i};
+  const Bias* const biases = D % 3 == 1 ? bias.data() : nullptr;
+  attend_chunk(n_queries, q.data(), from_position(keys.cache, start, D), start, n, begin.data(), end.data(), D, scale,
+               biases, gathered.data(), outs.data(), packed, spare.data());
   for (int i = 0; i < n_queries; ++i) {
     std::vector<double> weight(n), exact(D);
     double total = 0.0;
     for (int p = begin[i]; p < end[i]; ++p) {
       for (int d = 0; d < D; ++d) weight[p] += q[i][d] * keys.key(D, static_cast<int>(start) + p, d);
-      total += weight[p] = std::exp(weight[p] * scale);
+      const double distance = biases == nullptr ? 0.0 : static_cast<double>(bias[i].position - start - p);
+      total += weight[p] = std::exp(weight[p] * scale - bias[i].slope * distance);
     }
     for (int p = begin[i]; p < end[i]; ++p)
       for (int d = 0; d < D; ++d) exact[d] += weight[p] * keys.value(D, static_cast<int>(start) + p, d);
@@ -270,7 +286,8 @@ void check_attention(std::int32_t format, int D, int length, int n_queries) {
     std::vector<float> own(D);
     float* const own_out = own.data();
     Gathered found_alone;
-    attend_chunk(1, &q[i], poisoned.cache, start, &begin[i], &end[i], D, scale, &found_alone, &own_out);
+    attend_chunk(1, &q[i], from_position(poisoned.cache, start, D), start, end[i], &begin[i], &end[i], D, scale,
+                 biases == nullptr ? nullptr : &bias[i], &found_alone, &own_out, packed, spare.data());
     CHECK(are_same(own.data(), out[i].data(), D) && are_same(&found_alone.total, &gathered[i].total, 1) &&
               are_same(&found_alone.largest, &gathered[i].largest, 1),
           "query %d of %d, D %d, format %d", i, n_queries, D, format);
@@ -339,7 +356,7 @@ int main() {
   for (std::int32_t format : {kFp32, kBf16, kFp16, kInt8})
     for (int D : {1, 13, 16, 40, 64, 80, 128})
       for (int length : {1, 5, 100, 131, 256, 277, 400})
-        for (int n : {1, 2, 5, 16}) check_attention(format, D, length, n);
+        for (int n : {1, 2, 5, 16, 29}) check_attention(format, D, length, n);
   for (int C : {1, 15, 16, 63, 768}) check_rows(C);
   std::fprintf(stderr, "%s%s%s: %d failures\n", kIsa, kHasBf16Dot ? " + bf16" : "", kHasByteDot ? " + vnni" : "",
                n_failures);
