@@ -159,7 +159,7 @@ def test_presets_build_and_run(name):
     """On a model: every preset applies, and makes the runner that it names."""
     recipe = preset(name)
     config = checkpoint.gpt2_config().from_hf(
-        {"model_type": "gpt2", "vocab_size": 64, "n_positions": 16, "n_layer": 1, "n_head": 2, "n_embd": 128}
+        {"model_type": "gpt2", "vocab_size": 64, "n_positions": 512, "n_layer": 1, "n_head": 2, "n_embd": 128}
     )
     runner = recipe.runner(recipe.apply(checkpoint.new(config), Context()))
     assert runner.name == recipe.engine.runner
@@ -211,7 +211,8 @@ def test_more_parts_are_more_complex():
 
 def test_changes_numbers():
     changing = {n for n in PRESETS if preset(n).changes_numbers}
-    marks = ("bf16", "fp16", "int8", "int4", "w8a8", "q8", "q4", "nf4", "fp8")
+    marks = ("bf16", "fp16", "int8", "int4", "w8a8", "w8a7", "w7a7", "q8", "q4", "nf4", "fp8")
+    marks += ("alibi", "window", "longformer", "bigbird", "strided", "blocks")
     assert changing == {n for n in PRESETS if any(x in n for x in marks)}
 
 
