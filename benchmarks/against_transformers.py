@@ -1,7 +1,7 @@
 """Our runners against eager `transformers`, on one model folder: prefill and decode, interleaved, with intervals.
 
-    paretune new gpt2 -o /tmp/gpt2 --random
-    python benchmarks/against_transformers.py --model /tmp/gpt2 -o benchmarks/results/against_transformers.json
+    paretune new gpt2 -o gpt2 --random
+    python benchmarks/against_transformers.py --model gpt2 -o benchmarks/results/against_transformers.json
 
 Every configuration has a process of its own; a block holds each of them once, in random order, with bandwidth probes
 around every slice. Both transformers rows have a twin (A/A): no claim is smaller than what the twins differ by.

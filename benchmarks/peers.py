@@ -1,8 +1,8 @@
 """The native runner against the fastest peers: the same model, prompts, lengths and threads, interleaved.
 
     paretune peers install all
-    paretune new gpt2 -o /tmp/gpt2 --random
-    python benchmarks/peers.py --model /tmp/gpt2 -o benchmarks/results/peers.json
+    paretune new gpt2 -o gpt2 --random
+    python benchmarks/peers.py --model gpt2 -o benchmarks/results/peers.json
 
 A block holds every engine once in random order; ratios are medians over blocks with 95 % intervals. Each of ours is
 laid beside every peer of the same number of bits. The share of the floor is bytes that a decode step must read (weights

@@ -1,8 +1,8 @@
 """Predicted against measured time per output token, on models that no cost was calibrated on.
 
-    paretune new gpt2 -o /tmp/gpt2 --random
-    paretune new benchmarks/llama-1.1b.json -o /tmp/llama --random
-    python benchmarks/predict.py --model /tmp/gpt2,/tmp/llama -o benchmarks/results/predict.json
+    paretune new gpt2 -o gpt2 --random
+    paretune new benchmarks/llama-1.1b.json -o llama --random
+    python benchmarks/predict.py --model gpt2,llama -o benchmarks/results/predict.json
 
 Calibrates once (ceilings, products with one row, the embedded model), predicts every model from its config alone, then
 measures each preset in a process of its own: `paretune profile --phase decode`, the mean over the middle half of the

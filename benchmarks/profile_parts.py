@@ -1,7 +1,7 @@
 """Do the parts of a profile add up to the step, and does a second profile say the same?
 
-    paretune new gpt2 -o /tmp/gpt2 --random
-    python benchmarks/profile_parts.py --model pocket,/tmp/gpt2 -o benchmarks/results/profile_parts.json
+    paretune new gpt2 -o gpt2 --random
+    python benchmarks/profile_parts.py --model pocket,gpt2 -o benchmarks/results/profile_parts.json
 
 Every model, preset and phase is profiled `--repeats` times, each time in a process of its own, in turns. Two claims are
 judged: the parts sum to 95 to 105 % of the step timed on its own, in each profile; and the shares of a row differ by no
