@@ -11,7 +11,21 @@ import pytest
 from paretune.cli import app as cli
 from paretune.errors import NoRecipeError, TooNoisyError
 
-VERBS = ("tune", "generate", "bench", "peers", "eval", "profile", "study", "train", "new", "doctor", "ls")
+VERBS = (
+    "tune",
+    "generate",
+    "bench",
+    "peers",
+    "eval",
+    "profile",
+    "study",
+    "train",
+    "quantize",
+    "export",
+    "new",
+    "doctor",
+    "ls",
+)
 
 
 @pytest.fixture
