@@ -159,7 +159,7 @@ def test_bad_input_leaves_nothing(written, tiny, tmp_path):
     narrow = tiny("gpt2")[2]  # 48 wide
     refused(narrow, out, UsageError, "groups of 32 do not divide", "int4")
     refused(narrow, out, UsageError, "blocks of 64 do not divide", "nf4")
-    refused(narrow, out, UsageError, "'blocks.*' matches no layer.*wte", exclude=("blocks.*",))
+    refused(narrow, out, UsageError, "'blocks.*' matches no layer.*mlp", exclude=("blocks.*",))
     refused(narrow, out, NoEffectError, "no layer was quantised", exclude=("*",))
     model, _, _ = tiny("gpt2")
     model.h[1].mlp.c_fc.weight.values.data[3, 4] = float("nan")

@@ -22,6 +22,7 @@ from paretune.measure.profile_rows import ORDER, layers_of, middle_half, seconds
 from paretune.measure.profile_steps import Step
 from paretune.model import checkpoint
 from paretune.ops.attention import reference
+from paretune.ops.attention.pattern import CAUSAL, Window
 from paretune.ops.attention.spec import AttentionSpec
 from paretune.recipe import preset
 
@@ -135,7 +136,7 @@ def test_the_staged_attention_is_the_reference(case):
     generator = torch.Generator().manual_seed(1)
     K = 1 if case == "decode" else 9
     q, k, v = (torch.randn(2, h, K, 8, generator=generator) for h in (4, 2, 2))
-    spec = AttentionSpec(scale=0.3, window=4 if case == "window" else None)
+    spec = AttentionSpec(scale=0.3, pattern=Window(4) if case == "window" else CAUSAL)
     marks = Marks()
     marks.start()
     assert torch.equal(staged_reference(marks, 0, q, k, v, None, spec), reference.attention(q, k, v, None, spec))
