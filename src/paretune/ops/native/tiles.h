@@ -54,7 +54,8 @@ struct Tiles {
   }
   void reserve(int rows, int C, bool has_floats, bool has_integers) {
     const std::size_t padded = rows + 5, n_chunks = round_up(C, kChunk) / kChunk;
-    const std::size_t wide = has_floats ? C : n_chunks * kChunk / 2;
+    // Integers are padded to whole chunks: of a narrow layer they take more words than its floats.
+    const std::size_t wide = std::max<std::size_t>(has_floats ? C : 0, has_integers ? n_chunks * kChunk / 2 : 0);
     if (data.size() < padded * wide) data.resize(padded * wide);
     if (!has_integers || scale.size() >= padded * n_chunks) return;
     scale.resize(padded * n_chunks), zero.resize(padded * n_chunks), sums.resize(padded * n_chunks * (kChunk / kSumOver));
