@@ -26,7 +26,7 @@ extern "C" struct Matrix {
   std::int32_t format, n_out, n_in;
   std::int32_t group;            // 0 (one scale a row), 32, 64 or 128
   std::int32_t activation_bits;  // of the integer formats: inputs are rounded to 16, 8 or 7 bits, a scale per 128 of them
-  std::int32_t largest;          // size of any number of an integer format
+  std::int32_t largest;          // no number of int8 is larger; 128 where nobody asked
 };
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }

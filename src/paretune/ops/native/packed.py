@@ -100,8 +100,10 @@ class PackedWeight(Weight):
         self.kind, self.group, self.activation_bits = form.kind, form.group, form.activation_bits
         self.bits = original.bits
         data = form.data.contiguous()
-        # Small numbers let byte products be added in 16 bits for longer (tiles.h).
-        self._largest = max(-int(data.min()), int(data.max())) if form.kind == "int8" else 8
+        # Small numbers let byte products be added in 16 bits for longer (tiles.h), which only 7-bit inputs ask for.
+        self._largest = (
+            max(-int(data.min()), int(data.max())) if form.kind == "int8" and form.activation_bits == 7 else 128
+        )
         assert data.device.type == "cpu" and memory.numel() == packed_bytes(original)
         library().paretune_pack(
             KINDS[form.kind], data.data_ptr(), self.out_features, self.in_features, memory.data_ptr()
