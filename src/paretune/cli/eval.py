@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paretune.cli.pair_options import ArticleColumn, Pairs, SummaryColumn
+
 if TYPE_CHECKING:
     from paretune.engine.load import Loaded
     from paretune.recipe import Recipe
@@ -34,14 +36,9 @@ DEFINITIONS = {
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder, hub id, plan or `pocket`.")] = "pocket",
     task: Annotated[str, typer.Option(help="perplexity, fidelity or summarization.")] = "perplexity",
-    pairs: Annotated[
-        Path | None,
-        typer.Option(help="summarization: .jsonl or .csv, a pair a row. [default: the project's own pieces]"),
-    ] = None,
-    article_column: Annotated[
-        str | None, typer.Option(help="Of --pairs. [default: article, document, text ..]")
-    ] = None,
-    summary_column: Annotated[str | None, typer.Option(help="Of --pairs. [default: summary, highlights ..]")] = None,
+    pairs: Pairs = None,
+    article_column: ArticleColumn = None,
+    summary_column: SummaryColumn = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest summary, tokens. [default: as recorded with the model]")
     ] = None,

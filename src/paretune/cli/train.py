@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paretune.cli.pair_options import ArticleColumn, Pairs, SummaryColumn
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -29,14 +31,9 @@ def train(
         list[Path] | None, typer.Option(help="Text file, or folder of *.txt; may be given several times.")
     ] = None,
     task: Annotated[str, typer.Option(help="language-model (--text), or summarization (--pairs).")] = "language-model",
-    pairs: Annotated[
-        Path | None,
-        typer.Option(help="summarization: .jsonl or .csv, a pair a row. [default: the project's own pieces]"),
-    ] = None,
-    article_column: Annotated[
-        str | None, typer.Option(help="Of --pairs. [default: article, document, text ..]")
-    ] = None,
-    summary_column: Annotated[str | None, typer.Option(help="Of --pairs. [default: summary, highlights ..]")] = None,
+    pairs: Pairs = None,
+    article_column: ArticleColumn = None,
+    summary_column: SummaryColumn = None,
     heldout_pairs: Annotated[
         int | None, typer.Option(help="Pairs to hold out, drawn by --seed. [default: a fifth, at most 200]")
     ] = None,
