@@ -1,5 +1,6 @@
 // Attention of any pattern as one operator: queries in blocks, each with the runs of keys that it reads; what is in no run
-// is never touched. The arithmetic is that of attention.h: fp32 sums, an online softmax over chunks of 256 keys.
+// is never touched. The arithmetic is that of attention.h: fp32 sums, an online softmax over chunks of 256 keys; no step of
+// another width has to give the same bits, so products are added one after the other (`Sums::kChain`).
 //
 // The compiler may not fuse multiplications and additions on its own (vec.h says where they are fused):
 // flags: -ffp-contract=off
@@ -149,7 +150,7 @@ struct Attention {
       which[n_seen++] = i;
     }
     if (n_seen == 0) return;
-    pack_chunk<F>(m.chunk, *std::min_element(begin, begin + n_seen), n_held, a.D);
+    pack_chunk<F, Sums::kChain>(m.chunk, *std::min_element(begin, begin + n_seen), n_held, a.D);
     float where[kChunkPositions];
     if (a.slopes != nullptr)
       for (int p = 0; p < n_held; ++p) where[p] = static_cast<float>(at[p]);
@@ -157,7 +158,7 @@ struct Attention {
     in_tiles(n_seen, seen, begin, end, bias, found, out, m.spare.data(),
              [&](int from, const float* const* tq, const int* b, const int* e, const Bias* tb, Gathered* of, float* const* to) {
                const bool adds = a.slopes != nullptr && is_dense;
-               tile_on_chunk(m.chunk, tq, at[0], b, e, a.D, a.scale, nullptr, nullptr, adds ? tb : nullptr, of, to,
+               tile_on_chunk<Sums::kChain>(m.chunk, tq, at[0], b, e, a.D, a.scale, nullptr, nullptr, adds ? tb : nullptr, of, to,
                              [&](int i, float* scores) {
                                if (a.slopes != nullptr && !is_dense) {
                                  const float here = static_cast<float>(tb[i].position), slope = tb[i].slope;

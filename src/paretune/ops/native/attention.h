@@ -32,11 +32,28 @@ struct Gathered {
 };
 
 inline void quantize_head(const float* x, std::int8_t* to, float* scale, int D) {
-  float absmax = 0.0f, poison = 0.0f;
-  for (int d = 0; d < D; ++d) absmax = std::max(absmax, std::fabs(x[d])), poison += x[d] * 0.0f;
+  Vec absmaxes = {}, poisons = {};
+  int d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    const Vec v = load_floats(x + d), size = v < 0.0f ? -v : v;
+    absmaxes = size > absmaxes ? size : absmaxes;
+    poisons += v * 0.0f;
+  }
+  float absmax = 0.0f, poison = sum(poisons);
+  for (int i = 0; i < kLanes; ++i) absmax = std::max(absmax, absmaxes[i]);
+  for (int c = d; c < D; ++c) absmax = std::max(absmax, std::fabs(x[c])), poison += x[c] * 0.0f;
   const bool is_zero = !(absmax > 1e-30f) || poison != 0.0f;
   *scale = is_zero ? poison : absmax / 127.0f;
-  for (int d = 0; d < D; ++d) to[d] = is_zero ? 0 : static_cast<std::int8_t>(std::nearbyint(x[d] / *scale));
+  if (is_zero) {
+    std::memset(to, 0, D);
+    return;
+  }
+  const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
+  for (d = 0; d + kLanes <= D; d += kLanes) {
+    const IntVec q = __builtin_convertvector((load_floats(x + d) / *scale + magic) - magic, IntVec);
+    for (int i = 0; i < kLanes; ++i) to[d + i] = static_cast<std::int8_t>(q[i]);
+  }
+  for (; d < D; ++d) to[d] = static_cast<std::int8_t>(std::nearbyint(x[d] / *scale));
 }
 
 inline void append(const HeadCache& c, std::int64_t position, const float* k, const float* v, int D) {
@@ -239,7 +256,13 @@ constexpr int kPackFrom = 12;       // queries that pay for packing
 // `sum` adds the lanes of a vector as a tree. Leaf u of it, left to right, is this lane.
 inline int leaf_lane(int u) { return kLanes == 16 ? u / 2 + u % 2 * 8 : u; }
 
-// A chunk's keys and values as fp32: keys [position / kKeyPanel][D, in the order of `key_dimension`][kKeyPanel], values
+// How the products of a query and a key are added.
+enum class Sums {
+  kTree,   // as a single query adds them, lane by lane: the same bits in decode and prefill
+  kChain,  // one after the other, which takes fewer instructions
+};
+
+// A chunk's keys and values as fp32: keys [position / kKeyPanel][D, in the order of their sums][kKeyPanel], values
 // [D / kKeyPanel, rounded up][position][kKeyPanel].
 struct PackedChunk {
   std::vector<float> keys, values;
@@ -284,11 +307,12 @@ inline void transpose_eight(const char* const* rows, int d, float* to, std::int6
 }
 
 // Packs the positions `from` to n (their rows are in `c`); what is left of the last panel is zero.
-template <Format F>
+template <Format F, Sums S = Sums::kTree>
 inline void pack_chunk(PackedChunk& c, int from, int n, int D) {
   const int J = D / kLanes, wide = J * kLanes, panels = (n + kKeyPanel - 1) / kKeyPanel;
   // Dimension d lies in row key_row(d).
   const auto key_row = [&](int d) {
+    if constexpr (S == Sums::kChain) return d;
     const int lane = d % kLanes, u = kLanes == 16 ? lane % 8 * 2 + lane / 8 : lane;
     return d < wide ? u * J + d / kLanes : d;
   };
@@ -299,7 +323,7 @@ inline void pack_chunk(PackedChunk& c, int from, int n, int D) {
     int d = 0;
     if (held == kKeyPanel && kLanes >= 8) {
       // Eight dimensions that follow each other are as many rows apart as their leaves are.
-      const std::int64_t stride = static_cast<std::int64_t>(kLanes == 16 ? 2 * J : J) * kKeyPanel;
+      const std::int64_t stride = static_cast<std::int64_t>(S == Sums::kChain ? 1 : kLanes == 16 ? 2 * J : J) * kKeyPanel;
       for (; d + 8 <= wide; d += 8)
         for (int p = 0; p < kKeyPanel; p += 8)
           transpose_eight<F>(c.k_rows + first + p, d, keys + static_cast<std::int64_t>(key_row(d)) * kKeyPanel + p, stride);
@@ -364,8 +388,26 @@ inline void panel_scores_as(const float* keys, const float* const* q, int D, Vec
   }
 }
 
+// The same where every sum is one chain.
+inline void panel_scores_chain(const float* keys, const float* const* q, int D, Vec (*dots)[2]) {
+  Vec acc[kQueries][2] = {};
+  for (int d = 0; d < D; ++d, keys += kKeyPanel) {
+    const Vec a = load_floats(keys), b = load_floats(keys + kLanes);
+#pragma GCC unroll 6
+    for (int i = 0; i < kQueries; ++i) {
+      const Vec x = fill(q[i][d]);
+      acc[i][0] = multiply_add(a, x, acc[i][0]);
+      acc[i][1] = multiply_add(b, x, acc[i][1]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kQueries; ++i) dots[i][0] = acc[i][0], dots[i][1] = acc[i][1];
+}
+
+template <Sums S>
 inline void panel_scores(const float* keys, const float* const* q, int D, Vec (*dots)[2]) {
-  if (D == 64) panel_scores_as<64 / kLanes>(keys, q, D, dots);
+  if constexpr (S == Sums::kChain) panel_scores_chain(keys, q, D, dots);
+  else if (D == 64) panel_scores_as<64 / kLanes>(keys, q, D, dots);
   else if (D == 128) panel_scores_as<128 / kLanes>(keys, q, D, dots);
   else panel_scores_as<0>(keys, q, D, dots);
 }
@@ -402,7 +444,7 @@ inline void panel_values(const PackedChunk& c, int from, int to, int D, const fl
 
 // As `chunk_as`, for kQueries queries on a packed chunk. k_scale, v_scale: of each position, or null.
 // hide(i, scores): sets what else query i does not see to minus infinity.
-template <class Hide>
+template <Sums S, class Hide>
 inline void tile_on_chunk(const PackedChunk& c, const float* const* q, std::int64_t start, const int* begin, const int* end,
                           int D, float scale, const float* k_scale, const float* v_scale, const Bias* bias,
                           Gathered* gathered, float* const* out, Hide hide) {
@@ -410,7 +452,7 @@ inline void tile_on_chunk(const PackedChunk& c, const float* const* q, std::int6
   const Extent e = extent_of(begin, end, kQueries);
   for (int p = e.first / kKeyPanel * kKeyPanel; p < e.last; p += kKeyPanel) {
     Vec dots[kQueries][2];
-    panel_scores(c.keys.data() + static_cast<std::size_t>(p) * D, q, D, dots);
+    panel_scores<S>(c.keys.data() + static_cast<std::size_t>(p) * D, q, D, dots);
     for (int v = 0; v < 2; ++v) {
       Vec factor = fill(scale);
       if (k_scale != nullptr) {
@@ -469,7 +511,7 @@ inline void attend_chunk(int n, const float* const* q, const HeadCache& c, std::
       pack_chunk<F>(packed, *std::min_element(begin, begin + n), n_held, D);
       in_tiles(n, q, begin, end, bias, gathered, out, spare,
                [&](int, const float* const* tq, const int* b, const int* e, const Bias* tb, Gathered* found, float* const* to) {
-                 tile_on_chunk(packed, tq, start, b, e, D, scale, c.k_scale, c.v_scale, tb, found, to, [](int, float*) {});
+                 tile_on_chunk<Sums::kTree>(packed, tq, start, b, e, D, scale, c.k_scale, c.v_scale, tb, found, to, [](int, float*) {});
                });
       return;
     }

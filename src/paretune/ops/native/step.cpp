@@ -526,6 +526,17 @@ struct Program {
     }
   }
 
+  // The first positions that a query of the next task reads: memory works while this task computes.
+  void fetch_task(const Op& op, int task) const {
+    const Step& s = *step;
+    const int b = task / op.n_kv_head;
+    const std::int64_t from = op.prefix > 0 ? 0 : first_seen(op, s.lengths[b]) / kChunkPositions * kChunkPositions;
+    const std::int64_t n = std::min<std::int64_t>(s.lengths[b] - from, kChunkPositions);
+    const HeadCache cache = head_cache(op, b, task % op.n_kv_head, slot_of(from));
+    const std::int64_t bytes = n * op.head_dim * static_cast<std::int64_t>(element_bytes(s.cache_format));
+    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(cache.k + at, 0, 2), __builtin_prefetch(cache.v + at, 0, 2);
+  }
+
   void finish(float* out, float total, int D) {
     const float factor = 1.0f / total;
     for (int d = 0; d < D; ++d) out[d] *= factor;
@@ -576,7 +587,10 @@ struct Program {
     const int n_shared = plan.appends_first ? n_tasks * n_blocks : n_tasks;
     for (int task = t; task < n_shared; task += team.size) {
       const int which = task % n_tasks, b = which / op.n_kv_head, h = which % op.n_kv_head;
-      if (!plan.appends_first) append_all(op, t, b, h);
+      if (!plan.appends_first) {
+        append_all(op, t, b, h);
+        if (task + team.size < n_shared) fetch_task(op, task + team.size);
+      }
       const int block_from = plan.appends_first ? n_blocks - 1 - task / n_tasks : 0;
       const int block_to = plan.appends_first ? block_from + 1 : n_blocks;
       for (int block = block_from; block < block_to; ++block) {

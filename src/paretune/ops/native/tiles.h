@@ -242,19 +242,21 @@ inline void shorts_of(const Matrix& w, const char* block, int from, int to, char
 
 // 8-bit weights as signed bytes, and their sums over every `interval` inputs. An odd last word is followed by zeros.
 inline void signed_bytes_of(const char* block, int from, int to, int interval, char* out, std::int32_t (*sums)[kBlock]) {
-  const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1);
-  for (int start = from; start < to; start += interval, ++sums)
-    for (int v = 0; v < kVecs; ++v) {
-      __m256i total = _mm256_setzero_si256();
-      for (int k = start; k < std::min(start + interval, to); k += 4) {
-        const __m256i q = _mm256_xor_si256(bytes_of(block + static_cast<std::int64_t>(k) * 16 + v * 32), _mm256_set1_epi8(-128));
-        store_bits(out + static_cast<std::int64_t>(k - from) * 16 + v * 32, q);
-        total = _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(ones8, q), ones16));
-      }
-      store_bits(reinterpret_cast<char*>(*sums) + v * 32, total);
+  static_assert(kChunk <= 128, "sums of pairs fit into 16 bits");
+  const __m256i ones8 = _mm256_set1_epi8(1), ones16 = _mm256_set1_epi16(1), sign = _mm256_set1_epi8(-128);
+  const char* word = block + static_cast<std::int64_t>(from) * 16;
+  for (int start = from; start < to; start += interval, ++sums) {
+    __m256i low = _mm256_setzero_si256(), high = low;
+    for (int n = (std::min(start + interval, to) - start) / 4; n > 0; --n, word += 64, out += 64) {
+      const __m256i a = _mm256_xor_si256(bytes_of(word), sign), b = _mm256_xor_si256(bytes_of(word + 32), sign);
+      store_bits(out, a), store_bits(out + 32, b);
+      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(ones8, a));
+      high = _mm256_add_epi16(high, _mm256_maddubs_epi16(ones8, b));
     }
-  if ((to - from) / 4 % 2)
-    for (int v = 0; v < kVecs; ++v) store_bits(out + static_cast<std::int64_t>(to - from) * 16 + v * 32, _mm256_setzero_si256());
+    char* to_sums = reinterpret_cast<char*>(*sums);
+    store_bits(to_sums, _mm256_madd_epi16(low, ones16)), store_bits(to_sums + 32, _mm256_madd_epi16(high, ones16));
+  }
+  if ((to - from) / 4 % 2) store_bits(out, _mm256_setzero_si256()), store_bits(out + 32, _mm256_setzero_si256());
 }
 
 // 4-bit weights as bytes from 0 to 15.
@@ -270,10 +272,22 @@ inline void nibbles_of(const char* block, int from, int to, char* out) {
 
 // ---------------------------------------------------------------- a tile
 
+// What is unpacked next is fetched while products are computed, or reading and computing would take turns.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  int lines = 0;  // of a call
+
+  void fetch() {
+    for (int i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
 template <int T>
-inline void float_rows(const char* panel, const char* x, int n, float* sums, bool is_first) {
+inline void float_rows(const char* panel, const char* x, int n, float* sums, bool is_first, Ahead& ahead) {
   alignas(32) float found[T * kBlock];
   for (int start = 0; start < n; start += kSpan) {
+    ahead.fetch();
     innermost<kFloatLoop, T>(panel + start * 64, x + static_cast<std::int64_t>(start) * T * 4, std::min(kSpan, n - start), found);
     for (int i = 0; i < T; ++i)
       for (int v = 0; v < kBlock; v += kLanes) {
@@ -314,12 +328,13 @@ inline void add_scaled(const Matrix& w, std::int64_t group, const std::int32_t* 
 // Inputs `from` to `to` of one tile.
 template <Loop L, int T>
 inline void integer_rows(const Matrix& w, int block, const char* panel, const std::int32_t (*weight_sums)[kBlock],
-                         int from, int to, const Tiles& in, int tile, const char* x, float* sums) {
+                         int from, int to, const Tiles& in, int tile, const char* x, float* sums, Ahead& ahead) {
   constexpr int Q = L == kShortLoop ? 2 : 4;
   const int interval = w.group == 0 ? kChunk : w.group, n_groups = w.group == 0 ? 0 : w.n_in / w.group;
   for (int start = from; start < to; start += interval, ++weight_sums) {
     alignas(32) std::int32_t found[T * kBlock];
     const int end = std::min(start + interval, to), n = (end - start + Q - 1) / Q;
+    ahead.fetch();
     const auto run = [&](int word, int n_words, std::int32_t* out) {
       const std::int64_t at = (start - from) / Q + word;
       innermost<L, T>(panel + at * 64, x + at * T * 4, n_words, out);
@@ -358,7 +373,7 @@ inline void integer_rows(const Matrix& w, int block, const char* panel, const st
 
 template <Loop L, int T>
 inline void tile_rows(const Matrix& w, int block, int n_blocks, int from, int to, const Panel& panel, const Tiles& in,
-                      int tile_from, int tile_to, float* sums) {
+                      int tile_from, int tile_to, float* sums, Ahead& ahead) {
   constexpr int Q = L == kFloatLoop ? 1 : L == kShortLoop ? 2 : 4;
   const int words = (to - from + Q - 1) / Q;
   for (int tile = tile_from; tile < tile_to; ++tile) {
@@ -368,11 +383,14 @@ inline void tile_rows(const Matrix& w, int block, int n_blocks, int from, int to
       const char* rows = w.format == kFp32
                              ? static_cast<const char*>(w.data) + block_bytes(kFp32, w.n_in) * (block + b) + static_cast<std::int64_t>(from) * 64
                              : panel.words + static_cast<std::int64_t>(b) * kPanelWords * 64;
-      if constexpr (L == kFloatLoop) float_rows<T>(rows, reinterpret_cast<const char*>(x), words, out, from == 0);
-      else integer_rows<L, T>(w, block + b, rows, panel.sums[b], from, to, in, tile, reinterpret_cast<const char*>(x), out);
+      const char* at = reinterpret_cast<const char*>(x);
+      if constexpr (L == kFloatLoop) float_rows<T>(rows, at, words, out, from == 0, ahead);
+      else integer_rows<L, T>(w, block + b, rows, panel.sums[b], from, to, in, tile, at, out, ahead);
     }
   }
 }
+
+constexpr int kFewTiles = 4;  // a block of the weight after the other, in the order of memory; else a panel of them
 
 // As `products` of products.h.
 template <class Emit>
@@ -380,40 +398,56 @@ inline void tiled_products(const Matrix& w, int from, int to, const Tiles& in, f
   alignas(64) static thread_local Panel panel;
   const int C = is_integer(w.format) ? round_up(w.n_in, quantum(w.format)) : w.n_in;
   const int part = kPanelWords * (in.content == kFloats ? 1 : in.content == kShorts ? 2 : 4);
-  const int interval = w.group == 0 ? kChunk : w.group;
+  const int interval = is_integer(w.format) ? w.group == 0 ? kChunk : w.group : kSpan;
   const Loop loop = in.content == kFloats ? kFloatLoop : in.content == kShorts ? kShortLoop
                     : in.content == kSignedBytes ? kManyLoop : w.largest <= 64 ? kFourLoop : kPairLoop;
   const int at_once = kMostTiled / in.T;
+  const bool is_few = in.n_tiles() <= kFewTiles;
+  const std::int64_t bytes = block_bytes(w.format, w.n_in);
+  const char* const data = static_cast<const char*>(w.data);
+  Ahead ahead;
   for (int block = from; block < to; block += kPanel) {
     const int n_blocks = std::min(kPanel, to - block), n_rows = std::min(n_blocks * kBlock, w.n_out - block * kBlock);
     for (int tile = 0; tile < in.n_tiles(); tile += at_once) {
       const int tile_to = std::min(in.n_tiles(), tile + at_once), m = tile * in.T, n = std::min(in.M, tile_to * in.T) - m;
-      for (int k = 0; k < C; k += part) {
-        const int end = std::min(C, k + part);
-        for (int b = 0; b < n_blocks; ++b) {
-          const char* data = static_cast<const char*>(w.data) + block_bytes(w.format, w.n_in) * (block + b);
-          char* words = panel.words + static_cast<std::int64_t>(b) * kPanelWords * 64;
-          if (w.format == kBf16) widen<kBf16>(w, block + b, 1, k, end, reinterpret_cast<float*>(words));
-          else if (w.format == kFp16) widen<kFp16>(w, block + b, 1, k, end, reinterpret_cast<float*>(words));
-          else if (in.content == kShorts) shorts_of(w, data, k, end, words);
-          else if (in.content == kUnsignedBytes) signed_bytes_of(data, k, end, interval, words, panel.sums[b]);
-          else if (in.content == kSignedBytes) nibbles_of(data, k, end, words);
-        }
-        const auto run = [&]<Loop L>() {
-          switch (in.T) {
-            case 4: tile_rows<L, 4>(w, block, n_blocks, k, end, panel, in, tile, tile_to, sums); break;
-            case 5: tile_rows<L, 5>(w, block, n_blocks, k, end, panel, in, tile, tile_to, sums); break;
-            case 6: if constexpr (L != kPairLoop && L != kFourLoop) tile_rows<L, 6>(w, block, n_blocks, k, end, panel, in, tile, tile_to, sums); break;
+      const int together = is_few ? 1 : n_blocks;
+      for (int first = block; first < block + n_blocks; first += together)
+        for (int k = 0; k < C; k += part) {
+          const int end = std::min(C, k + part);
+          for (int b = 0; b < together; ++b) {
+            const char* rows = data + bytes * (first + b);
+            char* words = panel.words + static_cast<std::int64_t>(b) * kPanelWords * 64;
+            if (w.format == kBf16) widen<kBf16>(w, first + b, 1, k, end, reinterpret_cast<float*>(words));
+            else if (w.format == kFp16) widen<kFp16>(w, first + b, 1, k, end, reinterpret_cast<float*>(words));
+            else if (in.content == kShorts) shorts_of(w, rows, k, end, words);
+            else if (in.content == kUnsignedBytes) signed_bytes_of(rows, k, end, interval, words, panel.sums[b]);
+            else if (in.content == kSignedBytes) nibbles_of(rows, k, end, words);
           }
-        };
-        switch (loop) {
-          case kFloatLoop: run.template operator()<kFloatLoop>(); break;
-          case kShortLoop: run.template operator()<kShortLoop>(); break;
-          case kPairLoop: run.template operator()<kPairLoop>(); break;
-          case kFourLoop: run.template operator()<kFourLoop>(); break;
-          case kManyLoop: run.template operator()<kManyLoop>(); break;
+          if (is_few) {
+            const std::int64_t per_input = block_bytes(w.format, 8) / 8;
+            ahead.at = data + bytes * first + per_input * end;
+            ahead.end = std::min(ahead.at + per_input * part, data + bytes * to);
+            const int calls = in.n_tiles() * ((end - k + interval - 1) / interval);
+            ahead.lines = static_cast<int>((ahead.end - ahead.at + 64 * calls - 1) / (64 * calls));
+          }
+          const auto run = [&]<Loop L>() {
+            const auto rows = [&]<int T>() {
+              tile_rows<L, T>(w, first, together, k, end, panel, in, tile, tile_to, sums + (first - block) * kBlock, ahead);
+            };
+            switch (in.T) {
+              case 4: rows.template operator()<4>(); break;
+              case 5: rows.template operator()<5>(); break;
+              case 6: if constexpr (L != kPairLoop && L != kFourLoop) rows.template operator()<6>(); break;
+            }
+          };
+          switch (loop) {
+            case kFloatLoop: run.template operator()<kFloatLoop>(); break;
+            case kShortLoop: run.template operator()<kShortLoop>(); break;
+            case kPairLoop: run.template operator()<kPairLoop>(); break;
+            case kFourLoop: run.template operator()<kFourLoop>(); break;
+            case kManyLoop: run.template operator()<kManyLoop>(); break;
+          }
         }
-      }
       scale_sums(w, block, n_blocks, n, sums);
       emit(block * kBlock, n_rows, m, n, sums);
     }
