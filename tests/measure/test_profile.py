@@ -14,14 +14,14 @@ from paretune.hardware import Ceilings
 from paretune.measure import profile as measure
 from paretune.measure import profile_blocks, profile_facts, profile_native, profile_steps
 from paretune.measure.profile import profile, take_apart
-from paretune.measure.profile_blocks import Timed
+from paretune.measure.profile_blocks import Timed, time_blocks
 from paretune.measure.profile_count import CountingMode
 from paretune.measure.profile_marks import Instrument, Marks, cost_of_a_reading, staged_reference
 from paretune.measure.profile_parts import BY_KEY, PARTS, SUMS
 from paretune.measure.profile_rows import ORDER, layers_of, middle_half, seconds_of
 from paretune.measure.profile_steps import Step
 from paretune.model import checkpoint
-from paretune.ops.attention import reference
+from paretune.ops.attention import reference, sdpa
 from paretune.ops.attention.pattern import CAUSAL, Window
 from paretune.ops.attention.spec import AttentionSpec
 from paretune.recipe import preset
@@ -181,6 +181,22 @@ def test_a_fused_layer_is_named(tiny_gpt2_folder):
 
 def test_the_cost_of_a_reading_is_small_and_known():
     assert 0 <= cost_of_a_reading(90) < 1e-3
+
+
+def test_a_step_marked_twice(tiny_gpt2_folder):
+    """The second instrument reads at every boundary of the first; both leave the model as it was."""
+    loaded = load_recipe(tiny_gpt2_folder, preset("baseline"))
+    step = Step(loaded, "decode", 5, 1)
+    plain = step.run()
+    inner = Instrument(loaded.runner.model, Marks())
+    outer = inner.around(loaded.runner.model)
+    timed = time_blocks(step, [inner, outer], quick=True, seed=0)
+    assert len(timed.twice[0]) == len(timed.marked[0]) == len(timed.plain[0]) > 0
+    assert outer.marks.n_readings == inner.marks.n_readings - 1 > 20  # the reading that ends the step is the first's
+    assert "forward" not in loaded.runner.model.h[0].ln_1.__dict__
+    assert loaded.runner.model.h[0].attn.attention is sdpa.attention
+    step.prepare()
+    assert torch.equal(step.run(), plain)
 
 
 def test_counting_changes_nothing(tiny_llama_folder):

@@ -1,8 +1,8 @@
 """One phase of one recipe, taken apart: by part, by layer, by kernel, against this machine's ceilings, with a trace.
 
-The plain step and the marked step run in turns, in blocks with a bandwidth probe around each; figures are means over
-the middle half of the pairs (by the time of both) in the blocks of the bandwidth state that most blocks saw. The plain
-step is the whole that the parts are held against; nothing is scaled to fit it.
+The plain step, the marked step and a doubly marked one run in turns, in blocks with a bandwidth probe around each;
+figures are means over the middle half of the turns (by the time of plain and marked) in the blocks of the bandwidth
+state that most blocks saw. The plain step is the whole that the parts are held against; nothing is scaled to fit it.
 """
 
 from __future__ import annotations
@@ -182,7 +182,10 @@ def take_apart(
         else:
             notes += [f"{name}: not in this model, its time stands with the part before" for name in instrument.missing]
     say(f"timing {phase}")
-    timed = time_blocks(step, marks, instrument, quick, seed)
+    instruments = [] if instrument is None else [instrument]
+    if instrument is not None and device == "cpu":
+        instruments.append(instrument.around(step.model))
+    timed = time_blocks(step, instruments, quick, seed)
     kept, state = timed.kept()
     plain = [sec for block in kept.plain for sec in block]
     marked = [parts_of_step for block in kept.marked for parts_of_step in block]
@@ -195,8 +198,12 @@ def take_apart(
     if marks is not None:
         seconds = seconds_of([marked[i] for i in quiet])
         marked_sec = sum(seconds.values())
-        cost = cost_of_a_reading() if device == "cpu" else 0.0
-        # Off each part what its own readings cost, as measured on an empty module: never a factor that makes it fit.
+        cost = 0.0
+        if device == "cpu":
+            twice = [sec for block in kept.twice for sec in block]
+            more = [twice[i] - sum(marked[i].values()) for i in quiet]
+            cost = _cost(statistics.median(more) / instruments[1].marks.n_readings)
+        # Off each part what its own readings cost, as a second set of them showed: never a factor that makes it fit.
         seconds = {key: max(0.0, sec - cost * calls.get(key, 0)) for key, sec in seconds.items()}
         parts = rows_of(seconds, counts, calls, plain_sec, ceilings, dtype, runner.config.family)
         layers = layers_of(seconds)
@@ -240,6 +247,13 @@ def take_apart(
         "native": native,
         "notes": notes,
     }
+
+
+def _cost(in_step_sec: float) -> float:
+    """Seconds of a reading, from what doubly marked steps show; few steps on a busy machine show anything, so it lies
+    between that of an empty module and three times as much."""
+    alone = cost_of_a_reading()
+    return min(max(in_step_sec, alone), 3 * alone)
 
 
 _INSIDE = (

@@ -122,6 +122,14 @@ class Instrument:
             owner = getattr(block, SEAM_OWNERS[family])
             self._swaps.append((owner, "attention", self._seam(owner.attention, i)))
 
+    def around(self, model: LanguageModel) -> Instrument:
+        """A second one, installed on top of this one: marks every boundary once more."""
+        self.install()
+        try:
+            return Instrument(model, Marks("cuda" if self.marks.is_cuda else "cpu", self.marks.is_training))
+        finally:
+            self.remove()
+
     def install(self) -> None:
         for owner, name, wrapped in self._swaps:
             owner.__dict__[name] = wrapped
@@ -253,7 +261,8 @@ def staged_reference(
 
 
 def cost_of_a_reading(n: int = 2000) -> float:
-    """Seconds that a boundary adds: a wrapped empty module against a bare one, in turns, the median, two readings each.
+    """Seconds that a boundary adds at least: a wrapped empty module against a bare one, in turns, the median, two
+    readings each. In a real step, between operators that fill the caches, it is more.
 
     Measured on the CPU's clock; an event on a GPU's stream costs the host more and the device next to nothing.
     """

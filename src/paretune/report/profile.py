@@ -122,7 +122,8 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
         reading = f"{overhead['n_readings']} readings of {format_sec(overhead['sec_per_reading'])}"
         out.append(
             f"Readings: the marked step took {_percent(abs(overhead['share']))} "
-            f"{'longer' if overhead['share'] >= 0 else 'shorter'} than the plain one ({reading}, taken off each part). "
+            f"{'longer' if overhead['share'] >= 0 else 'shorter'} than the plain one ({reading}, as steps that were "
+            "read twice showed, taken off each part). "
             f"The parts add up to {format_percent(closing['share'])} of the plain step; the difference is a row of its "
             "own."
         )
