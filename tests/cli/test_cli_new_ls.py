@@ -211,6 +211,9 @@ def test_ls_says_what_works_on_a_device(command, monkeypatch):
         {"name": "bf16", "state": "emulated", "reason": "bf16 is emulated here"},
         {"name": "fp16", "state": "cannot", "reason": "fp16 does not work here"},
     ]
+    assert all(e["verdicts"] for section in ("transforms", "attention_functions", "runners") for e in found[section])
+    flash = next(e for e in found["attention_functions"] if e["name"] == "flash_attn")
+    assert flash["verdicts"][0]["state"] == "cannot" and "CUDA" in flash["verdicts"][0]["reason"]
     states = {e["name"]: e["verdicts"][0]["state"] for e in found["presets"]}
     assert (states["int8"], states["bf16_int8"], states["fp16"]) == ("works", "emulated", "cannot")
     page = command("ls", "--device", "cpu")[1]

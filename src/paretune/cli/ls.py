@@ -128,7 +128,8 @@ def _embedded_models() -> list[dict[str, str]]:
 
 
 def _try(found: dict[str, Any], device: str) -> None:
-    """Adds verdicts to transforms (one a variant that a preset uses), runners, presets, and the mechanisms.
+    """Adds verdicts to transforms (one a variant that a preset uses, else as it is by default), attention functions,
+    runners, presets, and the mechanisms.
 
     Raises:
         UsageError: there is no such device.
@@ -137,7 +138,7 @@ def _try(found: dict[str, Any], device: str) -> None:
     from paretune.errors import UsageError
     from paretune.hardware.abilities import abilities
     from paretune.recipe import PRESETS, Recipe
-    from paretune.registry import RUNNERS
+    from paretune.registry import RUNNERS, TRANSFORMS
 
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
@@ -146,6 +147,11 @@ def _try(found: dict[str, Any], device: str) -> None:
     variants: dict[str, Any] = {}
     for recipe in recipes.values():
         variants |= {f"{t.name} {t.title}": t for t in recipe.transforms}
+    used = {t.name for t in variants.values()}
+    variants |= {name: TRANSFORMS.get(name)() for name in TRANSFORMS.names() if name not in used}
+    for entry in found["attention_functions"]:
+        form = TRANSFORMS.get("attention")(form=entry["name"])
+        entry["verdicts"] = [_verdict(entry["name"], form.requires(device), form.notes(device))]
     for entry in found["transforms"]:
         entry["verdicts"] = [
             _verdict(t.title, t.requires(device), t.notes(device)) for t in variants.values() if t.name == entry["name"]
