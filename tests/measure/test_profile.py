@@ -18,7 +18,7 @@ from paretune.measure.profile_blocks import Timed, time_blocks
 from paretune.measure.profile_count import CountingMode
 from paretune.measure.profile_marks import Instrument, Marks, cost_of_a_reading, staged_reference
 from paretune.measure.profile_parts import BY_KEY, PARTS, SUMS
-from paretune.measure.profile_rows import ORDER, layers_of, middle_half, seconds_of
+from paretune.measure.profile_rows import ORDER, alike_half, layers_of, middle_half, seconds_of
 from paretune.measure.profile_steps import Step
 from paretune.model import checkpoint
 from paretune.ops.attention import reference, sdpa
@@ -163,6 +163,11 @@ def test_means_add_up_and_leave_out_interruptions():
     quiet = middle_half([sum(step.values()) for step in steps])
     assert seconds_of([steps[i] for i in quiet]) == {key: 1.0, other: 2.0}
     assert middle_half([5.0, 1.0, 2.0, 9.0]) == [2, 0]
+
+
+def test_turns_in_which_one_step_was_interrupted_are_left_out():
+    plain, marked = [1.0, 1.0, 9.0, 1.0, 2.0], [1.1, 7.0, 1.1, 1.1, 2.2]
+    assert alike_half(plain, marked) == [0, 3, 4]
 
 
 def test_blocks_of_the_commonest_bandwidth_state():

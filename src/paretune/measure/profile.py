@@ -1,8 +1,9 @@
 """One phase of one recipe, taken apart: by part, by layer, by kernel, against this machine's ceilings, with a trace.
 
 The plain step, the marked step and a doubly marked one run in turns, in blocks with a bandwidth probe around each;
-figures are means over the middle half of the turns (by the time of plain and marked) in the blocks of the bandwidth
-state that most blocks saw. The plain step is the whole that the parts are held against; nothing is scaled to fit it.
+figures are means over the half of the turns whose plain and marked steps stand to each other as most do, in the blocks
+of the bandwidth state that most blocks saw. The plain step is the whole that the parts are held against; nothing is
+scaled to fit it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from paretune.measure.profile_blocks import time_blocks
 from paretune.measure.profile_count import CountingMode, Counts
 from paretune.measure.profile_kernels import Kernel, by_class, kernels_of
 from paretune.measure.profile_marks import Instrument, Key, Marks, cost_of_a_reading
-from paretune.measure.profile_rows import layers_of, middle_half, rows_of, seconds_of
+from paretune.measure.profile_rows import alike_half, layers_of, middle_half, rows_of, seconds_of
 from paretune.measure.profile_steps import Phase, Step, check_memory, check_phase
 from paretune.measure.profile_trace import record
 from paretune.measure.workload import step_weights_bytes
@@ -189,8 +190,7 @@ def take_apart(
     kept, state = timed.kept()
     plain = [sec for block in kept.plain for sec in block]
     marked = [parts_of_step for block in kept.marked for parts_of_step in block]
-    pairs = [p + sum(m.values()) for p, m in zip(plain, marked, strict=True)] if marked else plain
-    quiet = middle_half(pairs)
+    quiet = alike_half(plain, [sum(m.values()) for m in marked]) if marked else middle_half(plain)
     plain_sec = statistics.fmean(plain[i] for i in quiet)
     parts: list[dict[str, Any]] = []
     layers: list[dict[str, Any]] = []

@@ -21,6 +21,15 @@ def middle_half(totals: Sequence[float]) -> list[int]:
     return order[quarter : len(order) - quarter]
 
 
+def alike_half(plain: Sequence[float], marked: Sequence[float]) -> list[int]:
+    """Indices of the turns whose two steps stand to each other as most do: where one of them was interrupted, the ratio
+    is off to either side."""
+    ratios = [m / p for p, m in zip(plain, marked, strict=True)]
+    middle = statistics.median(ratios)
+    order = sorted(range(len(ratios)), key=lambda i: abs(ratios[i] - middle))
+    return sorted(order[: (len(order) + 1) // 2])
+
+
 def seconds_of(kept: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
     """Seconds by part: the mean over the same steps for every part, so that parts add up to the step; medians of parts
     would not."""

@@ -116,7 +116,7 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
     blocks, overhead, closing = result["blocks"], result["overhead"], result["closing"]
     out = [
         f"{result['whole']['n_steps']} steps in {blocks['n_kept']} of {blocks['n']} blocks, those of the bandwidth "
-        f"state that most blocks saw ({blocks['state']}); the mean over the middle half of the steps."
+        f"state that most blocks saw ({blocks['state']}); the mean over the half that was least disturbed."
     ]
     if overhead and closing:
         reading = f"{overhead['n_readings']} readings of {format_sec(overhead['sec_per_reading'])}"
