@@ -274,3 +274,12 @@ def test_a_real_run_killed_and_resumed_gives_a_plan_that_generates(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip()
     shutil.rmtree(folder)
+
+
+def test_dry_run_announces_the_grid_of_regimes_and_its_time(tune):
+    code, out, err = tune("pocket", "--dry-run", "--regimes", "auto")
+    assert code == 0 and not err
+    assert "forms by regime: batch 1, 8 x 128, 512, 1024 tokens: up to 150 s of timing on top of the budget" in out
+    assert "regime" not in tune("pocket", "--dry-run")[1]
+    assert_line(tune("pocket", "--dry-run", "--regimes", "1x4096"), 2, "4096", "1024")
+    assert_line(tune("pocket", "--regimes", "many"), 2, "--regimes", "1,8x128,1024")

@@ -19,7 +19,7 @@ from paretune.measure import explain, roofline
 from paretune.measure.environment import header
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
-from paretune.tune import peers
+from paretune.tune import peers, regimes
 from paretune.tune.plan import PLAN_FILE, SCHEMA_VERSION
 from paretune.tune.race import BASELINE, TWIN, TrialState
 from paretune.tune.search import Outcome, baseline_recipe
@@ -85,6 +85,7 @@ def result_of(out: Outcome) -> dict[str, Any]:
         "samples_file": "samples.jsonl",
         "peers": out.peers["rows"] if out.peers else [],
         "peers_measured": out.peers["measured"] if out.peers else None,
+        "regimes": out.regimes,
     }
     result["again"] = result["command"]
     result["verdict"] = sentences(out, result)
@@ -260,7 +261,7 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
             )
     if out.kind == "none":
         said.append(f"No recipe reaches the asked speed-up of {goal.min_speedup:g} within the quality bound.")
-    return said + out.notes + peers.sentences(goal, out.peers)
+    return said + out.notes + regimes.sentences(out.regimes) + peers.sentences(goal, out.peers)
 
 
 def _other_phase(out: Outcome, winner: TrialState, base: TrialState) -> list[str]:
@@ -328,6 +329,7 @@ def write(out: Outcome, folder: Path, again: str = "", is_stored: bool = False) 
         "verdict": result["verdict"],
         "recipe": recipe.to_dict(),
         "confirmation": result["confirmation"],
+        "dispatch": out.regimes["table"] if out.regimes else None,
     }
     write_json(folder / PLAN_FILE, plan)  # last: a folder with a plan is complete
     return result

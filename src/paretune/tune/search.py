@@ -71,6 +71,8 @@ class Outcome:
     too_noisy: bool = False
     peers: dict[str, Any] | None = None  # of `peers.compare`
     explanations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the winner and the baseline
+    quality_len: int = WINDOW_LEN  # tokens of a window that quality was measured on
+    regimes: dict[str, Any] | None = None  # of `regimes.explore`
 
     @property
     def resolution(self) -> float:
@@ -148,6 +150,7 @@ class Search:
         race = Race(goal, folder, model_folder, self.journal, say)
         race.check_prompt = self.windows["search"][0, :48].tolist()
         self.out = Outcome(goal, model, model_folder, config, space, race)
+        self.out.quality_len = self.windows["search"].size(1)
 
     def _windows(self, config: ModelConfig, text: Path | None) -> dict[str, torch.Tensor]:
         """Disjoint windows for search and confirmation.
