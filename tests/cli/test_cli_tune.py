@@ -69,7 +69,14 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
-    assert out.count("cannot run here") == 144 and "needs a C++ compiler" in out
+    assert out.count("cannot run here") == 144 + 18 and "needs a C++ compiler" in out
+
+
+def test_dry_run_counts_mechanisms_for_long_requests(tune):
+    code, out, _ = tune("pocket", "--dry-run", "--input-len", "480")
+    assert code == 0 and "116 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
+    code, out, _ = tune("pocket", "--dry-run")
+    assert "98 candidates:" in out and "skips nothing in a request of 160 tokens" in out
 
 
 def test_dry_run_announces_the_peers_and_their_time(tune):

@@ -101,7 +101,7 @@ def _show_space(model: str, goal: Any) -> None:
         from paretune.tune.regimes import announcement
 
         by_regime = f"After the search, forms by regime: {announcement(goal, config.longest)}."
-    space = spaces.build(goal.device)
+    space = spaces.build(goal.device, config, goal.input_len + goal.output_len)
     print(f"baseline: {spaces.baseline().name}")
     print(f"{len(space.legal)} candidates:")
     for candidate in space.legal:
