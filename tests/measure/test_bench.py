@@ -345,3 +345,19 @@ def test_a_plan_with_a_table_runs_what_it_says_in_each_cell(tiny_gpt2_folder):
     assert any("chosen by the plan's table" in n and "regime of batch 4" in n for n in rows[4]["notes"])
     sent = [r["recipe"] for r in FakeProcess.requests if r["name"] == "bf16"]
     assert sent == [preset("bf16").to_dict(), forms["eager"].recipe.to_dict()]
+
+
+def test_the_bytes_of_a_window_do_not_grow_with_the_context(tiny_gpt2_folder, monkeypatch):
+    """What a step must read stays at the window and its prefix; the cost of a prompt at the pairs that are left."""
+    real = FakeProcess.ask
+
+    def ask(self, do, timeout_sec=1.0, **request):
+        answer = real(self, do, timeout_sec, **request)
+        return answer | ({"attention_pattern": "prefix:2+window:8"} if self.name == "int8" and do == "load" else {})
+
+    monkeypatch.setattr(FakeProcess, "ask", ask)
+    rows = {(r["config"], r["input_len"]): r for r in run(tiny_gpt2_folder, input_lens=[16, 48])["rows"]}
+    assert rows["int8", 48]["decode_bytes"] == rows["int8", 16]["decode_bytes"] == WEIGHTS + KV_PER_TOKEN * 10
+    assert rows["baseline", 48]["decode_bytes"] == WEIGHTS + KV_PER_TOKEN * 52.5
+    assert rows["int8", 48]["prefill_mfu"] < rows["baseline", 48]["prefill_mfu"]
+    assert rows["int8", 48]["decode_mfu"] == rows["int8", 16]["decode_mfu"]

@@ -78,7 +78,9 @@ class Trial:
 
     def _of_shape(self) -> dict[str, Any]:
         cache = self.bench.cache
-        return {"kv_cache_bytes": cache.nbytes, "kv_bytes_per_token": cache.nbytes / cache.capacity}
+        # A ring has fewer slots than its capacity says.
+        per_token = {"kv_cache_bytes": cache.nbytes, "kv_bytes_per_token": cache.nbytes / cache.n_slots}
+        return {**per_token, "attention_pattern": str(self.loaded.runner.config.attention_pattern)}
 
     def shape(self, request: dict[str, Any]) -> dict[str, Any]:
         """Another workload for the model that is loaded and proven; the answer as that of `load`."""

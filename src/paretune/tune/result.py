@@ -18,6 +18,7 @@ from paretune.files import ensure_folder, write_json, write_text
 from paretune.measure import explain, roofline
 from paretune.measure.environment import header
 from paretune.model import checkpoint
+from paretune.ops.attention.pattern import parse
 from paretune.recipe import Recipe
 from paretune.tune import peers, regimes
 from paretune.tune.plan import PLAN_FILE, SCHEMA_VERSION
@@ -144,13 +145,15 @@ def _limits(out: Outcome, state: TrialState, times: dict[str, float]) -> dict[st
     precision = next((t.dtype for t in state.recipe.transforms if t.name == "precision"), None)  # type: ignore[attr-defined]
     rate = out.ceilings.matrix_rates.get(RATE_OF[precision])
     # What a step must read: the weights but for the embedding rows that are not looked up, and the keys and values.
-    kv = facts["kv_bytes_per_token"] * (goal.input_len + 8)
+    pattern = parse(facts.get("attention_pattern", "causal"))
+    kv = facts["kv_bytes_per_token"] * roofline.keys_seen(pattern, goal.input_len + 8)
     n_bytes = roofline.decode_bytes(facts["step_weights_bytes"], int(kv))
     bandwidth = out.ceilings.bandwidth_at(n_bytes)
-    prefill = roofline.prefill_flops(config, goal.input_len) * goal.batch_size
+    prefill = roofline.prefill_flops(config, goal.input_len, pattern=pattern) * goal.batch_size
     is_prefill = goal.objective == "ttft"
     sec = times["ttft" if is_prefill else "tpot"]
-    flops = prefill if is_prefill else roofline.decode_flops(config, goal.input_len) * goal.batch_size
+    seen = round(roofline.keys_seen(pattern, goal.input_len))
+    flops = prefill if is_prefill else roofline.decode_flops(config, seen) * goal.batch_size
     phase = "prefill" if is_prefill else "decode"
     _, sentence = roofline.bound_by(phase, sec, n_bytes, flops, bandwidth, rate)  # type: ignore[arg-type]
     explanations = out.explanations.get(state.id)

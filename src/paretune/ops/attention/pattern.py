@@ -377,6 +377,29 @@ def prefix_and_window(pattern: Pattern) -> tuple[int, int] | None:
     return max(prefixes, default=0), max(windows)
 
 
+class Work(NamedTuple):
+    """What a step has to do, in one head of one sequence."""
+
+    n_keys: int  # positions of the cache that any of its queries sees
+    n_pairs: int  # of a query and a key that it sees
+
+
+@functools.lru_cache(maxsize=256)
+def work(pattern: Pattern, start: int, n_tokens: int) -> Work:
+    """Keys and pairs of the queries at positions `start` to `start + n_tokens`."""
+    end = start + n_tokens
+    if pattern.is_dense:
+        return Work(end, n_tokens * start + n_tokens * (n_tokens + 1) // 2)
+    keys, read, n_pairs, first = torch.arange(end), torch.zeros(end, dtype=torch.bool), 0, start
+    while first < end:
+        last = min(first // QUERY_BLOCK * QUERY_BLOCK + QUERY_BLOCK, end)  # far keys are the same within a block
+        seen = pattern.visible(torch.arange(first, last)[:, None], keys[None])
+        read |= seen.any(0)
+        n_pairs += int(seen.sum())
+        first = last
+    return Work(int(read.sum()), n_pairs)
+
+
 class QueryBlock(NamedTuple):
     """Queries `start` to `end` and the keys they read: in order, each once; what is not there is never touched."""
 
