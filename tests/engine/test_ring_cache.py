@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from paretune import native_build
 from paretune.engine.cache import RING_STEP, KVCache
 from paretune.engine.generate import check_request, generate, naive_generate
+from paretune.engine.runners.compiled import CompileRunner
 from paretune.engine.runners.eager import EagerRunner
 from paretune.engine.runners.native import NativeRunner
 from paretune.errors import UsageError
@@ -193,3 +194,25 @@ def test_native_counters_count_what_a_window_leaves(tiny, pattern, cache_dtype):
     assert {(n_bytes, flops) for *_, n_bytes, flops in attention} == {
         (each * n_keys, 4 * c.n_head * c.head_dim * n_pairs)
     }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
+@torch.inference_mode()
+def test_compiled_equals_eager_on_a_ring(tiny):
+    """One graph for prompts of several lengths and one for decode, over a cache whose slots are not in order."""
+    from torch._dynamo.utils import counters
+
+    model, _, _ = tiny("gpt2", n_positions=1000)
+    model = Attention("sdpa").apply(Mechanism(pattern="prefix:5+window:40").apply(model, Context()), Context())
+    tokens = tokens_of(2, 640)
+    wanted = model(tokens, None, "all")
+    runner = CompileRunner(model)
+    cache = runner.new_cache(2, 900)
+    assert cache.ring and cache.static
+    breaks = sum(counters["graph_break"].values())
+    got = logits_of(runner, cache, tokens, [600, *[1] * 40])
+    assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    assert cache.host_lengths == (640, 640) and sum(counters["graph_break"].values()) == breaks
+    cache.truncate_(635)  # a step back, as speculation takes it
+    assert_close(runner.forward(tokens[:, 635:636], cache)[:, 0], wanted[:, 635], atol=1e-4, rtol=1e-4)
