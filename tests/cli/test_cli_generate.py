@@ -293,3 +293,21 @@ def test_a_plan_with_a_table_says_what_it_chose(as_json, generate, tmp_path):
     (plan / "plan.json").write_text(json.dumps(json.loads((plan / "plan.json").read_text()) | {"dispatch": table}))
     code, _, err = generate(*asked)
     assert code == 2 and "dispatch table" in err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("random:1x64", "leaves the query at position 0 without keys"),
+        ("window:2048", "a window of 2048 is larger than the context of 1024"),
+        ("prefix:2000+window:5", "a prefix of 2000 is larger than the context of 1024"),
+        ("blocks:100+window:4", "blocks of 100 do not divide the context of 1024"),
+        ("windw:3", "'windw:3' is not understood"),
+        ("window:0", "a window of 0"),
+    ],
+)
+def test_a_pattern_that_makes_no_sense_is_one_line(generate, tmp_path, pattern, words):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[[transforms]]\nname = "mechanism"\npattern = "{pattern}"\n', "utf-8")
+    code, out, err = generate("-p", PROMPT, "--config", recipe, "-q")
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1

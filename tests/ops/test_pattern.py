@@ -127,6 +127,8 @@ def test_prefix_and_window():
     ("text", "n", "match"),
     [
         ("window:65", 64, "a window of 65 is larger than the context of 64"),
+        ("prefix:65+window:3", 64, "a prefix of 65 is larger than the context of 64"),
+        ("blocks:128", 64, "blocks of 128 do not divide the context of 64"),
         ("blocks:48", 64, "blocks of 48 do not divide the context of 64"),
         ("blocks:16+random:1x64", 96, "blocks of 64 do not divide"),
         ("random:1x64", 128, "leaves the query at position 0 without keys"),

@@ -126,11 +126,12 @@ class Pattern:
         Raises:
             UsageError: a window larger than the context, a block size that does not divide it, a query without keys.
         """
-        if self.largest_window > n_positions:
-            raise UsageError(
-                f"pattern {self}: a window of {self.largest_window} is larger than the context of {n_positions}",
-                f"Use {n_positions - 1} or less",
-            )
+        for what, size in (("window", self.largest_window), ("prefix", self.kept.prefix)):
+            if size > n_positions and size != self.block:
+                raise UsageError(
+                    f"pattern {self}: a {what} of {size} is larger than the context of {n_positions}",
+                    f"Use {n_positions - 1} or less",
+                )
         if self.block is not None and n_positions % self.block:
             raise UsageError(
                 f"pattern {self}: blocks of {self.block} do not divide the context of {n_positions}",
