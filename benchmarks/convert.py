@@ -125,11 +125,11 @@ def main() -> int:
                 p.read_text("utf-8", "replace")
                 for p in unpack(args.books, folder, args.train_books, args.heldout_books)
             ]
-            each = args.heldout_tokens // len(texts) // (FACTOR * context) * FACTOR * context
-            if each == 0:
-                raise ParetuneError("too few held-out tokens for one window", "Raise --heldout-tokens")
-            ids = [Tokenizer(source).encode(text)[:each] for text in texts]
-            heldout = torch.tensor([token for part in ids if len(part) == each for token in part])
+            ids = Tokenizer(source).encode("\n\n".join(texts))
+            n = min(args.heldout_tokens, len(ids)) // (FACTOR * context) * FACTOR * context
+            if n == 0:
+                raise ParetuneError(f"{len(ids)} held-out tokens give no window", "Raise --heldout-books or -tokens")
+            heldout = torch.tensor(ids[:n])
             spent = {"original": train(args.model, folder / "train", folder / "original", args)}
             teacher = ["--distill", args.model, "--distill-weight", args.distill_weight] if args.distill_weight else []
             spent["alibi"] = train(

@@ -311,3 +311,8 @@ def test_a_pattern_that_makes_no_sense_is_one_line(generate, tmp_path, pattern, 
     recipe.write_text(f'[[transforms]]\nname = "mechanism"\npattern = "{pattern}"\n', "utf-8")
     code, out, err = generate("-p", PROMPT, "--config", recipe, "-q")
     assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_an_empty_article_is_refused(generate):
+    code, out, err = generate("-p", PROMPT, "-p", " \n", "--task", "summarization")
+    assert (code, out) == (2, "") and "an article is empty" in err

@@ -118,6 +118,8 @@ def generate(
         messages = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         prompts = [tokenizer.encode(text, special_tokens=False) for text in messages]
     elif form is not None:
+        if not all(text.strip() for text in texts):
+            raise UsageError("an article is empty", "Pass its text with --prompt or --prompt-file")
         cut = [form.prompt(tokenizer, text, room=max_new_tokens) for text in texts]
         prompts = [ids for ids, _ in cut]
         if n_cut := sum(is_cut for _, is_cut in cut):
