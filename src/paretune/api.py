@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from paretune import clock, hardware, native_build
+from paretune.engine.dispatch import Dispatcher
 from paretune.engine.generate import generate as run_generate
 from paretune.engine.load import load_recipe
 from paretune.engine.runners.base import Runner
@@ -39,6 +40,7 @@ class Generated:
         finish_reason: length, eos or stop.
         prompt: ids of the prompt.
         ttft_sec: start of the call to the first token, of the whole batch.
+        chosen: form of a plan with a table that ran it, and why; None where there was no choice.
         tpot_sec: per step after the first, of the whole batch; None for fewer than two tokens.
         tokenize_sec: of the whole batch, apart from the others.
     """
@@ -50,6 +52,7 @@ class Generated:
     ttft_sec: float
     tpot_sec: float | None
     tokenize_sec: float
+    chosen: dict[str, str] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -63,10 +66,18 @@ class Model:
         tokenizer: the folder's; None where it has none (`model(tokens)` works without).
         recipe: what was applied.
         folder: the checkpoint that was loaded.
+        forms: of a plan with a table: they stand in for `runner` where a request asks for it or is faster so.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer | None, recipe: Recipe, folder: Path) -> None:
-        self.runner, self.tokenizer, self.recipe, self.folder = runner, tokenizer, recipe, folder
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None,
+        recipe: Recipe,
+        folder: Path,
+        forms: Dispatcher | None = None,
+    ) -> None:
+        self.runner, self.tokenizer, self.recipe, self.folder, self.forms = runner, tokenizer, recipe, folder, forms
 
     def __repr__(self) -> str:
         return f"<paretune.Model {self.folder.name}: {self.recipe.name}>"
@@ -103,12 +114,14 @@ class Model:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         on_text: Callable[[int, str], None] | None = None,
+        quality: str = "plan",
         **sampling: Any,
     ) -> Generated | list[Generated]:
         """Continues one prompt, or several in one batch; each gets what it would get alone.
 
         Args:
             on_text: called with (row, piece) as text becomes certain.
+            quality: of a plan with a table of forms, which may run: plan, lossless or bounded.
             sampling: fields of `SamplingOptions`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
 
         Raises:
@@ -125,8 +138,14 @@ class Model:
         started = clock.now()
         ids = [tokenizer.encode(p) for p in prompts]
         tokenize_sec = clock.now() - started
+        runner, choice = self.runner, None
+        if self.forms is not None:
+            length = max(map(len, ids)) + max_new_tokens
+            runner, choice = self.forms.runner_for(len(ids), length, quality)
+        elif quality != "plan":
+            raise UsageError(f"quality is {quality!r}, and there is no choice of forms here", "Leave it out")
         result = run_generate(
-            self.runner,
+            runner,
             ids,
             max_new_tokens,
             SamplingOptions(**sampling),
@@ -136,26 +155,28 @@ class Model:
             on_text=on_text,
         )
         times = (result.timing.ttft_sec, result.tpot_sec, tokenize_sec)
-        out = [Generated(g.text, g.tokens, g.finish_reason, g.prompt, *times) for g in result.generations]
+        chosen = None if choice is None else choice.to_json()
+        out = [Generated(g.text, g.tokens, g.finish_reason, g.prompt, *times, chosen) for g in result.generations]
         return out[0] if isinstance(prompt, str) else out
 
     def _need_tokenizer(self) -> Tokenizer:
         return self.tokenizer or Tokenizer(self.folder)  # the second says what is missing
 
 
-def load(name: str | Path, recipe: Recipe | str | None = None, device: str = "cpu") -> Model:
+def load(name: str | Path, recipe: Recipe | str | None = None, device: str = "cpu", *, spare_bytes: int = 0) -> Model:
     """Loads a model folder, hub id, plan or `pocket`.
 
     PyTorch's thread count is left as it is, unless the recipe sets one.
 
     Args:
         recipe: a `Recipe`, a preset's name or a recipe file; default the plan's own, else the baseline.
+        spare_bytes: for second copies of a plan's weights, where its table has forms that need one.
 
     Raises:
         UsageError: an unknown model or recipe, a recipe beside a plan, or one that cannot run here.
         CheckpointError: the folder cannot be loaded as it is.
     """
-    name = str(name)
+    name, plan = str(name), None
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use cpu")
     if is_plan(name):
@@ -170,7 +191,8 @@ def load(name: str | Path, recipe: Recipe | str | None = None, device: str = "cp
     for note in [*notes, *(n for t in chosen.transforms for n in t.notes(device))]:
         native_build.say(note)
     has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
-    return Model(loaded.runner, Tokenizer(folder) if has_tokenizer else None, chosen, folder)
+    forms = Dispatcher.of(loaded, plan, spare_bytes)
+    return Model(loaded.runner, Tokenizer(folder) if has_tokenizer else None, chosen, folder, forms)
 
 
 @overload
@@ -244,8 +266,9 @@ def bench(
     named = [(c.name, c) if isinstance(c, Recipe) else (c, preset(c)) for c in configs]
     if is_plan(name):
         plan = read_plan(name)
-        folder = checkpoint.resolve(plan.data["model"]["source"])
-        options = {"folders": {"plan": plan.model_folder}, **options}
+        folder = plan.source
+        tables = {} if plan.table is None else {"plan": plan.table}
+        options = {"folders": {"plan": plan.model_folder}, "tables": tables, **options}
         named.append(("plan", plan.recipe))
     else:
         folder = checkpoint.resolve(str(name))

@@ -242,3 +242,77 @@ def test_an_interrupt_keeps_what_was_streamed(generate, monkeypatch):
 
     monkeypatch.setattr("paretune.engine.generate.generate", interrupted)
     assert generate("-p", PROMPT) == (130, "half a sen\n", "paretune: interrupted\n")
+
+
+def test_a_plan_with_a_table_says_what_it_chose(as_json, generate, tmp_path):
+    def recipe(form, *more):
+        return {**INT8, "transforms": [*more, {"name": "attention", "form": form}, {"name": "int8"}]}
+
+    def form(name, recipe, label="bounded", upper=0.002, n_bytes=0):
+        fixed = {"longest": None, "weights_bytes": n_bytes}
+        return {"name": name, "recipe": recipe, "label": label, "ppl_increase_upper": upper, **fixed}
+
+    window = recipe("sdpa", {"name": "mechanism", "pattern": "window:4"})
+    forms = [form("plan", INT8), form("eager", recipe("eager")), form("window", window)]
+    forms.append(
+        form("as it was", {"transforms": [{"name": "attention", "form": "sdpa"}]}, "lossless", None, 30_000_000)
+    )
+    cells = [
+        [[{"form": n, "n_bytes": 1000} for n in names]]
+        for names in (("window", "eager", "plan", "as it was"), ("plan",))
+    ]
+    table = {"batch_sizes": [1, 4], "lengths": [64], "forms": forms, "cells": cells}
+    plan = plan_folder(tmp_path, dispatch=table)
+    asked = (plan, "-p", PROMPT, "--max-new-tokens", "8")
+    one = as_json(*asked)
+    assert one["ran"]["chosen"]["form"] == "eager" and one["ran"]["name"] == "eager + int8, eager"
+    assert one["recipe"]["transforms"][0] == {"name": "attention", "form": "eager"}
+    assert one["tokens"] == as_json("pocket", "--config", "int8", *asked[1:])["tokens"]
+    two = as_json(plan, *["-p", PROMPT] * 3, "--max-new-tokens", "2")
+    assert two["ran"]["chosen"]["form"] == "plan" and "batch 4" in two["ran"]["chosen"]["regime"]
+    changed = as_json(*asked, "--quality", "bounded")
+    assert changed["ran"]["chosen"]["label"] == "bounded" and changed["ran"]["name"].startswith("window:4")
+    assert changed["tokens"] != one["tokens"]
+    code, _, err = generate(*asked, "--quality", "lossless")
+    assert code == 2 and "no form of this plan keeps" in err and "--spare-memory 28MB" in err
+    assert as_json(*asked, "--quality", "lossless", "--spare-memory", "40MB")["ran"]["name"] == "sdpa, eager"
+    code, _, err = generate(*asked)
+    assert code == 0, err
+    assert "chosen by the plan's table: eager + int8, eager (bounded; regime of batch 1, 64 tokens" in err
+    # Who names a runner has chosen; a damaged table, unknown levels and sizes are refused.
+    assert "chosen" not in as_json(*asked, "--runner", "eager")["ran"]
+    for more, words in (
+        (("--quality", "best"), "unknown quality level"),
+        (("--spare-memory", "much"), "--spare-memory"),
+        (("--quality", "plan", "--runner", "eager"), "no choice here"),
+    ):
+        code, out, err = generate(*asked, *more)
+        assert (code, out) == (2, "") and words in err
+    assert generate("pocket", "-p", PROMPT, "--quality", "plan")[0] == 2
+    table["lengths"] = [0]
+    (plan / "plan.json").write_text(json.dumps(json.loads((plan / "plan.json").read_text()) | {"dispatch": table}))
+    code, _, err = generate(*asked)
+    assert code == 2 and "dispatch table" in err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("random:1x64", "leaves the query at position 0 without keys"),
+        ("window:2048", "a window of 2048 is larger than the context of 1024"),
+        ("prefix:2000+window:5", "a prefix of 2000 is larger than the context of 1024"),
+        ("blocks:100+window:4", "blocks of 100 do not divide the context of 1024"),
+        ("windw:3", "'windw:3' is not understood"),
+        ("window:0", "a window of 0"),
+    ],
+)
+def test_a_pattern_that_makes_no_sense_is_one_line(generate, tmp_path, pattern, words):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[[transforms]]\nname = "mechanism"\npattern = "{pattern}"\n', "utf-8")
+    code, out, err = generate("-p", PROMPT, "--config", recipe, "-q")
+    assert (code, out) == (2, "") and words in err and err.count("\n") == 1
+
+
+def test_an_empty_article_is_refused(generate):
+    code, out, err = generate("-p", PROMPT, "-p", " \n", "--task", "summarization")
+    assert (code, out) == (2, "") and "an article is empty" in err

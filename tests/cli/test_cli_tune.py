@@ -69,7 +69,14 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
-    assert out.count("cannot run here") == 144 and "needs a C++ compiler" in out
+    assert out.count("cannot run here") == 144 + 18 and "needs a C++ compiler" in out
+
+
+def test_dry_run_counts_mechanisms_for_long_requests(tune):
+    code, out, _ = tune("pocket", "--dry-run", "--input-len", "480")
+    assert code == 0 and "116 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
+    code, out, _ = tune("pocket", "--dry-run")
+    assert "98 candidates:" in out and "skips nothing in a request of 160 tokens" in out
 
 
 def test_dry_run_announces_the_peers_and_their_time(tune):
@@ -274,3 +281,12 @@ def test_a_real_run_killed_and_resumed_gives_a_plan_that_generates(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.strip()
     shutil.rmtree(folder)
+
+
+def test_dry_run_announces_the_grid_of_regimes_and_its_time(tune):
+    code, out, err = tune("pocket", "--dry-run", "--regimes", "auto")
+    assert code == 0 and not err
+    assert "forms by regime: batch 1, 8 x 128, 512, 1024 tokens: up to 150 s of timing on top of the budget" in out
+    assert "regime" not in tune("pocket", "--dry-run")[1]
+    assert_line(tune("pocket", "--dry-run", "--regimes", "1x4096"), 2, "4096", "1024")
+    assert_line(tune("pocket", "--regimes", "many"), 2, "--regimes", "1,8x128,1024")

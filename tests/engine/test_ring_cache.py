@@ -9,12 +9,13 @@ from torch.testing import assert_close
 from paretune import native_build
 from paretune.engine.cache import RING_STEP, KVCache
 from paretune.engine.generate import check_request, generate, naive_generate
+from paretune.engine.runners.compiled import CompileRunner
 from paretune.engine.runners.eager import EagerRunner
 from paretune.engine.runners.native import NativeRunner
 from paretune.errors import UsageError
 from paretune.model import checkpoint
 from paretune.model.config import UNBOUNDED
-from paretune.ops.attention.pattern import Kept
+from paretune.ops.attention.pattern import Kept, parse
 from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context
 from paretune.transforms.mechanism import Mechanism
@@ -160,3 +161,58 @@ def test_learned_positions_refuse_to_go_past_their_end(tiny):
     assert kept.config.longest == 64
     with pytest.raises(UsageError, match="exceed the context of 64"):
         check_request([[1] * 60], 40, kept.config.longest, 131)
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("pattern", ["causal", "prefix:5+window:40"])
+def test_native_counters_count_what_a_window_leaves(tiny, pattern, cache_dtype):
+    """Bytes and FLOP of attention are those of the dense mask's visible keys and pairs, whatever the cache holds."""
+    model, _, _ = tiny("gpt2", n_positions=1000)
+    if pattern != "causal":
+        model = Mechanism(pattern=pattern).apply(model, Context())
+    runner, tokens = NativeRunner(Attention("sdpa").apply(model, Context())), tokens_of(2, 620)
+    if cache_dtype is not None:
+        runner.set_cache_dtype_(cache_dtype)
+    cache = runner.new_cache(2, 900)
+    assert bool(cache.ring) == (pattern != "causal")
+    runner.count_(True)
+    for part in tokens.split([200, 400, *[1] * 20], dim=1):
+        runner.forward(part, cache)
+    attention = [c for c in runner.counters if "attention" in c[0]]
+    dense = parse(pattern).dense(620)
+    # The prompt of 400 goes in pieces of at most 256 rows, over both sequences; each piece reads its keys.
+    cuts, at = [], 0
+    for n in (200, 400, *[1] * 20):
+        cuts += [(at + i, min(256, n - i)) for i in range(0, n, 256)]
+        at += n
+    seen = [dense[a : a + n] for a, n in cuts]
+    n_keys, n_pairs = (2 * sum(int(x) for x in xs) for xs in ([s.any(0).sum() for s in seen], [s.sum() for s in seen]))
+    c = runner.config
+    each = 2 * c.n_kv_head * (c.head_dim * 4 if cache_dtype is None else c.head_dim + 4)
+    assert len(attention) == c.n_layer
+    assert {(n_bytes, flops) for *_, n_bytes, flops in attention} == {
+        (each * n_keys, 4 * c.n_head * c.head_dim * n_pairs)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
+@torch.inference_mode()
+def test_compiled_equals_eager_on_a_ring(tiny):
+    """One graph for prompts of several lengths and one for decode, over a cache whose slots are not in order."""
+    from torch._dynamo.utils import counters
+
+    model, _, _ = tiny("gpt2", n_positions=1000)
+    model = Attention("sdpa").apply(Mechanism(pattern="prefix:5+window:40").apply(model, Context()), Context())
+    tokens = tokens_of(2, 640)
+    wanted = model(tokens, None, "all")
+    runner = CompileRunner(model)
+    cache = runner.new_cache(2, 900)
+    assert cache.ring and cache.static
+    breaks = sum(counters["graph_break"].values())
+    got = logits_of(runner, cache, tokens, [600, *[1] * 40])
+    assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+    assert cache.host_lengths == (640, 640) and sum(counters["graph_break"].values()) == breaks
+    cache.truncate_(635)  # a step back, as speculation takes it
+    assert_close(runner.forward(tokens[:, 635:636], cache)[:, 0], wanted[:, 635], atol=1e-4, rtol=1e-4)

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import pytest
 
 from paretune import clock, hardware
+from paretune.engine.dispatch import PLAN, Entry, Form, Table
 from paretune.errors import UsageError
 from paretune.measure import bench as measure
 from paretune.measure.bench_rows import Cell
 from paretune.measure.interleave import SubjectError
-from paretune.recipe import preset
+from paretune.recipe import Recipe, preset
 
 TTFT_SEC, TPOT_SEC = 0.1, 0.02
 WEIGHTS, KV_PER_TOKEN = 1_000_000, 1000
@@ -27,6 +28,7 @@ class FakeProcess:
     fails_to_load: ClassVar[set[str]] = set()
     dies_at: ClassVar[dict[str, int]] = {}
     requests: ClassVar[list[dict[str, Any]]] = []
+    did: ClassVar[list[tuple[str, str, int]]] = []
     alive: ClassVar[list[str]] = []
     most_alive: ClassVar[int] = 0
     awake: ClassVar[set[str]] = set()
@@ -40,7 +42,8 @@ class FakeProcess:
     def ask(self, do: str, timeout_sec: float = 120.0, **request: Any) -> dict[str, Any]:
         if do == "memory":
             return {"rss_bytes": 10, "rss_peak_bytes": 20, "activation_peak_bytes": 3, "device_used_bytes": None}
-        assert do == "load"
+        assert do in ("load", "shape")
+        FakeProcess.did.append((do, self.name, request["workload"]["batch_size"]))
         FakeProcess.requests.append({"name": self.name, **request})
         clock.sleep(1.0)
         if self.name in self.fails_to_load:
@@ -92,7 +95,7 @@ class FakeProbe:
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
-    fresh = {"speed": {}, "wobble": {}, "fails_to_load": set(), "dies_at": {}, "requests": [], "alive": []}
+    fresh = {"speed": {}, "wobble": {}, "fails_to_load": set(), "dies_at": {}, "requests": [], "did": [], "alive": []}
     for name, value in {**fresh, "most_alive": 0, "awake": set()}.items():
         monkeypatch.setattr(FakeProcess, name, value)
     sweep = ({"bytes": 1 << 20, "threads": 2, "bytes_per_sec": 1e10},)
@@ -299,3 +302,62 @@ def test_a_cell_is_estimated_above_its_weights(tiny_gpt2_folder):
     assert measure.PROCESS_BYTES + 4 * n < small < large
     low, high = measure.estimate_sec(2, 1, 2, 8, 27)
     assert 0 < low < high and math.isfinite(high)
+
+
+def test_a_process_serves_every_cell_where_it_is_kept(tiny_gpt2_folder):
+    FakeProcess.speed, FakeProcess.fails_to_load = {"int8": 2.0}, {"bf16"}
+    names, options = ("baseline", "int8", "bf16"), {"batch_sizes": [1, 2], "input_lens": [16, 24]}
+    kept = run(tiny_gpt2_folder, names, keeps_processes=True, **options)
+    did = FakeProcess.did
+    assert [d for d in did if d[0] == "load"] == [
+        ("load", n, 1) for n in ("baseline", "baseline again", "int8", "bf16")
+    ]
+    # What failed once is a row in every cell and is not started again.
+    assert [d[1:] for d in did if d[0] == "shape"] == [
+        (n, b) for b in (1, 2, 2) for n in ("baseline", "baseline again", "int8")
+    ]
+    assert [r["cause"] for r in kept["rows"] if r["config"] == "bf16"] == ["out of memory"] * 4
+    FakeProcess.did = []
+    plain = run(tiny_gpt2_folder, names, **options)
+    assert all(d[0] == "load" for d in FakeProcess.did)
+    for ours, theirs in zip(kept["rows"], plain["rows"], strict=True):
+        assert ours["decode_speedup"] == theirs["decode_speedup"] and ours["mbu"] == theirs["mbu"]
+
+
+def test_kept_processes_end_where_memory_does_not_hold_all(tiny_gpt2_folder, monkeypatch):
+    sizes = iter([64 << 30, 1])
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: next(sizes))
+    monkeypatch.setattr(
+        measure, "groups_of", lambda names, each, extra, n: [names] if n > 32 << 30 else [[n] for n in names]
+    )
+    run(tiny_gpt2_folder, ("baseline", "int8", "bf16"), batch_sizes=[1, 2], keeps_processes=True)
+    assert [d[0] for d in FakeProcess.did] == ["load"] * (4 + 3 + 3)
+
+
+def test_a_plan_with_a_table_runs_what_it_says_in_each_cell(tiny_gpt2_folder):
+    forms = {PLAN: Form(PLAN, preset("bf16"), "lossless"), "int8": Form("int8", preset("bf16_int8"), "lossless")}
+    own, other = Entry(PLAN, 1), Entry("int8", 1)
+    forms["eager"] = Form("eager", Recipe.from_dict({**preset("bf16").to_dict(), "engine": {"threads": 1}}), "lossless")
+    table = Table((1, 4), (25,), forms, (((own, other),), ((Entry("eager", 1), own),)))
+    result = run(tiny_gpt2_folder, ("baseline", "bf16"), batch_sizes=[1, 4], tables={"bf16": table})
+    rows = {r["batch_size"]: r for r in result["rows"] if r["config"] == "bf16"}
+    assert rows[1]["recipe"] == preset("bf16").name and rows[4]["recipe"] == forms["eager"].recipe.name
+    assert any("chosen by the plan's table" in n and "regime of batch 4" in n for n in rows[4]["notes"])
+    sent = [r["recipe"] for r in FakeProcess.requests if r["name"] == "bf16"]
+    assert sent == [preset("bf16").to_dict(), forms["eager"].recipe.to_dict()]
+
+
+def test_the_bytes_of_a_window_do_not_grow_with_the_context(tiny_gpt2_folder, monkeypatch):
+    """What a step must read stays at the window and its prefix; the cost of a prompt at the pairs that are left."""
+    real = FakeProcess.ask
+
+    def ask(self, do, timeout_sec=1.0, **request):
+        answer = real(self, do, timeout_sec, **request)
+        return answer | ({"attention_pattern": "prefix:2+window:8"} if self.name == "int8" and do == "load" else {})
+
+    monkeypatch.setattr(FakeProcess, "ask", ask)
+    rows = {(r["config"], r["input_len"]): r for r in run(tiny_gpt2_folder, input_lens=[16, 48])["rows"]}
+    assert rows["int8", 48]["decode_bytes"] == rows["int8", 16]["decode_bytes"] == WEIGHTS + KV_PER_TOKEN * 10
+    assert rows["baseline", 48]["decode_bytes"] == WEIGHTS + KV_PER_TOKEN * 52.5
+    assert rows["int8", 48]["prefill_mfu"] < rows["baseline", 48]["prefill_mfu"]
+    assert rows["int8", 48]["decode_mfu"] == rows["int8", 16]["decode_mfu"]

@@ -12,6 +12,7 @@ import torch
 
 from paretune import clock, process
 from paretune.measure import environment, memory, roofline
+from paretune.ops.attention.pattern import parse
 
 
 class Tied(torch.nn.Module):
@@ -142,6 +143,19 @@ def test_flops_of_gpt2():
     assert roofline.prefill_flops(GPT2, 1) == roofline.decode_flops(GPT2, 1)
     every = roofline.prefill_flops(GPT2, 10, logits="all")
     assert every == sum(roofline.decode_flops(GPT2, n) for n in range(1, 11))
+
+
+def test_a_window_is_counted_by_what_it_sees():
+    """Decode at 10,000 tokens with a window of 256 reads 256 keys, and a prompt computes the pairs that are left."""
+    window, both = parse("window:256"), parse("prefix:16+window:256")
+    assert roofline.keys_seen(parse("causal"), 20.5) == 20.5
+    assert [roofline.keys_seen(window, n) for n in (1, 200.5, 256, 257, 10_000)] == [1, 200.5, 256, 256, 256]
+    assert [roofline.keys_seen(both, n) for n in (10, 272, 10_000)] == [10, 272, 272]
+    dense = roofline.prefill_flops(GPT2, 1024)
+    # 256 * 257 / 2 pairs while the window fills, then 768 queries of 256.
+    left = 256 * 257 // 2 + 768 * 256
+    assert dense - roofline.prefill_flops(GPT2, 1024, pattern=window) == 36_864 * (1024 * 1025 // 2 - left)
+    assert roofline.prefill_flops(GPT2, 200, pattern=window) == roofline.prefill_flops(GPT2, 200)
 
 
 def test_flops_of_grouped_queries_and_a_gated_mlp():

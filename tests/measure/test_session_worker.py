@@ -106,6 +106,7 @@ def test_load_answers_with_proof_bytes_and_the_threads_read_back(pocket_trial):
     assert 28_000_000 < answer["weights_bytes"] < 29_000_000
     assert answer["weights_bytes"] - answer["step_weights_bytes"] == 1024 * read_config(_pocket()).n_embd * 4
     assert answer["kv_cache_bytes"] == answer["kv_bytes_per_token"] * 20
+    assert answer["attention_pattern"] == "causal"
     assert answer["compute_dtype"] == "float32" and answer["notes"] == []
 
 

@@ -120,18 +120,46 @@ def test_native_does_not_depend_on_threads_and_compiles():
     )
 
 
+MECHANISMS = [
+    {"alibi": True},
+    {"alibi": True, "positions": "kept", "pattern": "prefix:3+window:9"},
+    {"pattern": "window:5+strided:4"},
+    {"pattern": "window:7+random:1x64"},
+    {"pattern": "window:9"},
+    {"pattern": "blocks:16+strided:8"},
+    {"alibi": True, "pattern": "window:9"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
+def test_training_gradients_of_models_equal_the_references(tiny_factory, form, mechanism):
+    """A step of training: the loss and the gradient of every parameter, against the reference form."""
+    from paretune.model import checkpoint
+
+    _, _, folder = tiny_factory("gpt2", n_positions=128)
+    tokens = torch.randint(0, 131, (2, 81))
+    found = []
+    for name in ("eager", form):
+        model = Mechanism(**mechanism).apply(checkpoint.load(folder), Context())
+        model = Attention(name).apply(model, Context())
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        logits = model(tokens[:, :-1], None, "all")
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].reshape(-1))
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (wanted_loss, wanted), (loss, got) = found
+    assert_close(loss, wanted_loss, atol=1e-5, rtol=1e-5)
+    assert wanted.keys() == got.keys() and all(g is not None for g in wanted.values())
+    for name, gradient in wanted.items():
+        assert_close(got[name], gradient, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+    assert max(float(g.abs().max()) for n, g in wanted.items() if "c_attn" in n) > 1e-3
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize(
-    "mechanism",
-    [
-        {"alibi": True},
-        {"alibi": True, "positions": "kept", "pattern": "prefix:3+window:9"},
-        {"pattern": "window:5+strided:4"},
-        {"pattern": "window:7+random:1x64"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
 @torch.inference_mode()
 def test_models_prefill_decode_and_batch(tiny, form, family, mechanism):
     """Any way of cutting a text into steps, alone or beside others, equals the reference without a cache."""

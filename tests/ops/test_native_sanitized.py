@@ -25,7 +25,8 @@ def run(command, **options):
 
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_native_programs(sanitizer, tmp_path):
+@pytest.mark.parametrize("driver", ["native", "attend"])
+def test_native_programs(driver, sanitizer, tmp_path):
     if reason := native_build.unavailable_reason():
         pytest.skip(reason)
     command, program = shlex.split(native_build.compiler()), str(tmp_path / "checks")
@@ -35,7 +36,7 @@ def test_native_programs(sanitizer, tmp_path):
     if run([*command, *flags, str(tmp_path / "empty.cpp"), "-o", program]).returncode or run([program]).returncode:
         pytest.skip(f"the compiler has no working -fsanitize={sanitizer}")
     paths = ["-I", str(native_build.SOURCES), "-I", str(HERE)]
-    source = str(HERE / "native_sanitized.cpp")
+    source = str(HERE / f"{driver}_sanitized.cpp")
     built = run([*command, *flags, *SANITIZERS[sanitizer], *paths, source, "-o", program])
     assert built.returncode == 0, built.stderr[-4000:]
     done = run([program], env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"})

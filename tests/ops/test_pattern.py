@@ -22,6 +22,7 @@ from paretune.ops.attention.pattern import (
     parse,
     prefix_and_window,
     query_blocks,
+    work,
 )
 
 N = 448
@@ -43,6 +44,13 @@ def test_dense_equals_the_definition(text):
     dense = parse(text).dense(N)
     wanted = [[j <= i and RULES[text](i, j) for j in range(N)] for i in range(N)]
     assert dense.tolist() == wanted
+
+
+@pytest.mark.parametrize("text", ALL)
+@pytest.mark.parametrize(("start", "n"), [(0, N), (0, 1), (100, 1), (63, 2), (130, 64), (447, 1), (300, 148)])
+def test_the_work_of_a_step_is_what_the_dense_mask_shows(text, start, n):
+    seen = parse(text).dense(N)[start : start + n]
+    assert work(parse(text), start, n) == (int(seen.any(0).sum()), int(seen.sum()))
 
 
 @pytest.mark.parametrize("text", ALL)
@@ -119,6 +127,8 @@ def test_prefix_and_window():
     ("text", "n", "match"),
     [
         ("window:65", 64, "a window of 65 is larger than the context of 64"),
+        ("prefix:65+window:3", 64, "a prefix of 65 is larger than the context of 64"),
+        ("blocks:128", 64, "blocks of 128 do not divide the context of 64"),
         ("blocks:48", 64, "blocks of 48 do not divide the context of 64"),
         ("blocks:16+random:1x64", 96, "blocks of 64 do not divide"),
         ("random:1x64", 128, "leaves the query at position 0 without keys"),

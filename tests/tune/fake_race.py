@@ -287,7 +287,7 @@ def windows() -> dict[str, torch.Tensor]:
 def only(monkeypatch, *choices: spaces.Choice) -> dict[tuple, str]:
     """Makes the space these candidates alone; gives their names."""
     legal = [spaces.Candidate(c, spaces.recipe_of(c)) for c in choices]
-    monkeypatch.setattr(spaces, "build", lambda device: spaces.Space(list(legal)))
+    monkeypatch.setattr(spaces, "build", lambda *about: spaces.Space(list(legal)))
     return {c.choice: c.recipe.name for c in legal}
 
 

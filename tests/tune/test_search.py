@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from fake_race import BASE, MB, Killed, Machine, install, is_confirmation, only, run, windows
@@ -786,8 +787,9 @@ def test_memory_for_few_makes_waves_small_and_reaches_all(monkeypatch, tmp_path,
     assert out.winner == id_of(INT8)
 
 
+@pytest.mark.parametrize("window_len", [257, 641, 5000])
 @pytest.mark.parametrize("n_positions", [48, 64, 100, 128, 192, 200, 256, 1024])
-def test_the_windows_of_any_context_carry_a_bound(n_positions):
+def test_the_windows_of_any_context_carry_a_bound(n_positions, window_len):
     """Forty blocks in both halves, or the text is refused: never a run in which nothing can pass."""
     from types import SimpleNamespace
 
@@ -795,11 +797,12 @@ def test_the_windows_of_any_context_carry_a_bound(n_positions):
     from paretune.tune.search import Search
 
     one = Search.__new__(Search)
-    one.tokenizer = SimpleNamespace(encode=lambda text: list(range(30000)))
+    one.tokenizer, one.window_len = SimpleNamespace(encode=lambda text: list(range(30000))), window_len
     splits = one._windows(SimpleNamespace(n_positions=n_positions, vocab_size=30000), None)
     for cut in splits.values():
         n, length = cut.shape
         half = length // 2
+        assert length == min(window_len, n_positions) and n * length < 20_000
         assert min(count_blocks(n, half), count_blocks(n, length - 1 - half)) >= MIN_BLOCKS
 
 
@@ -820,3 +823,36 @@ def test_a_simpler_recipe_that_misses_the_speedup_is_no_equal_of_one_that_reache
     machine = install(monkeypatch, Machine(cost=cost, noise=0.02))
     out = run(machine, tmp_path / "plan", min_speedup=2.0)
     assert (out.kind, out.winner) == ("winner", id_of(BF16_INT8)), out.notes
+
+
+def test_a_window_wins_a_long_request_with_its_measured_loss_and_not_without_it(monkeypatch, tmp_path):
+    """Gated like all else: the same speed with a loss over the bound is refused."""
+    window = ("window:256", None, None, "native", None)
+    for i, loss in enumerate((0.002, 0.03)):
+        only(monkeypatch, window, INT8)
+        cost = {name(window): 0.004, name(INT8): 0.008}
+        machine = install(monkeypatch, Machine(cost=cost, increase={name(window): loss}))
+        out = run(machine, tmp_path / f"plan{i}", input_len=600, output_len=40)
+        assert out.winner == id_of(window if i == 0 else INT8)
+        result, plan = written(out, tmp_path / f"plan{i}")
+        assert row(result, window)["label"] == ("bounded" if i == 0 else None)
+        assert plan["recipe"]["transforms"][0]["name"] == ("mechanism" if i == 0 else "attention")
+
+
+@pytest.mark.parametrize(("input_len", "length", "n_check"), [(128, 257, 48), (600, 633, 304)])
+def test_quality_is_measured_at_the_length_of_a_request_that_a_window_shortens(
+    monkeypatch, tmp_path, input_len, length, n_check
+):
+    from paretune.tune.search import Search
+
+    real = Search._windows
+    machine = install(monkeypatch, Machine())
+    monkeypatch.setattr(Search, "_windows", real)
+    monkeypatch.setattr("paretune.tune.search.Tokenizer", lambda folder: SimpleNamespace(encode=lambda t: [5] * 20000))
+    tmp_path.joinpath("plan").mkdir()
+    one = Search("pocket", Goal(input_len=input_len), tmp_path / "plan", text=None, resume=False, say=lambda s: None)
+    one.journal.close()
+    assert one.out.quality_len == length and one.windows["confirm"].size(1) == length
+    assert len(one.out.race.check_prompt) == n_check
+    assert sum(c.choice[0] in spaces.MECHANISMS for c in one.out.space.legal) == (0 if length == 257 else 18)
+    assert not machine.started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -230,3 +231,51 @@ def full_space():
             and not (c[3] == "native" and c[1] and c[2] in ("int8", "int4", "w8a8"))
         ]
     )
+
+
+# -- mechanisms: what attention computes
+
+
+GPT2 = SimpleNamespace(alibi=False, attention_pattern=SimpleNamespace(is_dense=True))
+
+
+def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
+    plain, space = spaces.build("cpu"), spaces.build("cpu", GPT2, 640)
+    added = [c for c in space.legal if c.id not in {p.id for p in plain.legal}]
+    # Each of three alone through PyTorch, and in native code with each quantisation or none.
+    assert len(added) == 3 * (1 + 5) and len(space.legal) == 98 + 18
+    assert len({c.id for c in space.legal}) == len(space.legal)
+    for c in added:
+        mechanism, attention = c.recipe.transforms[:2]
+        assert (mechanism.name, attention.name) == ("mechanism", "attention") and c.recipe.changes_numbers
+        assert mechanism.title == c.choice[0]
+    names = {c.recipe.name for c in added}
+    assert {"window:256 + sdpa, eager", "prefix:16+window:256 + sdpa + int4-g32, native"} <= names
+    assert sum("alibi" in n for n in names) == 6
+    # Each is looked at alone: through PyTorch and, the native runner's own gain aside, in native code.
+    assert {c.single for c in added if c.choice[2] is None} == {("attention", m) for m in spaces.MECHANISMS}
+    assert all(c.single is None for c in added if c.choice[2] is not None)
+
+
+@pytest.mark.parametrize(
+    ("config", "n_tokens", "words"),
+    [
+        (GPT2, 160, "a window of 256 skips nothing in a request of 160 tokens"),
+        (GPT2, 256, "skips nothing"),
+        (SimpleNamespace(alibi=True, attention_pattern=GPT2.attention_pattern), 640, "mechanism of its own"),
+        (SimpleNamespace(alibi=False, attention_pattern=SimpleNamespace(is_dense=False)), 640, "mechanism of its own"),
+    ],
+)
+def test_where_mechanisms_are_of_no_use_they_are_illegal_with_the_reason(machine, config, n_tokens, words):
+    space = spaces.build("cpu", config, n_tokens)
+    assert len(space.legal) == 98
+    own = [(name, reason) for name, reason in space.illegal if any(m in name for m in spaces.MECHANISMS)]
+    assert len(own) == 18 and all(words in reason for _, reason in own)
+
+
+def test_without_a_compiler_mechanisms_run_through_pytorch_alone(machine, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")
+    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
+    space = spaces.build("cpu", GPT2, 640)
+    assert sum(c.choice[0] in spaces.MECHANISMS for c in space.legal) == 3

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from paretune.engine.dispatch import Table
     from paretune.measure.peers.catalogue import Engine
     from paretune.recipe import Recipe
     from paretune.report.tables import Column, Row
@@ -92,7 +93,7 @@ def bench(
         raise UsageError(f"--threads is {threads}", "It has to be 1 or more")
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
-    folder, configs, folders = _configs(model, config)
+    folder, configs, folders, tables = _configs(model, config)
     with_ours, engines = engines_of(engine)
     if engines and device != "cpu":
         raise UsageError(f"peers are measured on the CPU, not on {device!r}", "Leave --engine out, or --device cpu")
@@ -122,6 +123,7 @@ def bench(
         sample_log=None if out is None else out / "samples.jsonl",
         folders=folders,
         engines=engines,
+        tables=tables,
     )
     if model in checkpoint.EMBEDDED:
         result["model"]["name"] = model
@@ -169,8 +171,9 @@ def _formats(text: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _configs(model: str, text: str | None) -> tuple[Path, list[tuple[str, Recipe]], dict[str, Path]]:
-    """The folder of the model as given, the configurations, and the folders of those that have their own."""
+def _configs(model: str, text: str | None) -> tuple[Path, list[tuple[str, Recipe]], dict[str, Path], dict[str, Table]]:
+    """The folder of the model as given, the configurations, the folders of those that have their own, and the tables
+    of those that choose by regime."""
     from paretune.errors import UsageError
     from paretune.model import checkpoint
     from paretune.recipe import preset
@@ -183,10 +186,10 @@ def _configs(model: str, text: str | None) -> tuple[Path, list[tuple[str, Recipe
         raise UsageError("--config is empty", "Give names such as baseline,int8")
     configs = [(name, plan.recipe if plan and name == "plan" else preset(name)) for name in names]
     if plan is None:
-        return checkpoint.resolve(model), configs, {}
+        return checkpoint.resolve(model), configs, {}, {}
     # The others start from the model as it was before `tune` converted it.
-    source = checkpoint.resolve(str(plan.data["model"]["source"]))
-    return source, configs, {"plan": plan.model_folder}
+    tables = {} if plan.table is None else {"plan": plan.table}
+    return plan.source, configs, {"plan": plan.model_folder}, tables
 
 
 def _say(line: str) -> None:

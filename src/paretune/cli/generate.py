@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from paretune.engine.load import Loaded
     from paretune.model.prompt import PromptFormat
     from paretune.recipe import Recipe
+    from paretune.tune.plan import Plan
 
 DEFAULT_CONFIG = "baseline"
 DEFAULT_NEW_TOKENS = 50
@@ -45,6 +47,17 @@ def generate(
         str | None,
         typer.Option(help="summarization: each prompt is an article, put into the model's recorded prompt format."),
     ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a plan with a table of forms by regime, which of them may run: plan (the numbers of its recipe), "
+            "lossless, or bounded (any within its bound). [default: plan]"
+        ),
+    ] = None,
+    spare_memory: Annotated[
+        str | None,
+        typer.Option(help="For a second copy of a plan's weights, if its table has a form that needs one, e.g. 200MB."),
+    ] = None,
     config: Annotated[
         str | None, typer.Option(help="Preset (`paretune ls`) or recipe file. [default: baseline]")
     ] = None,
@@ -63,6 +76,7 @@ def generate(
     import sys
 
     from paretune import clock, hardware
+    from paretune.engine.dispatch import Dispatcher
     from paretune.engine.generate import check_request
     from paretune.engine.generate import generate as run
     from paretune.engine.load import load_recipe
@@ -84,7 +98,13 @@ def generate(
         _say("--top-k, --top-p and --min-p change nothing at temperature 0 (greedy)")
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
-    folder, recipe = _choose(model, config)
+    folder, recipe, plan = _choose(model, config)
+    spare_bytes = _spare(spare_memory)
+    if plan is None or plan.table is None or runner is not None:  # a runner that was asked for is not chosen again
+        if quality is not None or spare_memory is not None:
+            what = "--quality and --spare-memory choose among the forms of a plan"
+            raise UsageError(f"{what}, and there is no choice here", "Leave them out, or `tune --regimes`")
+        plan = None
     recipe = _with_engine(recipe, runner, threads)
     hardware.set_threads(recipe.engine.threads)
 
@@ -98,6 +118,8 @@ def generate(
         messages = [tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
         prompts = [tokenizer.encode(text, special_tokens=False) for text in messages]
     elif form is not None:
+        if not all(text.strip() for text in texts):
+            raise UsageError("an article is empty", "Pass its text with --prompt or --prompt-file")
         cut = [form.prompt(tokenizer, text, room=max_new_tokens) for text in texts]
         prompts = [ids for ids, _ in cut]
         if n_cut := sum(is_cut for _, is_cut in cut):
@@ -107,7 +129,15 @@ def generate(
     tokenize_sec = clock.now() - started
     check_request(prompts, max_new_tokens, shape.longest, shape.vocab_size)
 
+    if plan is not None and plan.table is not None and quality is not None:
+        plan.table.check_level(quality)
     loaded = load_recipe(folder, recipe, device)
+    forms = Dispatcher.of(loaded, plan, spare_bytes)
+    chosen = None
+    if forms is not None:
+        length = max(map(len, prompts)) + max_new_tokens
+        loaded.runner, chosen = forms.runner_for(len(prompts), length, quality or "plan")
+        loaded.recipe = forms.table.forms[chosen.form].recipe
     for transform in recipe.transforms:
         for note in transform.notes(device):
             _say(note)
@@ -133,15 +163,17 @@ def generate(
     finally:
         if streaming:
             print(flush=True)
-    ran = _ran(loaded)
+    ran = _ran(loaded) | ({} if chosen is None else {"chosen": chosen.to_json()})
     if json_output:
-        print(json.dumps(_object(texts, result, recipe, ran, tokenize_sec, seed), indent=2, allow_nan=False))
+        print(json.dumps(_object(texts, result, loaded.recipe, ran, tokenize_sec, seed), indent=2, allow_nan=False))
     elif not streaming:
         for i, generation in enumerate(result.generations):
             if len(texts) > 1:
                 print(f"--- prompt {i + 1} of {len(texts)}: {_short(texts[i])}")
             print(generation.text)
     if not quiet:
+        if chosen is not None:
+            _say(f"chosen by the plan's table: {chosen}")
         _say(_timings(result, ran, tokenize_sec, seed))
 
 
@@ -207,8 +239,17 @@ def _read_prompt(file: str) -> str:
     return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def _choose(name: str, config: str | None) -> tuple[Path, Recipe]:
-    """The folder to load and the recipe to load it with.
+def _spare(text: str | None) -> int:
+    from paretune.errors import UsageError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)i?B?", text or "0")
+    if match is None:
+        raise UsageError(f"--spare-memory is {text!r}", "Write it as 200MB or 1.5GB")
+    return int(float(match[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2]])
+
+
+def _choose(name: str, config: str | None) -> tuple[Path, Recipe, Plan | None]:
+    """The folder to load, the recipe to load it with, and the plan where it is one.
 
     Raises:
         UsageError: an unknown model or config, or a config beside a plan.
@@ -220,7 +261,7 @@ def _choose(name: str, config: str | None) -> tuple[Path, Recipe]:
 
     if not is_plan(name):
         recipe = preset(config or DEFAULT_CONFIG)
-        return checkpoint.resolve(name), recipe
+        return checkpoint.resolve(name), recipe, None
     if config is not None:
         raise UsageError(
             f"{name} is a plan and has its own recipe: --config {config} cannot be added",
@@ -229,7 +270,7 @@ def _choose(name: str, config: str | None) -> tuple[Path, Recipe]:
     plan = read_plan(name)
     for warning in plan.warnings():
         _say(warning)
-    return plan.model_folder, plan.recipe
+    return plan.model_folder, plan.recipe, plan
 
 
 def _with_engine(recipe: Recipe, runner: str | None, threads: int | None) -> Recipe:

@@ -31,6 +31,14 @@ def tune(
             "llama.cpp:Q8_0,onnxruntime:int8. See `paretune peers ls`. [default: none]"
         ),
     ] = None,
+    regimes: Annotated[
+        str | None,
+        typer.Option(
+            help="Also measure attention forms over a grid and put a table of choice into the plan: `auto`, or batch "
+            "sizes x lengths such as 1,8x128,1024. Takes up to half the budget again (15 s a field at least), after "
+            "the search; --dry-run says how long. [default: none]"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; default: physical cores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, block order and windows.")] = 0,
@@ -55,6 +63,7 @@ def tune(
         threads=threads,
         seed=seed,
         engines=() if engine is None else engine,  # type: ignore[arg-type]
+        regimes=regimes,
     )
     if dry_run:
         _show_space(model, goal)
@@ -87,13 +96,20 @@ def _show_space(model: str, goal: Any) -> None:
     config = checkpoint.read_config(checkpoint.resolve(model))
     Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
     check_device(goal.device)
-    space = spaces.build(goal.device)
+    by_regime = ""
+    if goal.regimes:
+        from paretune.tune.regimes import announcement
+
+        by_regime = f"After the search, forms by regime: {announcement(goal, config.longest)}."
+    space = spaces.build(goal.device, config, goal.input_len + goal.output_len)
     print(f"baseline: {spaces.baseline().name}")
     print(f"{len(space.legal)} candidates:")
     for candidate in space.legal:
         print(f"  {candidate.recipe.name}")
     for name, reason in space.illegal:
         print(f"  cannot run here: {name}: {reason}")
+    if by_regime:
+        print(by_regime)
     if goal.engines:
         from paretune.measure.peers.catalogue import peer_of
         from paretune.measure.peers.envs import state
@@ -116,6 +132,7 @@ def _summary(result: dict[str, Any], folder: Path) -> str:
         "",
         tables.to_text(rows, tables.SHORT_COLUMNS),
         "",
+        *_regime_lines(result),
         f"{space['n_measured']} of {space['n_legal']} legal recipes were measured, {space['n_failed']} failed, "
         f"{space['n_not_reached']} not reached in the budget.",
         f"Report: {folder / 'report.html'}",
@@ -124,11 +141,20 @@ def _summary(result: dict[str, Any], folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _regime_lines(result: dict[str, Any]) -> list[str]:
+    from paretune.report import regimes, tables
+
+    rows = regimes.rows_of(result.get("regimes") or {})
+    return [tables.to_text(rows, regimes.COLUMNS, width=110), ""] if rows else []
+
+
 def _raise_for(result: dict[str, Any]) -> None:
     """The exit code of an outcome; what was found is written already."""
     from paretune.errors import NoRecipeError, TooNoisyError
 
-    if result["outcome"] == "interrupted" or (result.get("peers_measured") or {}).get("interrupted"):
+    if result["outcome"] == "interrupted" or any(
+        (result.get(key) or {}).get("interrupted") for key in ("peers_measured", "regimes")
+    ):
         raise KeyboardInterrupt
     if result["outcome"] == "none":
         wanted = result["goal"].get("min_speedup")

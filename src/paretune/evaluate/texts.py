@@ -55,5 +55,5 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise ParetuneError(f"cannot read {path}: {error.strerror}", "Check its permissions") from None
     if not text.strip():
-        raise UsageError(f"{path} is empty", "Pass a text of at least one window")
+        raise UsageError(f"{path} is empty", "Pass a file that holds something")
     return text

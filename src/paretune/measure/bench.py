@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from paretune import clock, files, hardware, stats
+from paretune.engine.dispatch import Table
 from paretune.errors import UsageError
 from paretune.measure import environment
 from paretune.measure.bench_rows import DEFINITIONS, MAX_AA, Cell, Pass, Trial, make_row
@@ -113,6 +114,8 @@ def bench(
     folders: Mapping[str, Path] | None = None,
     engines: Sequence[Engine] = (),
     loading_counts: bool = True,
+    keeps_processes: bool = False,
+    tables: Mapping[str, Table] | None = None,
 ) -> dict[str, Any]:
     """Measures every configuration against the baseline on every cell of the grid.
 
@@ -128,6 +131,9 @@ def bench(
         folders: the checkpoint of a configuration where it is not `folder` (a plan's converted one).
         engines: peers that are measured beside the configurations, on the checkpoint of `folder`.
         loading_counts: whether `budget_sec` also holds loading, converting and checking; else they come on top.
+        keeps_processes: a process serves all cells of its configuration, where memory holds them all: for large grids.
+            Proof and check of exactness are those of the first cell.
+        tables: of configurations that choose their form by regime; each cell runs what the table says, and says so.
 
     Returns:
         strict JSON: the head of a result file, `rows`, `aa`, `samples`, `ceilings`, `definitions`, `too_noisy`.
@@ -173,8 +179,10 @@ def bench(
         ceilings=ceilings,
         deadline=None if budget_sec is None else clock.now() + budget_sec,
         loading_counts=loading_counts,
+        keeps_processes=keeps_processes,
+        tables=dict(tables or {}),
     )
-    with _log(sample_log) as log:
+    with _log(sample_log) as log, run.stack:
         run.log = log
         for i, cell in enumerate(cells):
             run.cell(cell, i, n_left=len(cells) - i)
@@ -242,7 +250,12 @@ class _Run:
     ceilings: hardware.Ceilings
     deadline: float | None
     loading_counts: bool = True
+    keeps_processes: bool = False
+    tables: dict[str, Table] = field(default_factory=dict)
     log: IO[str] | None = None
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of kept processes
+    kept: dict[str, TrialProcess] = field(default_factory=dict)
+    failed: dict[str, Trial] = field(default_factory=dict)  # what failed once is not started again for each cell
     rows: list[dict[str, Any]] = field(default_factory=list)
     aa: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -256,10 +269,18 @@ class _Run:
     def level(self) -> float:
         return stats.look_level(0, len(self.schedule))
 
-    def trial_of(self, name: str) -> Trial:
+    def trial_of(self, name: str, cell: Cell) -> Trial:
         if name in self.peers.engines:
             return Trial(name, None, labels=self.peers.labels(name))
-        return Trial(name, self.configs[self.baseline if name == self.twin else name])
+        config = self.baseline if name == self.twin else name
+        table = self.tables.get(config)
+        if table is None:
+            return Trial(name, self.configs[config])
+        # Second copies of the weights are not granted: what shares the plan's own can run.
+        shared = [f.name for f in table.forms.values() if not f.weights_bytes]
+        length = cell.input_len + cell.output_len
+        choice = table.choose(cell.batch_size, length, "plan", hardware.available_memory_bytes, shared)
+        return Trial(name, table.forms[choice.form].recipe, notes=[f"chosen by the plan's table: {choice}"])
 
     def cell(self, cell: Cell, index: int, n_left: int) -> None:
         """Measures one cell, in as many groups as memory asks for."""
@@ -268,7 +289,13 @@ class _Run:
         extra = 3 * 4 * self.n_params
         names = [*self.configs, *self.peers.engines]
         challengers = [name for name in names if name != self.baseline]
-        groups = groups_of(challengers, each, extra, hardware.available_memory_bytes())
+        # What kept processes hold is theirs already.
+        available = hardware.available_memory_bytes() + len(self.kept) * (PROCESS_BYTES + 4 * self.n_params)
+        groups = groups_of(challengers, each, extra, available)
+        if len(groups) > 1 and self.keeps_processes:
+            self.keeps_processes = False
+            self.stack.close()
+            self.kept.clear()
         for g, group in enumerate(groups):
             share = len(groups) - g + (n_left - 1) * len(groups)
             until = None if self.deadline is None else clock.now() + max(0.0, self.deadline - clock.now()) / share
@@ -281,19 +308,25 @@ class _Run:
                 self.rows.append({**row, "group": g})
 
     def _group(self, cell: Cell, index: int, g: int, names: list[str], until: float | None) -> list[Trial]:
-        trials = {name: self.trial_of(name) for name in names}
+        trials = {name: self.trial_of(name, cell) for name in names}
         if until is not None and clock.now() >= until:
             return list(trials.values())
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as own:
+            stack = self.stack if self.keeps_processes else own
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="paretune-bench-")))
             processes: dict[str, TrialProcess] = {}
             started = clock.now()
             for i, trial in enumerate(trials.values()):
+                if trial.name in self.failed:
+                    trial.cause, trial.is_invalid = self.failed[trial.name].cause, self.failed[trial.name].is_invalid
+                    continue
                 self.say(f"{cell.title}: loading {trial.name}")
                 try:
                     processes[trial.name] = self._load(stack, cell, index, trial, scratch / f"{i}.log")
                 except SubjectError as error:
                     trial.cause, trial.is_invalid = str(error), error.kind == INVALID
+                    if self.keeps_processes:
+                        self.failed[trial.name] = trial
             if until is not None and self.deadline is not None and not self.loading_counts:
                 until, self.deadline = (t + clock.now() - started for t in (until, self.deadline))
             for k, kind in enumerate(self.kinds):
@@ -313,6 +346,17 @@ class _Run:
         # One seed a cell: its prompts are its own, and the same for all configurations.
         workload = Workload(**asdict(cell), seed=_seed(self.seed, "prompt", str(index)))
         is_peer = trial.recipe is None
+        kept = self.kept.pop(trial.name, None)
+        if kept is not None and kept.alive:
+            try:
+                kept.resume()
+                trial.loaded = kept.ask("shape", LOAD_TIMEOUT_SEC, workload=asdict(workload))
+                kept.pause()
+            except SubjectError:
+                kept.close()
+                raise
+            self.kept[trial.name] = kept
+            return kept
         process = (
             self.peers.start(trial.name, self.kinds[0], workload, log)
             if is_peer
@@ -325,6 +369,8 @@ class _Run:
             else:
                 trial.loaded = process.ask("load", LOAD_TIMEOUT_SEC, **self._request(trial, workload))
             process.pause()
+            if self.keeps_processes and not is_peer:
+                self.kept[trial.name] = process
             return process
         except SubjectError:
             process.close()
@@ -334,11 +380,12 @@ class _Run:
                 trial.labels = self.peers.labels(trial.name)
 
     def _request(self, trial: Trial, workload: Workload) -> dict[str, Any]:
+        assert trial.recipe is not None
         n_check = max(1, min(CHECK_TOKENS, self.config.n_positions - CHECK_STEPS))
         folder = self.folders.get(trial.name, self.folder)
         return {
             "folder": str(folder.resolve()),
-            "recipe": self.configs[self.baseline if trial.name == self.twin else trial.name].to_dict(),
+            "recipe": trial.recipe.to_dict(),
             "workload": asdict(workload),
             "device": self.device,
             "threads": self.threads,
@@ -357,9 +404,10 @@ class _Run:
         """Samples one kind of slice until all is decided, or blocks or time run out."""
         alive = [name for name in processes if trials[name].cause is None]
         where = {"cell": cell.title, "kind": kind, "group": g}
+        share = 4 * len(alive) if self.keeps_processes else 4  # kept ones have run before
         for name in alive:
             processes[name].kind = kind
-            left = WARM_UP_SEC if until is None else min(WARM_UP_SEC, max(0.0, until - clock.now()) / 4)
+            left = WARM_UP_SEC if until is None else min(WARM_UP_SEC, max(0.0, until - clock.now()) / share)
             self.say(f"{cell.title}: warming up {name} ({kind})")
             try:
                 timings = warm_up(processes[name], max_sec=left)

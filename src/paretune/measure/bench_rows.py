@@ -13,6 +13,7 @@ from paretune.measure import roofline
 from paretune.measure.interleave import Blocks, Sample
 from paretune.measure.workload import DECODE_SLICE
 from paretune.model.config import ModelConfig
+from paretune.ops.attention.pattern import parse
 from paretune.recipe import Recipe
 
 MAX_AA = 0.25  # an A/A half width above it: the machine is too noisy to judge
@@ -234,13 +235,15 @@ def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ce
         return out
     weights = loaded.get("step_weights_bytes", loaded["weights_bytes"])
     per_token = loaded.get("kv_bytes_per_token", 0.0)
+    pattern = parse(loaded.get("attention_pattern", "causal"))
     compute = str(loaded.get("compute_dtype"))
     rate = ceilings.matrix_rates.get(SHORT_DTYPES.get(compute, compute))
     if tpot is not None:
         n_steps = max(1, min(DECODE_SLICE, cell.output_len - 1))
         context = cell.input_len + (n_steps + 1) / 2  # the mean over the slice, the step's own token among them
-        n_bytes = roofline.decode_bytes(weights, round(per_token * context))
-        flops = cell.batch_size * roofline.decode_flops(config, round(context))
+        seen = roofline.keys_seen(pattern, context)
+        n_bytes = roofline.decode_bytes(weights, round(per_token * seen))
+        flops = cell.batch_size * roofline.decode_flops(config, round(seen))
         bandwidth = ceilings.bandwidth_at(n_bytes)
         out["decode_bytes"] = n_bytes
         out["tpot_roofline_sec"] = n_bytes / bandwidth  # a prediction: the least that these bytes take here
@@ -249,7 +252,7 @@ def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ce
         out["bound_by"] = roofline.bound_by("decode", tpot, n_bytes, flops, bandwidth, rate)[1]
     if ttft is not None:
         n_bytes = weights + round(per_token * cell.input_len)
-        flops = cell.batch_size * roofline.prefill_flops(config, cell.input_len)
+        flops = cell.batch_size * roofline.prefill_flops(config, cell.input_len, pattern=pattern)
         bandwidth = ceilings.bandwidth_at(n_bytes)
         out["prefill_mfu"] = roofline.mfu(flops, ttft, rate) if rate else None
         out["prefill_bound_by"] = roofline.bound_by("prefill", ttft, n_bytes, flops, bandwidth, rate)[1]

@@ -61,12 +61,13 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
             computed = dtype if dtype in device.rates and dtype != "int8" else "fp16" if dtype == "int8" else "fp32"
             rate = device.rates.get(computed, device.rates["fp32"])
             cache_width = 4.0 if dtype == "fp32" else 2.0
-            context = input_len + (phase == "decode")
+            pattern = config.attention_pattern
+            context = round(roofline.keys_seen(pattern, input_len + 1)) if phase == "decode" else input_len
             n_bytes = width * sizes.n_weights + cache_width * sizes.kv_values * context * batch_size
             flops = batch_size * (
                 roofline.decode_flops(config, context)
                 if phase == "decode"
-                else roofline.prefill_flops(config, input_len)
+                else roofline.prefill_flops(config, input_len, pattern=pattern)
             )
             memory, compute = n_bytes / bandwidth, flops / rate
             for form in _FORMS:

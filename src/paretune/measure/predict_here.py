@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from paretune import clock, hardware
+from paretune.measure import roofline
 from paretune.measure.explain_base import leaves_of
 from paretune.measure.predict import Sizes
 from paretune.model import checkpoint
@@ -96,11 +97,12 @@ class CostModel:
         return n_bytes / (low["bytes_per_sec"] ** (1 - part) * high["bytes_per_sec"] ** part)
 
     def tpot_sec(self, config: ModelConfig, context: int) -> float:
-        """Predicted seconds of a decode step of one sequence that sees `context` keys."""
+        """Predicted seconds of a decode step of one sequence at the length `context`."""
         sizes = Sizes.of(config)
         layers = [m for m in checkpoint.build(config).modules() if isinstance(m, Linear)]
         products = sum(self.product_sec(4.0 * m.weight.out_features * m.weight.in_features) for m in layers)
-        attention = 4.0 * sizes.kv_values * context / self.attention_rate
+        seen = roofline.keys_seen(config.attention_pattern, context)
+        attention = 4.0 * sizes.kv_values * seen / self.attention_rate
         return products + attention + sizes.n_operators * self.operator_sec
 
 
@@ -158,12 +160,12 @@ def predict_here(
     config: ModelConfig, context: int, ceilings: hardware.Ceilings, models: Mapping[str, CostModel]
 ) -> list[dict[str, Any]]:
     """Predicted TPOT of one sequence by preset; each row says what it rests on."""
-    sizes = Sizes.of(config)
+    sizes, seen = Sizes.of(config), roofline.keys_seen(config.attention_pattern, context)
     free = hardware.available_memory_bytes()
     widths = {**dict.fromkeys(models, (4.0, 4.0)), **NATIVE}
     rows = []
     for name, (width, cache_width) in widths.items():
-        n_bytes = width * sizes.n_weights + cache_width * sizes.kv_values * context
+        n_bytes = width * sizes.n_weights + cache_width * sizes.kv_values * seen
         least = n_bytes / ceilings.bandwidth_at(n_bytes)
         model = models.get(name)
         sec = model.tpot_sec(config, context) if model else least
@@ -175,7 +177,7 @@ def predict_here(
                 "predicted_tpot_sec": sec,
                 "predicted_tokens_per_sec": 1 / sec,
                 "rests_on": "products and a small model measured here" if model else "the read bandwidth measured here",
-                "fits": width * sizes.n_weights + 4 * sizes.kv_values * context < 0.9 * free,
+                "fits": width * sizes.n_weights + 4 * sizes.kv_values * seen < 0.9 * free,
                 "is_prediction": True,
             }
         )

@@ -301,13 +301,15 @@ def _whole(
     flops: int | None = None
     sentence, mbu, mfu = None, None, None
     if step.phase != "train":
-        kv_per_token = sum(t.nbytes for t in step.cache_tensors) / step.cache.capacity
-        context = step.input_len + (step.phase == "decode")
-        n_bytes = step_weights_bytes(step.model) + round(kv_per_token * context)
+        kv_per_token = sum(t.nbytes for t in step.cache_tensors) / step.cache.n_slots
+        pattern, is_decode = config.attention_pattern, step.phase == "decode"
+        # A prompt's keys are all seen by some query; a step's only as far back as the window goes.
+        seen = round(roofline.keys_seen(pattern, step.input_len + 1)) if is_decode else step.input_len
+        n_bytes = step_weights_bytes(step.model) + round(kv_per_token * seen)
         flops = step.batch_size * (
-            roofline.decode_flops(config, context)
-            if step.phase == "decode"
-            else roofline.prefill_flops(config, step.input_len)
+            roofline.decode_flops(config, seen)
+            if is_decode
+            else roofline.prefill_flops(config, step.input_len, pattern=pattern)
         )
         bandwidth, rate = ceilings.bandwidth_at(n_bytes), ceilings.matrix_rates.get(dtype)
         sentence = roofline.bound_by(step.phase, sec, n_bytes, flops, bandwidth, rate)[1]

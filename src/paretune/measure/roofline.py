@@ -8,7 +8,10 @@ bytes/s and FLOP/s, measured by `hardware.ceilings`; a multiply-add counts 2 FLO
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Protocol
+
+from paretune.ops.attention.pattern import CAUSAL, Pattern, work
 
 Bound = Literal["memory", "compute", "overhead", "unknown"]
 
@@ -44,7 +47,7 @@ def decode_bytes(weight_bytes: int, kv_bytes: int) -> int:
     Args:
         weight_bytes: the stored weights without what a step does not read whole (an untied token table,
             positions).
-        kv_bytes: keys and values of all rows at the step's mean length.
+        kv_bytes: keys and values that the step sees (`keys_seen`), of all rows, at its mean length.
     """
     return weight_bytes + kv_bytes
 
@@ -77,6 +80,13 @@ def _attention_flops(config: ShapeConfig, n_pairs: int) -> int:
     return 4 * config.n_layer * config.n_head * config.head_dim * n_pairs
 
 
+def keys_seen(pattern: Pattern, context: float) -> float:
+    """How many of the first `context` keys the newest token sees: all of them, or what a window leaves."""
+    if pattern.is_dense:
+        return context
+    return min(context, work(pattern, max(1, math.ceil(context)) - 1, 1).n_keys)
+
+
 def _head_flops(config: ShapeConfig) -> int:
     return 2 * config.n_embd * config.vocab_size
 
@@ -89,9 +99,11 @@ def decode_flops(config: ShapeConfig, context: int) -> int:
     return _block_flops(config) + _attention_flops(config, context) + _head_flops(config)
 
 
-def prefill_flops(config: ShapeConfig, n_tokens: int, logits: Literal["last", "all"] = "last") -> int:
-    """FLOP of a causal prefill of one row: half the square of scores, logits for the last token or all."""
-    n_pairs = n_tokens * (n_tokens + 1) // 2
+def prefill_flops(
+    config: ShapeConfig, n_tokens: int, logits: Literal["last", "all"] = "last", pattern: Pattern = CAUSAL
+) -> int:
+    """FLOP of a causal prefill of one row: the scores that `pattern` leaves, logits for the last token or all."""
+    n_pairs = work(pattern, 0, n_tokens).n_pairs
     n_logits = 1 if logits == "last" else n_tokens
     return n_tokens * _block_flops(config) + _attention_flops(config, n_pairs) + n_logits * _head_flops(config)
 

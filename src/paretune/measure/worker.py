@@ -22,6 +22,7 @@ class Trial:
         self.bench: Any = None
         self.weights_bytes = 0
         self.rss_before = 0
+        self.facts: dict[str, Any] = {}  # the answer to `load`
 
     def ready(self, request: dict[str, Any]) -> dict[str, Any]:
         """Imports what loading needs: many processes do this side by side, before any of them uses its threads."""
@@ -60,21 +61,35 @@ class Trial:
         self.bench.sample("ttft")
         self.bench.sample("tpot")
         compile_sec = first_sec + clock.now() - before if observation.compiled else 0.0
-        return {
+        self.facts = {
             "load_sec": self.loaded.load_sec,
             "compile_sec": compile_sec,
             "proof": proof + exact,
             "notes": [] if request.get("is_checked") else recipe.notes(device),
             "runner": observation.runner,
             "bytes_by_dtype": observation.bytes_by_dtype,
-            "kv_cache_bytes": self.bench.cache.nbytes,
             "weights_bytes": self.weights_bytes,
             "step_weights_bytes": step_weights_bytes(runner.model),
             "bytes_per_weight": bytes_per_weight(runner.model),
-            "kv_bytes_per_token": self.bench.cache.nbytes / self.bench.cache.capacity,
             "compute_dtype": str(runner.dtype).removeprefix("torch."),
             "threads": threads,
         }
+        return self.facts | self._of_shape()
+
+    def _of_shape(self) -> dict[str, Any]:
+        cache = self.bench.cache
+        # A ring has fewer slots than its capacity says.
+        per_token = {"kv_cache_bytes": cache.nbytes, "kv_bytes_per_token": cache.nbytes / cache.n_slots}
+        return {**per_token, "attention_pattern": str(self.loaded.runner.config.attention_pattern)}
+
+    def shape(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Another workload for the model that is loaded and proven; the answer as that of `load`."""
+        from paretune.measure.workload import Bench, Workload
+
+        self.bench = None  # its cache is free before the next one is made
+        self.bench = Bench(self.loaded.runner, Workload(**request["workload"]))
+        self.bench.sample("ttft")
+        return self.facts | self._of_shape()
 
     def warm(self, request: dict[str, Any]) -> dict[str, Any]:
         """Samples until there is no trend."""
@@ -118,7 +133,8 @@ class Trial:
         return parts.to_json()
 
     def handlers(self) -> dict[str, Handler]:
-        return {"ready": self.ready, "load": self.load, "warm": self.warm, "sample": self.sample, "memory": self.memory}
+        own = (self.ready, self.load, self.shape, self.warm, self.sample, self.memory)
+        return {handler.__name__: handler for handler in own}
 
 
 def serve(handlers: dict[str, Handler]) -> None:

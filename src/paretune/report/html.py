@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune import files
-from paretune.report import plots, words
+from paretune.report import plots, regimes, words
 from paretune.report.tables import (
     DEFINITIONS,
     PEER_COLUMNS,
@@ -202,11 +202,23 @@ def _machine(result: words.Result) -> list[tuple[str, str]]:
     return pairs
 
 
+def _regimes(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The map, the table in words, and what the forms are."""
+    rows = regimes.rows_of(found)
+    return {
+        "lines": regimes.form_lines(found),
+        "map": _markup(regimes.crossover(found)),
+        "caption": regimes.CAPTION,
+        "grid": _grid(rows, regimes.COLUMNS) if rows else None,
+    }
+
+
 def _context(result: words.Result) -> dict[str, Any]:
     """All that the template prints, already in words."""
     rows = trial_rows(result)
     late = [r for r in rows if r["status"] == "not_reached"]
     peers = peer_rows(result)
+    by_regime = result.get("regimes")
     fold = len(late) > _MAX_LATE
     shown = [r for r in rows if not (fold and r["status"] == "not_reached")]
     model = dict(result.get("model") or {})
@@ -234,6 +246,7 @@ def _context(result: words.Result) -> dict[str, Any]:
         "late": {**_trial_grid(late), "definitions": {}} if fold else None,
         "peers": _grid(peers, PEER_COLUMNS) if peers else None,
         "peers_text": words.peers_sentences(result) if peers else [],
+        "regimes": _regimes(by_regime) if by_regime else None,
         "why": _why(result),
         "latency": _markup(plots.latency_bars(result)),
         "latency_caption": _LATENCY_CAPTION,

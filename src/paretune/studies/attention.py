@@ -116,11 +116,11 @@ def run(
         ParetuneError: the folder cannot be written, or the pairs cannot be used, before anything is measured.
     """
     folder, config, name = common.open_model(model)
-    out = files.ensure_folder(output_dir)
     plan = QUICK if quick else FULL
     threads_read = hardware.set_threads(threads)
     header = common.header("attention", name, config, quick=quick, seed=seed)
     train_set, held = _pairs(plan, pairs, article_column, summary_column, seed)
+    out = files.ensure_folder(output_dir)
     form = PromptFormat(max_len=min(plan.max_len, config.n_positions), max_new_tokens=1)
     source = pair_source(train_set, held, folder, form)
     form = replace(source.format, max_new_tokens=min(source.format.max_new_tokens, plan.max_new_tokens))

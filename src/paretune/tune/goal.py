@@ -49,6 +49,23 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def parse_grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """`1,8x128,1024` -> batch sizes and lengths, ascending; None for `auto`.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"(\d+(?:,\d+)*)x(\d+(?:,\d+)*)", text.replace(" ", ""))
+    sides = [tuple(sorted({int(n) for n in side.split(",")})) for side in match.groups()] if match else []
+    if not sides or min(map(min, sides)) < 1:
+        raise UsageError(
+            f"--regimes is {text!r}", "Write auto, or batch sizes x lengths of 1 or more such as 1,8x128,1024"
+        )
+    return sides[0], sides[1]
+
+
 @dataclass(frozen=True)
 class Goal:
     """The request of one `tune` run.
@@ -60,6 +77,8 @@ class Goal:
         min_speedup: what the winner has to reach at least; None asks for nothing.
         budget_sec: for the search and the confirmation, once the machine is measured and the baseline runs.
         input_len, output_len, batch_size: the request that is made fast.
+        regimes: grid of batch sizes and lengths (`auto`, `1,8x128,1024`) over which forms are measured for the plan's
+            table of choice; None: no such table.
         engines: peers that the winner is compared with, `llama.cpp:Q8_0`; a text is split at its commas.
     """
 
@@ -74,6 +93,7 @@ class Goal:
     threads: int | None = None
     seed: int = 0
     engines: tuple[str, ...] = ()
+    regimes: str | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -88,6 +108,8 @@ class Goal:
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}", "It has to be 1 or more")
         object.__setattr__(self, "engines", self._read_engines())
+        if self.regimes is not None:
+            parse_grid(self.regimes)
 
     def _read_engines(self) -> tuple[str, ...]:
         """By their full names, each once; `paretune` itself adds nothing."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune import hardware
+from paretune.engine.dispatch import Table
 from paretune.errors import UsageError
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
@@ -32,12 +33,19 @@ class Plan:
         model_folder: the checkpoint to load: the converted one inside the plan, or the original.
         recipe: how to change and run it.
         data: the whole `plan.json`.
+        table: forms by regime, where `tune --regimes` measured them.
     """
 
     folder: Path
     model_folder: Path
     recipe: Recipe
     data: dict[str, Any]
+    table: Table | None = None
+
+    @property
+    def source(self) -> Path:
+        """The checkpoint as it was before `tune`."""
+        return checkpoint.resolve(str(self.data["model"]["source"]))
 
     def warnings(self) -> list[str]:
         """What to say before the plan runs here: that it was measured on another machine, say."""
@@ -69,6 +77,7 @@ def read_plan(path: str | Path) -> Plan:
             raise ValueError(f"schema version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}")
         if not (isinstance(source, str) and isinstance(inside, str | None)):
             raise TypeError("the model is not named")
+        table = None if data.get("dispatch") is None else Table.from_dict(data["dispatch"])
     except FileNotFoundError:
         raise UsageError(f"{path} holds no {PLAN_FILE}", "Pass a folder that `paretune tune` wrote") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -77,5 +86,5 @@ def read_plan(path: str | Path) -> Plan:
     if inside:
         if not (folder / inside).is_dir():
             raise UsageError(f"the stored model {folder / inside} is gone", "Run `paretune tune` again")
-        return Plan(folder, folder / inside, recipe, data)
-    return Plan(folder, checkpoint.resolve(source), recipe, data)
+        return Plan(folder, folder / inside, recipe, data, table)
+    return Plan(folder, checkpoint.resolve(source), recipe, data, table)

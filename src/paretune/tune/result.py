@@ -18,8 +18,9 @@ from paretune.files import ensure_folder, write_json, write_text
 from paretune.measure import explain, roofline
 from paretune.measure.environment import header
 from paretune.model import checkpoint
+from paretune.ops.attention.pattern import parse
 from paretune.recipe import Recipe
-from paretune.tune import peers
+from paretune.tune import peers, regimes
 from paretune.tune.plan import PLAN_FILE, SCHEMA_VERSION
 from paretune.tune.race import BASELINE, TWIN, TrialState
 from paretune.tune.search import Outcome, baseline_recipe
@@ -85,6 +86,7 @@ def result_of(out: Outcome) -> dict[str, Any]:
         "samples_file": "samples.jsonl",
         "peers": out.peers["rows"] if out.peers else [],
         "peers_measured": out.peers["measured"] if out.peers else None,
+        "regimes": out.regimes,
     }
     result["again"] = result["command"]
     result["verdict"] = sentences(out, result)
@@ -143,13 +145,15 @@ def _limits(out: Outcome, state: TrialState, times: dict[str, float]) -> dict[st
     precision = next((t.dtype for t in state.recipe.transforms if t.name == "precision"), None)  # type: ignore[attr-defined]
     rate = out.ceilings.matrix_rates.get(RATE_OF[precision])
     # What a step must read: the weights but for the embedding rows that are not looked up, and the keys and values.
-    kv = facts["kv_bytes_per_token"] * (goal.input_len + 8)
+    pattern = parse(facts.get("attention_pattern", "causal"))
+    kv = facts["kv_bytes_per_token"] * roofline.keys_seen(pattern, goal.input_len + 8)
     n_bytes = roofline.decode_bytes(facts["step_weights_bytes"], int(kv))
     bandwidth = out.ceilings.bandwidth_at(n_bytes)
-    prefill = roofline.prefill_flops(config, goal.input_len) * goal.batch_size
+    prefill = roofline.prefill_flops(config, goal.input_len, pattern=pattern) * goal.batch_size
     is_prefill = goal.objective == "ttft"
     sec = times["ttft" if is_prefill else "tpot"]
-    flops = prefill if is_prefill else roofline.decode_flops(config, goal.input_len) * goal.batch_size
+    seen = round(roofline.keys_seen(pattern, goal.input_len))
+    flops = prefill if is_prefill else roofline.decode_flops(config, seen) * goal.batch_size
     phase = "prefill" if is_prefill else "decode"
     _, sentence = roofline.bound_by(phase, sec, n_bytes, flops, bandwidth, rate)  # type: ignore[arg-type]
     explanations = out.explanations.get(state.id)
@@ -260,7 +264,7 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
             )
     if out.kind == "none":
         said.append(f"No recipe reaches the asked speed-up of {goal.min_speedup:g} within the quality bound.")
-    return said + out.notes + peers.sentences(goal, out.peers)
+    return said + out.notes + regimes.sentences(out.regimes) + peers.sentences(goal, out.peers)
 
 
 def _other_phase(out: Outcome, winner: TrialState, base: TrialState) -> list[str]:
@@ -328,6 +332,7 @@ def write(out: Outcome, folder: Path, again: str = "", is_stored: bool = False) 
         "verdict": result["verdict"],
         "recipe": recipe.to_dict(),
         "confirmation": result["confirmation"],
+        "dispatch": out.regimes["table"] if out.regimes else None,
     }
     write_json(folder / PLAN_FILE, plan)  # last: a folder with a plan is complete
     return result

@@ -9,7 +9,8 @@ from typing import Any
 
 from paretune.errors import UsageError
 from paretune.files import ensure_folder, write_error
-from paretune.tune import peers
+from paretune.model import checkpoint
+from paretune.tune import peers, regimes
 from paretune.tune import result as results
 from paretune.tune.goal import Goal
 from paretune.tune.journal import EVENTS, SAMPLES
@@ -17,7 +18,7 @@ from paretune.tune.plan import PLAN_FILE
 from paretune.tune.search import Search
 
 REPORTS = ("trials.jsonl", PLAN_FILE, "report.json", "report.html")
-OURS = (EVENTS, SAMPLES, *REPORTS, peers.SAMPLES, "logs", "scores", "model")
+OURS = (EVENTS, SAMPLES, *REPORTS, peers.SAMPLES, regimes.SAMPLES, "logs", "scores", "model")
 
 
 def run(
@@ -49,6 +50,9 @@ def run(
     folder = folder.expanduser()
     _refuse_earlier_run(folder, resume, force)
 
+    if goal.regimes:
+        regimes.grid_of(goal, checkpoint.read_config(checkpoint.resolve(model)).longest)  # refused now, not at the end
+
     def prepare() -> None:  # when the model, the goal and the text are known to be right
         if force:
             _remove_earlier_run(folder)
@@ -60,13 +64,18 @@ def run(
     try:
         out = search.run()
         say("writing the report")
-        if not goal.engines:
-            return results.write(out, folder)
-        search.journal.stop_clock()
-        results.write(out, folder)  # whatever happens beside the peers, there is a plan
-        out.peers = peers.compare(out, folder, say)
-        say("writing the report again, with the peers")
-        return results.write(out, folder, is_stored=True)
+        result = results.write(out, folder)  # whatever happens after it, there is a plan
+        if goal.regimes or goal.engines:
+            search.journal.stop_clock()
+        if goal.regimes:
+            out.regimes = regimes.explore(out, folder, say)
+            say("writing the report again, with the choice by regime")
+            result = results.write(out, folder, is_stored=True)
+        if goal.engines:
+            out.peers = peers.compare(out, folder, say)
+            say("writing the report again, with the peers")
+            result = results.write(out, folder, is_stored=True)
+        return result
     finally:
         search.journal.close()
 

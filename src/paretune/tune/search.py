@@ -21,7 +21,7 @@ import torch
 from paretune import hardware, stats
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import Fidelity, windows_of
-from paretune.evaluate.perplexity import count_blocks
+from paretune.evaluate.perplexity import MIN_BLOCKS, count_blocks
 from paretune.evaluate.texts import read_text, text_of
 from paretune.measure.environment import versions
 from paretune.measure.interleave import Blocks
@@ -45,7 +45,6 @@ SEARCH_SHARE, GATE_SHARE, FINAL_SHARE = 0.5, 0.62, 0.78
 SLICE_SEC = 0.45  # one slice with its probes, repeats and the change of processes, roughly
 PROFILE_SEC = 5.0  # a quick profile of a trial that is loaded and warm, roughly
 WINDOW_LEN = 257  # tokens: 128 scored in prefill, 128 in decode
-MIN_WINDOWS = 40
 MAX_WINDOWS = {"search": 40, "confirm": 48}  # many are scored in the search, one is confirmed
 TOO_NOISY = 0.25  # A/A half width above which no verdict is given
 MIN_BYTES_GAIN = 1.02
@@ -71,6 +70,8 @@ class Outcome:
     too_noisy: bool = False
     peers: dict[str, Any] | None = None  # of `peers.compare`
     explanations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the winner and the baseline
+    quality_len: int = WINDOW_LEN  # tokens of a window that quality was measured on
+    regimes: dict[str, Any] | None = None  # of `regimes.explore`
 
     @property
     def resolution(self) -> float:
@@ -112,6 +113,8 @@ class Search:
         prepare: makes room in `folder`; called when everything else is known to be right.
     """
 
+    window_len = WINDOW_LEN  # tokens that quality is measured on
+
     def __init__(
         self,
         model: str,
@@ -131,6 +134,10 @@ class Search:
         check_device(goal.device)
         self.tokenizer = Tokenizer(model_folder)
         self.text_name = "pieces" if text is None else Path(text).stem
+        n_tokens = goal.input_len + goal.output_len
+        if spaces.mechanism_reason(config, n_tokens) is None:
+            # A window loses what lies beyond it: its quality is that of sequences as long as the request.
+            self.window_len = max(WINDOW_LEN, n_tokens + 1)
         self.windows = self._windows(config, text)
         files = [p.stat() for p in checkpoint.weight_files(model_folder)]
         key = {
@@ -142,12 +149,15 @@ class Search:
             "machine": hardware.fingerprint_id(hardware.fingerprint()),
             "versions": versions(),
         }
-        space = spaces.build(goal.device)  # before the clock of the budget runs
+        space = spaces.build(goal.device, config, n_tokens)  # before the clock of the budget runs
         prepare()
         self.journal = Journal(folder, key, resume)
         race = Race(goal, folder, model_folder, self.journal, say)
-        race.check_prompt = self.windows["search"][0, :48].tolist()
+        # Long enough for what a window skips to be among what is checked.
+        n_check = 48 if self.window_len == WINDOW_LEN else spaces.WINDOW + 48
+        race.check_prompt = self.windows["search"][0, :n_check].tolist()
         self.out = Outcome(goal, model, model_folder, config, space, race)
+        self.out.quality_len = self.windows["search"].size(1)
 
     def _windows(self, config: ModelConfig, text: Path | None) -> dict[str, torch.Tensor]:
         """Disjoint windows for search and confirmation.
@@ -155,7 +165,7 @@ class Search:
         Raises:
             ParetuneError: the text is too short for a bound.
         """
-        length = min(WINDOW_LEN, config.n_positions)
+        length = min(self.window_len, config.n_positions)
         if text is None:
             ids = {split: self.tokenizer.encode(text_of(split)) for split in ("search", "confirm")}  # type: ignore[arg-type]
         else:
@@ -164,15 +174,16 @@ class Search:
         out = {}
         for split, tokens in ids.items():
             n = len(tokens) // length
-            needed = MIN_WINDOWS
-            while min(count_blocks(needed, s) for s in (length // 2, length - 1 - length // 2)) < MIN_WINDOWS:
+            needed = 1
+            while min(count_blocks(needed, s) for s in (length // 2, length - 1 - length // 2)) < MIN_BLOCKS:
                 needed += 1
             if n < needed:
                 raise ParetuneError(
                     f"the text gives {n} windows of {length} tokens to {split} on, a bound needs {needed}",
                     f"Pass a --text of at least {2 * needed * length} tokens",
                 )
-            out[split] = windows_of(tokens, length)[: max(needed, MAX_WINDOWS[split])]
+            most = MAX_WINDOWS[split] * WINDOW_LEN // max(length, WINDOW_LEN)  # as many tokens, if windows are longer
+            out[split] = windows_of(tokens, length)[: max(needed, most)]
         if max(int(w.max()) for w in out.values()) >= config.vocab_size:
             raise UsageError("the tokenizer gives tokens that the model does not know", "Use the model's own tokenizer")
         return out

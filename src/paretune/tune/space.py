@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe, preset
 
 ATTENTION = ("sdpa", "eager")
@@ -21,6 +22,13 @@ NATIVE_ONLY = {("quantize", "int4"), ("quantize", "w8a8"), ("cache", "bf16"), ("
 GROUPS = {
     "int4": {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
     "w8a8": {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
+}
+# What attention computes, in place of a form of it; quality is measured at the length of the request.
+WINDOW = 256
+MECHANISMS: dict[str, dict[str, object]] = {
+    f"window:{WINDOW}": {"name": "mechanism", "pattern": f"window:{WINDOW}"},
+    f"prefix:16+window:{WINDOW}": {"name": "mechanism", "pattern": f"prefix:16+window:{WINDOW}"},
+    "alibi": {"name": "mechanism", "alibi": True},
 }
 ALL_QUANTISED = (
     "every weight is quantised: the number format would change the cache alone, which is a choice of its own"
@@ -54,7 +62,7 @@ class Candidate:
         changes = list(self.changes.items())
         if len(changes) == 2 and ("runner", "native") in changes:
             changes.remove(("runner", "native"))
-            return changes[0] if changes[0] in NATIVE_ONLY else None
+            return changes[0] if changes[0] in NATIVE_ONLY or changes[0][1] in MECHANISMS else None
         return changes[0] if len(changes) == 1 else None
 
 
@@ -69,6 +77,8 @@ class Space:
 def recipe_of(choice: Choice) -> Recipe:
     attention, precision, quantize, runner, cache = choice
     transforms: list[dict[str, object]] = [{"name": "attention", "form": attention}]
+    if attention in MECHANISMS:
+        transforms = [MECHANISMS[attention], {"name": "attention", "form": BASELINE[0]}]
     if precision:
         transforms.append({"name": "precision", "dtype": precision})
     if quantize in GROUPS:
@@ -87,8 +97,12 @@ def baseline() -> Recipe:
     return recipe
 
 
-def build(device: str) -> Space:
-    """All combinations; those that cannot run on `device` go aside with the reason."""
+def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> Space:
+    """All combinations; those that cannot run on `device` go aside with the reason.
+
+    Args:
+        config, n_tokens: the model and the longest sequence of the request, for mechanisms; None: without them.
+    """
     space = Space()
     reasons: dict[tuple[str, str | None], str | None] = {}
     families = (ATTENTION, PRECISION, QUANTIZE, RUNNERS, CACHE)
@@ -113,7 +127,32 @@ def build(device: str) -> Space:
             space.illegal.append((candidate.recipe.name, reason))
         else:
             space.legal.append(candidate)
+    if config is not None:
+        _add_mechanisms(space, config, n_tokens, reasons)
     return space
+
+
+def mechanism_reason(config: ModelConfig, n_tokens: int) -> str | None:
+    """Why no other mechanism is tried on a model for requests of `n_tokens`, or None."""
+    if config.alibi or not config.attention_pattern.is_dense:
+        return "the model has a mechanism of its own"
+    if n_tokens <= WINDOW:
+        return f"a window of {WINDOW} skips nothing in a request of {n_tokens} tokens, and ALiBi is for long ones"
+    return None
+
+
+def _add_mechanisms(
+    space: Space, config: ModelConfig, n_tokens: int, reasons: Mapping[tuple[str, str | None], str | None]
+) -> None:
+    """Alone, and in native code with each quantisation: a few, for they multiply the space."""
+    for name in MECHANISMS:
+        for quantize, runner in [(None, "eager"), *((q, "native") for q in QUANTIZE)]:
+            candidate = Candidate((name, None, quantize, runner, None), recipe_of((name, None, quantize, runner, None)))
+            reason = mechanism_reason(config, n_tokens) or reasons["runner", runner] or reasons["quantize", quantize]
+            if reason:
+                space.illegal.append((candidate.recipe.name, reason))
+            else:
+                space.legal.append(candidate)
 
 
 def predicted_log_gain(candidate: Candidate, singles: Mapping[tuple[str, str | None], float]) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from paretune.measure.worker import Trial, serve
 
 EAGER_ROWS = 20  # windows scored at once; the same kernels as one row (int8 changes its way above 32 rows)
+ROW_LEN = 257  # tokens of such a window; of longer ones fewer are scored at once
 
 
 def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
@@ -21,7 +22,8 @@ def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     windows = torch.from_numpy(np.load(request["windows"]))
     runner = trial.loaded.runner
     # A compiled decode graph has a fixed batch: it is scored as it was timed.
-    batch_size = EAGER_ROWS if runner.name in ("eager", "native") else request["batch_size"]
+    n_rows = max(1, EAGER_ROWS * ROW_LEN // max(ROW_LEN, windows.size(1)))
+    batch_size = n_rows if runner.name in ("eager", "native") else request["batch_size"]
     started = clock.now()
     scores = fidelity.score(
         runner,

@@ -20,6 +20,7 @@ from paretune.engine.cache import KVCache
 from paretune.engine.runners.base import Logits, Runner
 from paretune.model.base import CannotLower, LanguageModel
 from paretune.model.layers import Embedding, Linear
+from paretune.ops.attention.pattern import Pattern, work
 from paretune.ops.native import packed
 from paretune.ops.native import program as native
 from paretune.ops.native.packed import PackedWeight
@@ -52,15 +53,17 @@ class _Counted:
     calls: int = 0
     rows: int = 0  # tokens
     head_rows: int = 0  # tokens that went through the head
-    kv_positions: int = 0  # positions read, a sequence's once a step
-    pairs: int = 0  # of a query and a key it sees (a window aside)
+    kv_positions: int = 0  # positions that any query of the step sees, a sequence's once a step
+    pairs: int = 0  # of a query and a key it sees
 
-    def add(self, lengths: Sequence[int], K: int, head_rows: int) -> None:
+    def add(self, lengths: Sequence[int], K: int, head_rows: int, pattern: Pattern) -> None:
         self.calls += 1
         self.rows += len(lengths) * K
         self.head_rows += head_rows
-        self.kv_positions += sum(n + K for n in lengths)
-        self.pairs += sum(K * n + K * (K + 1) // 2 for n in lengths)
+        for n in lengths:
+            done = work(pattern, n, K)
+            self.kv_positions += done.n_keys
+            self.pairs += done.n_pairs
 
 
 class NativeRunner(Runner):
@@ -182,7 +185,7 @@ class NativeRunner(Runner):
         self._program.step(step)
         self.n_native_steps += 1
         if self._op_ns is not None:
-            self._counted.add(cache.host_lengths, K, B * K if is_all else B)
+            self._counted.add(cache.host_lengths, K, B * K if is_all else B, self.config.attention_pattern)
         return out
 
     def _cache_pointers(self, cache: KVCache) -> tuple[Any, ...]:
@@ -220,7 +223,10 @@ class NativeRunner(Runner):
                 n_rows = c.head_rows if info.parts.endswith("head") else c.rows
                 flops = 2 * info.weight.out_features * info.weight.in_features * n_rows
             elif info.q_width:
-                n_bytes = int(2 * info.kv_width * self.cache_dtype.itemsize * c.kv_positions)
+                each = info.kv_width * self.cache_dtype.itemsize
+                if self.cache_dtype == torch.int8:  # and a scale for each head
+                    each += 4 * self.config.n_kv_head
+                n_bytes = 2 * each * c.kv_positions
                 flops = 4 * info.q_width * c.pairs
             out.append((info.parts, info.layer, c.calls, ns / 1e9, n_bytes, flops))
         return out

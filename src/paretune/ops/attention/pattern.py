@@ -126,11 +126,12 @@ class Pattern:
         Raises:
             UsageError: a window larger than the context, a block size that does not divide it, a query without keys.
         """
-        if self.largest_window > n_positions:
-            raise UsageError(
-                f"pattern {self}: a window of {self.largest_window} is larger than the context of {n_positions}",
-                f"Use {n_positions - 1} or less",
-            )
+        for what, size in (("window", self.largest_window), ("prefix", self.kept.prefix)):
+            if size > n_positions and size != self.block:
+                raise UsageError(
+                    f"pattern {self}: a {what} of {size} is larger than the context of {n_positions}",
+                    f"Use {n_positions - 1} or less",
+                )
         if self.block is not None and n_positions % self.block:
             raise UsageError(
                 f"pattern {self}: blocks of {self.block} do not divide the context of {n_positions}",
@@ -375,6 +376,29 @@ def prefix_and_window(pattern: Pattern) -> tuple[int, int] | None:
     if not windows or len(prefixes) + len(windows) < len(parts):
         return None
     return max(prefixes, default=0), max(windows)
+
+
+class Work(NamedTuple):
+    """What a step has to do, in one head of one sequence."""
+
+    n_keys: int  # positions of the cache that any of its queries sees
+    n_pairs: int  # of a query and a key that it sees
+
+
+@functools.lru_cache(maxsize=256)
+def work(pattern: Pattern, start: int, n_tokens: int) -> Work:
+    """Keys and pairs of the queries at positions `start` to `start + n_tokens`."""
+    end = start + n_tokens
+    if pattern.is_dense:
+        return Work(end, n_tokens * start + n_tokens * (n_tokens + 1) // 2)
+    keys, read, n_pairs, first = torch.arange(end), torch.zeros(end, dtype=torch.bool), 0, start
+    while first < end:
+        last = min(first // QUERY_BLOCK * QUERY_BLOCK + QUERY_BLOCK, end)  # far keys are the same within a block
+        seen = pattern.visible(torch.arange(first, last)[:, None], keys[None])
+        read |= seen.any(0)
+        n_pairs += int(seen.sum())
+        first = last
+    return Work(int(read.sum()), n_pairs)
 
 
 class QueryBlock(NamedTuple):
