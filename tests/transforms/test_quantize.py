@@ -13,6 +13,7 @@ from paretune.errors import NoEffectError, ParetuneError, UsageError
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.dense import Dense
 from paretune.recipe import Recipe, preset
+from paretune.transforms.awq import AWQ
 from paretune.transforms.base import Context
 from paretune.transforms.fp8 import Float8
 from paretune.transforms.gptq import GPTQ
@@ -29,7 +30,7 @@ WIDE = {
 }
 CALIBRATION = torch.randint(0, 131, (32, 32), generator=torch.Generator().manual_seed(1))
 CONTEXT = Context(calibration=CALIBRATION)
-EVERY = [Int8(), Groups(), LLMInt8(), NormalFloat4(), GPTQ(), HQQ(), Float8()]
+EVERY = [Int8(), Groups(), LLMInt8(), NormalFloat4(), GPTQ(), AWQ(), HQQ(), Float8()]
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -96,7 +97,7 @@ def test_all_but_the_last_of_a_mix_name_their_layers():
 
 def test_an_already_quantised_model_is_no_silent_no_op(model):
     Int8().apply(model, Context())
-    for transform in (Groups(), NormalFloat4(), GPTQ()):
+    for transform in (Groups(), NormalFloat4(), GPTQ(), AWQ()):
         transform.apply(model, CONTEXT)
         with pytest.raises(NoEffectError, match=r"its layers were already quantised \(int8_rows\)"):
             transform.verify(model, fake())
@@ -113,7 +114,7 @@ def test_nan_names_the_layer_and_leaves_the_model(model, transform):
     assert all(model.get_submodule(n).weight is w for n, w in before.items())
 
 
-@pytest.mark.parametrize("transform", [Groups(), NormalFloat4(), GPTQ(), HQQ()], ids=lambda t: t.title)
+@pytest.mark.parametrize("transform", [Groups(), NormalFloat4(), GPTQ(), AWQ(), HQQ()], ids=lambda t: t.title)
 def test_a_width_that_groups_do_not_divide(tiny, transform):
     model = tiny("llama", hidden_size=64, intermediate_size=80)[0]
     before = formats(model)

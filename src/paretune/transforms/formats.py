@@ -67,6 +67,7 @@ FORMATS: dict[str, Format] = {
         _BODY | {4: Ends({"embeddings": True})},
     ),
     "gptq": Format("gptq", "4 bits in groups of 64, rounded by GPTQ", 8, _GROUPS, {"bits": 4}, "group"),
+    "awq": Format("awq", "4 bits in groups of 64, inputs scaled by AWQ", 8, _GROUPS, {"bits": 4}, "group"),
     "hqq": Format("hqq", "4 bits in groups of 64 with minima, optimised by HQQ", 8, _GROUPS, {"bits": 4}, "group"),
     "fp8": Format("fp8", "8-bit floats (e4m3), one scale a row", 8, _OWN),
 }
