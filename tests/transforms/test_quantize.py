@@ -92,7 +92,7 @@ def test_all_but_the_last_of_a_mix_name_their_layers():
     with pytest.raises(UsageError, match="all but the last have"):
         Recipe((Groups(), Int8()))
     assert Recipe((NormalFloat4(), Int8())).name.startswith("nf4 + int8")  # it leaves the ends by itself
-    assert preset("nf4_head8").transforms[1:] == (NormalFloat4(), Int8())
+    assert preset("nf4_head8").transforms[1:] == (NormalFloat4(positions=True), Int8())
 
 
 def test_an_already_quantised_model_is_no_silent_no_op(model):
