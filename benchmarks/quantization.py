@@ -3,7 +3,7 @@
     python benchmarks/quantization.py --model pocket --text TEXT -o benchmarks/results/quantization.json
 
 Quality and size need no quiet machine; `--decode` adds the time of a decode step (interleaved by `paretune bench`).
-The calibration of GPTQ is written by the model itself, so no text is on both sides.
+The calibration of GPTQ and AWQ is written by the model itself, so no text is on both sides.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ FORMATS: dict[str, list[dict[str, Any]]] = {
     "int4 nearest, int8 head": [GROUPS],
     "int4 nearest, all": [{**GROUPS, "head_bits": 4}],
     "int4 HQQ, int8 head": [{"name": "hqq"}],
+    "int4 AWQ, int8 head": [{"name": "awq"}],
     "int4 GPTQ, int8 head": [{"name": "gptq"}],
     "int4 GPTQ, all": [{"name": "gptq", "head_bits": 4}],
 }

@@ -211,7 +211,7 @@ def test_more_parts_are_more_complex():
 
 def test_changes_numbers():
     changing = {n for n in PRESETS if preset(n).changes_numbers}
-    marks = ("bf16", "fp16", "int8", "int4", "w8a8", "w8a7", "w7a7", "q8", "q4", "nf4", "fp8")
+    marks = ("bf16", "fp16", "int8", "int4", "w8a8", "w8a7", "w7a7", "q8", "q4", "nf4", "fp8", "kv")
     marks += ("alibi", "window", "longformer", "bigbird", "strided", "blocks")
     assert changing == {n for n in PRESETS if any(x in n for x in marks)}
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paretune.transforms.base import Context, Transform
 
 SCHEMA_VERSION = 1
-CACHE_DTYPES = ("fp32", "bf16", "fp16", "int8")
+CACHE_DTYPES = ("fp32", "bf16", "fp16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,10 @@ class Recipe:
     def requires(self, device: str) -> str | None:
         """The first reason why this recipe cannot run on `device`, or None."""
         reasons = [t.requires(device) for t in self.transforms]
-        reasons.append(RUNNERS.get(self.engine.runner).requires(device))
+        runner, cache_dtype = RUNNERS.get(self.engine.runner), self.engine.cache_dtype
+        if cache_dtype is not None and cache_dtype not in runner.cache_dtypes:
+            reasons.append(f"the {runner.name} runner has no {cache_dtype} cache")
+        reasons.append(runner.requires(device))
         return next((r for r in reasons if r), None)
 
     def notes(self, device: str) -> list[str]:
@@ -227,12 +230,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "int8_linear": _preset([{"name": "int8", "embeddings": False}]),
     "llm_int8": _preset([{"name": "llm_int8"}]),
     "nf4": _preset([{"name": "nf4"}]),
-    "nf4_head8": _preset([{"name": "nf4"}, {"name": "int8"}]),
+    "nf4_head8": _preset([{"name": "nf4", "positions": True}, {"name": "int8"}]),
     "fp8": _preset([{"name": "fp8"}]),
     "bf16_int8": _preset([{"name": "precision", "dtype": "bf16"}, {"name": "int8"}]),
     "native": _preset([], runner="native"),
     "native_bf16": _preset([{"name": "precision", "dtype": "bf16"}], runner="native"),
     "native_int8": _preset([{"name": "int8"}], runner="native"),
+    "kv8": _preset([], cache_dtype="int8"),
+    "kv4": _preset([], cache_dtype="int4"),
     "native_int8_kv8": _preset([{"name": "int8"}], runner="native", cache_dtype="int8"),
     "native_q8_0": _preset([{"name": "groups", "bits": 8}], runner="native"),
     "native_w8a8": _preset([{"name": "groups", "bits": 8, "group": 128, "activation_bits": 8}], runner="native"),
@@ -260,7 +265,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "native_alibi": _mechanism(runner="native", alibi=True),
     "native_window256": _mechanism(runner="native", pattern="window:256"),
     "native_alibi_window256": _mechanism(runner="native", alibi=True, pattern="window:256"),
-    "native_nf4": _preset([{"name": "nf4"}, {"name": "int8"}], runner="native"),
+    "native_nf4": _preset([{"name": "nf4", "positions": True}, {"name": "int8"}], runner="native"),
     "native_llm_int8": _preset([{"name": "llm_int8"}], runner="native"),
     "compile": _preset([], runner="compile"),
     "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),

@@ -66,6 +66,7 @@ TRANSFORMS.register("groups", "paretune.transforms.groups:Groups")
 TRANSFORMS.register("llm_int8", "paretune.transforms.llm_int8:LLMInt8")
 TRANSFORMS.register("nf4", "paretune.transforms.nf4:NormalFloat4")
 TRANSFORMS.register("gptq", "paretune.transforms.gptq:GPTQ")
+TRANSFORMS.register("awq", "paretune.transforms.awq:AWQ")
 TRANSFORMS.register("hqq", "paretune.transforms.hqq:HQQ")
 TRANSFORMS.register("fp8", "paretune.transforms.fp8:Float8")
 

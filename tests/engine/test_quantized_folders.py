@@ -23,7 +23,9 @@ WIDE = {
     "mistral": {"hidden_size": 64, "intermediate_size": 128},
 }
 FAMILIES = tuple(WIDE)
-CASES = [(f, name) for f in FAMILIES for name in FORMATS if f == "gpt2" or name in ("int8", "int4", "nf4", "gptq")]
+CASES = [
+    (f, name) for f in FAMILIES for name in FORMATS if f == "gpt2" or name in ("int8", "int4", "nf4", "gptq", "awq")
+]
 
 
 @pytest.fixture(scope="module")

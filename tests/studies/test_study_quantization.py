@@ -45,6 +45,7 @@ def test_the_study_writes_everything(folder, tmp_path, monkeypatch):
     for words in ("Published", "at most", "Peak of the process", "What follows", "bits a parameter"):
         assert words.lower() in page.lower(), words
     json.loads((tmp_path / "out" / "results.json").read_text())
+    assert any("int8 weights are not exactly 25 %" in s and "norms and biases" in s for s in result["summary"])
     assert any("The batch size does not change quality" in s for s in result["summary"])
 
 

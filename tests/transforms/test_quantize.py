@@ -13,6 +13,7 @@ from paretune.errors import NoEffectError, ParetuneError, UsageError
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.dense import Dense
 from paretune.recipe import Recipe, preset
+from paretune.transforms.awq import AWQ
 from paretune.transforms.base import Context
 from paretune.transforms.fp8 import Float8
 from paretune.transforms.gptq import GPTQ
@@ -29,7 +30,7 @@ WIDE = {
 }
 CALIBRATION = torch.randint(0, 131, (32, 32), generator=torch.Generator().manual_seed(1))
 CONTEXT = Context(calibration=CALIBRATION)
-EVERY = [Int8(), Groups(), LLMInt8(), NormalFloat4(), GPTQ(), HQQ(), Float8()]
+EVERY = [Int8(), Groups(), LLMInt8(), NormalFloat4(), GPTQ(), AWQ(), HQQ(), Float8()]
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -91,12 +92,12 @@ def test_all_but_the_last_of_a_mix_name_their_layers():
     with pytest.raises(UsageError, match="all but the last have"):
         Recipe((Groups(), Int8()))
     assert Recipe((NormalFloat4(), Int8())).name.startswith("nf4 + int8")  # it leaves the ends by itself
-    assert preset("nf4_head8").transforms[1:] == (NormalFloat4(), Int8())
+    assert preset("nf4_head8").transforms[1:] == (NormalFloat4(positions=True), Int8())
 
 
 def test_an_already_quantised_model_is_no_silent_no_op(model):
     Int8().apply(model, Context())
-    for transform in (Groups(), NormalFloat4(), GPTQ()):
+    for transform in (Groups(), NormalFloat4(), GPTQ(), AWQ()):
         transform.apply(model, CONTEXT)
         with pytest.raises(NoEffectError, match=r"its layers were already quantised \(int8_rows\)"):
             transform.verify(model, fake())
@@ -113,7 +114,7 @@ def test_nan_names_the_layer_and_leaves_the_model(model, transform):
     assert all(model.get_submodule(n).weight is w for n, w in before.items())
 
 
-@pytest.mark.parametrize("transform", [Groups(), NormalFloat4(), GPTQ(), HQQ()], ids=lambda t: t.title)
+@pytest.mark.parametrize("transform", [Groups(), NormalFloat4(), GPTQ(), AWQ(), HQQ()], ids=lambda t: t.title)
 def test_a_width_that_groups_do_not_divide(tiny, transform):
     model = tiny("llama", hidden_size=64, intermediate_size=80)[0]
     before = formats(model)
@@ -141,6 +142,53 @@ def test_llm_int8_needs_its_kernel_in_the_profile(model):
     assert "paretune::mixed_int8_linear ran" in LLMInt8().verify(model, observe(EagerRunner(model)))[1]
     with pytest.raises(NoEffectError, match="shows no paretune::mixed_int8_linear"):
         LLMInt8().verify(model, SimpleNamespace(kernels={}, compiled=False, runner={}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_planted_outliers_cost_w8a8_its_bits_and_llm_int8_none(tiny, tiny_tokens, family):
+    """A few inputs a hundred times as large as the others, with weights as much smaller, as in large models.
+
+    8 bits for each row of inputs are then gone; LLM.int8 stays near the same weights with exact inputs.
+    """
+
+    def planted():
+        model = tiny(family, **WIDE[family])[0]
+        for name, readers in (
+            ("ln_1", ("attn.c_attn",)),
+            ("ln_2", ("mlp.c_fc",)),
+            ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            for block in getattr(model, "h", None) or model.layers:
+                if hasattr(block, name):
+                    getattr(block, name).weight.data[[5, 33]] *= 100
+                    for reader in readers:
+                        block.get_submodule(reader).weight.values.data[:, [5, 33]] /= 100
+        return model
+
+    def logits(transform):
+        return transform.apply(planted(), Context())(tiny_tokens, None, "all")
+
+    def error(of, exact):
+        return float((of - exact).norm() / exact.norm())
+
+    groups = {"bits": 8, "group": 64, "head_bits": 0}
+    w8a8 = error(logits(Groups(**groups, activation_bits=8)), logits(Groups(**groups)))
+    exact = logits(Int8(embeddings=False))  # the same weights
+    ours, none = error(logits(LLMInt8()), exact), error(logits(LLMInt8(threshold=1e9)), exact)
+    assert ours < 0.05 and w8a8 > 5 * ours and none > 5 * ours, (ours, w8a8, none)
+
+
+def test_llm_int8_proves_its_outliers(model, monkeypatch):
+    from paretune.ops.weights import mixed_int8
+
+    LLMInt8().apply(model, Context())
+    said = LLMInt8().verify(model, observe(EagerRunner(model)))
+    assert any("an input of 600 in" in s and "with all inputs in 8 bits" in s for s in said)
+    real = mixed_int8.mixed_int8_linear  # a kernel that takes no input for an outlier
+    monkeypatch.setattr(mixed_int8, "mixed_int8_linear", lambda x, q, s, threshold, *rest: real(x, q, s, 1e9, *rest))
+    with pytest.raises(NoEffectError, match="an outlier takes the bits of others"):
+        LLMInt8().verify(model, observe(EagerRunner(model)))
 
 
 def test_bad_options():

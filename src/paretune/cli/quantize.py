@@ -89,6 +89,7 @@ def _page(made: Quantized, shown: Path) -> str:
     rows.append(("norms and biases", str(made.n_vectors), "dense", "", _mb(made.vector_bytes), "", "vectors stay"))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += ["", f"  Of fp32: {made.why_this_share}"]
     return "\n".join([*lines, "", *(f"  Checked: {sentence}" for sentence in made.proof)])
 
 

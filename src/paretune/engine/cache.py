@@ -1,8 +1,9 @@
 """The key/value cache: pre-allocated, per-row lengths, rollback.
 
-Per layer keys and values `[B, n_kv_head, n_slots, head_dim]`, int8 ones with a scale per head and position. Rows may
-have different lengths: what lies beyond a row's length is garbage that no query sees (its position is later than the
-query's) and that the next token overwrites.
+Per layer keys and values `[B, n_kv_head, n_slots, head_dim]`, int8 ones with a scale per head and position, 4-bit ones
+(uint8) two numbers a byte with a scale and a minimum for each 32 of a head. Rows may have different lengths: what lies
+beyond a row's length is garbage that no query sees (its position is later than the query's) and that the next token
+overwrites.
 
 Slot = absolute position, unless the model forgets (`Kept`): then the first `prefix` positions have slots of their own
 and all later ones share a ring of the window and the largest step, `prefix + position % ring`: the memory is the same
@@ -14,41 +15,42 @@ Legend: B batch, K tokens of this step, n visible slots, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from paretune.engine import cache_formats
 from paretune.errors import UsageError
 from paretune.ops.attention.pattern import Kept, Pattern
 from paretune.ops.attention.spec import Visible
 
 RING_STEP = 256  # tokens a step may have on a ring; longer ones go in pieces
+INT4 = torch.uint8  # what a 4-bit cache is stored as
 RING_UNIT = 256  # rings are multiples of it: native code reads so many positions in one stretch
-
-
-def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`x[..., D]` to int8 with one scale a head and position, `max |x| / 127`; NaN and infinity make the scale NaN."""
-    x = x.float()
-    absmax = x.abs().amax(dim=-1)
-    scale = torch.where(absmax > 1e-30, absmax / 127, torch.zeros_like(absmax)) + (x * 0).sum(dim=-1)
-    q = torch.round(x / torch.where(scale > 0, scale, torch.ones_like(scale))[..., None])
-    return q.nan_to_num().clamp(-127, 127).to(torch.int8), scale
 
 
 class LayerView:
     """One layer's keys and values, as its attention function sees them."""
 
-    k_scale: Tensor | None = None  # fp32 [B, n_kv_head, capacity] of an int8 cache
+    # Of an int8 cache fp32 [B, n_kv_head, n_slots]; of a 4-bit one fp16 [B, n_kv_head, n_slots, groups, 2], the minimum
+    # beside the scale.
+    k_scale: Tensor | None = None
     v_scale: Tensor | None = None
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         shape = (cache.batch_size, cache.n_kv_head, cache.n_slots, cache.head_dim)
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": cache.device}
+        scales: tuple[int, ...] = shape[:3]
+        if cache.dtype == INT4:
+            cache_formats.check_int4(cache.head_dim)
+            kind["dtype"], scales = torch.float16, (*scales, cache_formats.groups_of(cache.head_dim), 2)
+            shape = (*shape[:3], cache.head_dim // 2)
         self.k = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
         self.v = torch.zeros(shape, dtype=cache.dtype, device=cache.device)
-        if cache.dtype == torch.int8:
-            self.k_scale = torch.zeros(shape[:3], device=cache.device)
-            self.v_scale = torch.zeros(shape[:3], device=cache.device)
+        if cache.dtype in (torch.int8, INT4):
+            self.k_scale, self.v_scale = torch.zeros(scales, **kind), torch.zeros(scales, **kind)
 
     @property
     def in_order_from(self) -> int | None:
@@ -78,7 +80,8 @@ class LayerView:
         cache = self.cache
         scale = None
         if scales is not None:
-            new, scale = quantize_heads(new)
+            encode = cache_formats.quantize_groups if cache.dtype == INT4 else cache_formats.quantize_heads
+            new, scale = encode(new)
         if cache.static or cache.ring or cache.start is None:
             slots = cache.slot_index
             values[cache.row_index, :, slots] = new.transpose(1, 2)
@@ -95,10 +98,11 @@ class LayerView:
         if self.k_scale is None or self.v_scale is None:
             # A cache in fewer bits than the model computes in.
             return (k, v) if k.dtype == dtype else (k.to(dtype), v.to(dtype))
-        return (
-            (k.float() * self.k_scale[:, :, :n, None]).to(dtype),
-            (v.float() * self.v_scale[:, :, :n, None]).to(dtype),
-        )
+        k_scale, v_scale = self.k_scale[:, :, :n], self.v_scale[:, :, :n]
+        if self.cache.dtype == INT4:
+            decode = cache_formats.dequantize_groups
+            return decode(k, k_scale).to(dtype), decode(v, v_scale).to(dtype)
+        return (k.float() * k_scale[..., None]).to(dtype), (v.float() * v_scale[..., None]).to(dtype)
 
 
 class KVCache:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from paretune.engine.cache import INT4
 from paretune.engine.runners.base import Runner
 from paretune.errors import ParetuneError
 
@@ -65,7 +66,7 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
         sizes[key] = sizes.get(key, 0) + t.nbytes
     described = runner.describe()
     if runner.cache_dtype != runner.dtype:
-        described["cache_dtype"] = str(cache_dtype).removeprefix("torch.")
+        described["cache_dtype"] = "int4" if cache_dtype == INT4 else str(cache_dtype).removeprefix("torch.")
     return Observation(
         kernels=dict(kernels),
         compiled=runner.name == "compile",

@@ -22,7 +22,7 @@ from paretune.model.stored import StoredTensors
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
 from paretune.transforms.base import Context, Transform, config_of, weight_holders
-from paretune.transforms.quantize import Quantize
+from paretune.transforms.quantize import Quantize, matrices
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Layer:
     Args:
         names: of the layers that hold it.
         reason: why it was left as it was; "" where it was not.
+        part: linear, ends (embedding and head) or positions.
+        scale_bytes: of `n_bytes`, what is not the numbers themselves.
     """
 
     names: tuple[str, ...]
@@ -39,6 +41,18 @@ class Layer:
     n_parameters: int
     n_bytes: int
     reason: str = ""
+    part: str = "linear"
+    scale_bytes: int = 0
+
+
+_PART_TITLES = {
+    "linear": "linear layers",
+    "ends": "embedding and head",
+    "positions": "positions",
+    "scales": "scales",
+    "vectors": "norms and biases",
+    "header": "file header",
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +76,25 @@ class Quantized:
     layers: tuple[Layer, ...]
     proof: tuple[str, ...]
 
+    @property
+    def parts_bytes(self) -> dict[str, int]:
+        """Where the bytes of the weight files are; they add up to `n_bytes`."""
+        parts = dict.fromkeys(("linear", "ends", "positions"), 0)
+        for layer in self.layers:
+            parts[layer.part] += layer.n_bytes - layer.scale_bytes
+        parts["scales"] = sum(layer.scale_bytes for layer in self.layers)
+        parts["vectors"] = self.vector_bytes
+        return {**parts, "header": self.n_bytes - sum(parts.values())}
+
+    @property
+    def why_this_share(self) -> str:
+        """The parts in per cent of the fp32 model: why 8 bits are not exactly 25 %."""
+        shares = {k: n / self.fp32_bytes for k, n in self.parts_bytes.items() if n}
+        return ", ".join(f"{_PART_TITLES[k]} {x:.2%}" for k, x in shares.items())
+
     def to_json(self) -> dict[str, Any]:
         return {
+            "parts_bytes": self.parts_bytes,
             "folder": str(self.folder),
             "transforms": [config_of(t) for t in self.transforms],
             "n_parameters": self.n_parameters,
@@ -192,17 +223,16 @@ def _holders(model: LanguageModel) -> list[Linear | Embedding]:
 
 
 def _layers(model: LanguageModel, transforms: Sequence[Transform]) -> list[Layer]:
-    by_weight: dict[int, tuple[Weight, list[str]]] = {}
-    for name, module in weight_holders(model, lambda m, n: True):
-        by_weight.setdefault(id(module.weight), (module.weight, []))[1].append(name)
     passed = {n for t in transforms if isinstance(t, Quantize) for n in t.passed(model)}
     out = []
-    for weight, found in by_weight.values():
-        reason = ""
+    for chosen in matrices(model):
+        weight, reason = chosen.weight, ""
         if isinstance(weight, Dense):
-            reason = "the format leaves it as it is" if passed & set(found) else "excluded by name"
+            reason = "the format leaves it as it is" if passed & set(chosen.names) else "excluded by name"
         n = weight.out_features * weight.in_features
-        out.append(Layer(tuple(found), weight.format, n, weight.stored_bytes, reason))
+        part = "positions" if chosen.is_positions else "ends" if chosen.is_end else "linear"
+        scales = max(0, weight.stored_bytes - n * weight.bits // 8)
+        out.append(Layer(chosen.names, weight.format, n, weight.stored_bytes, reason, part, scales))
     return out
 
 

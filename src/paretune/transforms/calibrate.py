@@ -20,20 +20,22 @@ class _Captured(Exception):
     """The first block was reached: nothing behind it need run."""
 
 
-def check_calibration(ctx: Context, who: str, widest: int) -> Tensor:
+def check_calibration(ctx: Context, who: str, at_least: int, why: str) -> Tensor:
     """The calibration windows, int64 `[N, T]`.
 
+    Args:
+        at_least: tokens; fewer are an error.
+        why: what they are for, in the error.
+
     Raises:
-        UsageError: there are none, or they have fewer tokens than the widest layer has inputs (its second moments would
-            be singular).
+        UsageError: there are none, or too few.
     """
     if ctx.calibration is None:
         raise UsageError(f"{who} needs calibration text", "Give some that is not the evaluation text")
     n_tokens = ctx.calibration.numel()
-    if n_tokens < widest:
+    if n_tokens < at_least:
         raise UsageError(
-            f"calibration text too short: {n_tokens:,} tokens for layers of {widest:,} inputs",
-            f"Give {4 * widest:,} tokens or more",
+            f"calibration text too short: {n_tokens:,} tokens for {why}", f"Give {4 * at_least:,} tokens or more"
         )
     return ctx.calibration
 
@@ -47,10 +49,14 @@ def blocks_of(model: LanguageModel) -> list[tuple[str, nn.Module]]:
 
 
 class SecondMoments:
-    """`H = 2 / n * sum x x^T` of the inputs of some layers, fp32 `[in, in]`; layers that read one tensor share it."""
+    """`H = 2 / n * sum x x^T` of the inputs of some layers, fp32 `[in, in]`, and the mean of `|x|`, `[in]`.
+
+    Layers that read one tensor share them.
+    """
 
     def __init__(self, layers: dict[str, Linear]) -> None:
         self._sums: list[Tensor] = []
+        self._sizes: list[Tensor] = []
         self._n: list[int] = []
         self._of: dict[str, int] = {}
         self._last: tuple[int, Tensor] | None = None
@@ -64,10 +70,12 @@ class SecondMoments:
             if name not in self._of:
                 self._of[name] = len(self._sums)
                 self._sums.append(torch.zeros(x.size(-1), x.size(-1), device=x.device))
+                self._sizes.append(torch.zeros(x.size(-1), device=x.device))
                 self._n.append(0)
             at = self._of[name]
             flat = x.reshape(-1, x.size(-1)).float()
             self._sums[at].addmm_(flat.t(), flat)
+            self._sizes[at] += flat.abs().sum(0)
             self._n[at] += flat.size(0)
             self._last = (at, x)
 
@@ -89,8 +97,13 @@ class SecondMoments:
             raise ParetuneError("its inputs are not finite on the calibration text", "Use fp32")
         return moments
 
+    def mean_sizes(self, name: str) -> Tensor:
+        """The mean of `|x|` of each input, fp32 `[in]`."""
+        at = self._of[name]
+        return self._sizes[at] / self._n[at]
 
-@torch.inference_mode()
+
+@torch.no_grad()  # no inference tensors: what `visit` makes stays in the model
 def walk(
     model: LanguageModel,
     tokens: Tensor,

@@ -62,11 +62,12 @@ FORMATS: dict[str, Format] = {
     "llm_int8": Format("llm_int8", "LLM.int8: outlier inputs in 16 bits; embeddings and head int8", 8, _BODY),
     "nf4": Format(
         "nf4",
-        "4-bit normal floats, blocks of 64; embeddings and head int8",
+        "4-bit normal floats, blocks of 64, positions too; embedding and head int8: 17 % of fp32",
         8,
-        _BODY | {4: Ends({"embeddings": True})},
+        {8: Ends({"positions": True}, then="int8"), 4: Ends({"embeddings": True}), 0: Ends()},
     ),
     "gptq": Format("gptq", "4 bits in groups of 64, rounded by GPTQ", 8, _GROUPS, {"bits": 4}, "group"),
+    "awq": Format("awq", "4 bits in groups of 64, inputs scaled by AWQ", 8, _GROUPS, {"bits": 4}, "group"),
     "hqq": Format("hqq", "4 bits in groups of 64 with minima, optimised by HQQ", 8, _GROUPS, {"bits": 4}, "group"),
     "fp8": Format("fp8", "8-bit floats (e4m3), one scale a row", 8, _OWN),
 }

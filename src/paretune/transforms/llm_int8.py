@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
@@ -16,6 +18,9 @@ from paretune.transforms.quantize import Chosen, Quantize
 @dataclass(frozen=True)
 class LLMInt8(Quantize):
     """Int8 rows whose inputs are rounded to 8 bits a token, except where one of them is large.
+
+    As in bitsandbytes, outliers are found among the inputs when the layer runs: their columns are multiplied in 16 bits
+    (fp32 here), by the stored 8-bit weights. Nothing is fixed beforehand, so nothing has to be calibrated.
 
     Args:
         threshold: size from which an input's whole column is multiplied in 16 bits.
@@ -48,6 +53,29 @@ class LLMInt8(Quantize):
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
         if probe.compiled:
             return []
+        said = []
+        for layer in self.chosen(model):
+            if isinstance(layer.weight, MixedInt8):  # packed for native code all inputs have 16 bits
+                said = [self._proof_of_outliers(layer)]
+                break
         kernel = "native::int8" if probe.runner.get("runner") == "native" else MixedInt8.kernel
         ensure(bool(probe.kernels.get(kernel)), self, f"the profile of one step shows no {kernel}")
-        return [f"{kernel} ran {probe.kernels[kernel]} times in one step"]
+        return [f"{kernel} ran {probe.kernels[kernel]} times in one step", *said]
+
+    def _proof_of_outliers(self, layer: Chosen) -> str:
+        """One input at a hundred times the threshold must leave the steps of the others as fine as they were."""
+        weight, device = layer.weight, layer.weight.device
+        n_in = weight.in_features
+        x = torch.linspace(-0.9, 0.9, n_in).roll(n_in // 3).repeat(2, 1).to(device) * min(self.threshold, 1.0)
+        plain = x.clone()
+        x[0, n_in // 2] = 100 * self.threshold
+        exact = weight.dequantize().float()
+        errors = [float((weight.matmul(v) - v @ exact.T)[0].norm()) for v in (plain, x)]
+        step = float(x.abs().max()) / 127  # of inputs that share 8 bits with the outlier
+        coarse = torch.round(x / step) * step
+        lost = float(((coarse - x) @ exact.T)[0].norm())
+        ensure(errors[1] <= 2 * errors[0] + 1e-5 * lost, self, f"an outlier takes the bits of others in {layer.name}")
+        return (
+            f"an input of {100 * self.threshold:g} in {layer.name} adds an error of {errors[1]:.2g} "
+            f"({lost:.2g} with all inputs in 8 bits)"
+        )

@@ -18,19 +18,25 @@ class NormalFloat4(Quantize):
 
     Args:
         embeddings: also the embeddings and the head.
+        positions: also the embedding of positions, where there is one (4 % of the embedded model).
     """
 
     name: ClassVar[str] = "nf4"
     format: ClassVar[str] = NF4.format
     format_title: ClassVar[str] = "NF4 blocks"
     embeddings: bool = False
+    positions: bool = False
 
     @property
     def title(self) -> str:
-        return ("nf4-all" if self.embeddings else "nf4") + self.of_layers
+        name = "nf4-all" if self.embeddings else "nf4-pos" if self.positions else "nf4"
+        return name + self.of_layers
 
     def wants(self, is_end: bool) -> bool:
         return self.embeddings or not is_end
+
+    def takes(self, layer: Chosen) -> bool:
+        return super().takes(layer) or (self.positions and layer.is_positions)
 
     def quantize(self, layer: Chosen) -> Weight:
         return NF4.quantize(layer.weight.dequantize())

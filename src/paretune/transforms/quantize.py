@@ -27,11 +27,13 @@ class Chosen:
     Args:
         names: of the layers that hold it.
         is_end: an embedding or the head.
+        is_positions: the embedding of positions, a small table that no product goes through.
     """
 
     names: tuple[str, ...]
     weight: Weight
     is_end: bool
+    is_positions: bool = False
 
     @property
     def name(self) -> str:
@@ -45,7 +47,9 @@ def matrices(model: LanguageModel) -> list[Chosen]:
         before = out.get(id(module.weight))
         is_end = isinstance(module, Embedding) or module is model.head
         names = (*before.names, name) if before else (name,)
-        out[id(module.weight)] = Chosen(names, module.weight, is_end or (before is not None and before.is_end))
+        is_positions = isinstance(module, Embedding) and module is not model.embedding
+        is_end = is_end or (before is not None and before.is_end)
+        out[id(module.weight)] = Chosen(names, module.weight, is_end, is_positions)
     return list(out.values())
 
 
@@ -77,6 +81,10 @@ class Quantize(Transform):
     def wants(self, is_end: bool) -> bool:
         """Whether it is about the embeddings and the head (`is_end`), or the other layers."""
         return True
+
+    def takes(self, layer: Chosen) -> bool:
+        """Whether it is about this matrix, filters aside."""
+        return self.wants(layer.is_end)
 
     def quantize(self, layer: Chosen) -> Weight:
         """The layer's weight in the new format."""
@@ -119,7 +127,7 @@ class Quantize(Transform):
                         f"{self.name}: {option} pattern {pattern!r} matches no layer",
                         f"Names look like {everything[-1].name}",
                     )
-        return [c for c in everything if self.wants(c.is_end) and self._passes(c.names)]
+        return [c for c in everything if self.takes(c) and self._passes(c.names)]
 
     def passed(self, model: LanguageModel) -> list[str]:
         """Names of the layers that the filters let through, whatever the format takes of them."""

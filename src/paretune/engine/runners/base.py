@@ -7,12 +7,25 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from paretune.engine.cache import KVCache
+from paretune.engine import cache_formats
+from paretune.engine.cache import INT4, KVCache
 from paretune.engine.sampling import argmax
+from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 
 Logits = Literal["last", "all"]
-CACHE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+CACHE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "int4": INT4,
+}
+
+
+def no_cache(runner: str, dtype: str, known: tuple[str, ...]) -> tuple[str, str]:
+    """Cause and cure where a runner cannot read a cache."""
+    return f"the {runner} runner has no {dtype} cache", f"It has {', '.join(known)}; the eager runner has all"
 
 
 class Runner:
@@ -24,6 +37,7 @@ class Runner:
 
     name: ClassVar[str]
     chooses: ClassVar[bool] = False  # finds the most likely token itself, as part of the step
+    cache_dtypes: ClassVar[tuple[str, ...]] = tuple(CACHE_DTYPES)  # that it can read
     exact: ClassVar[bool] = True  # claims the reference's results, so it is checked before it is timed
 
     def __init__(self, model: LanguageModel) -> None:
@@ -40,7 +54,15 @@ class Runner:
         return None
 
     def set_cache_dtype_(self, name: str) -> None:
-        """Keeps keys and values in another dtype than the model's."""
+        """Keeps keys and values in another dtype than the model's.
+
+        Raises:
+            UsageError: the runner, or the size of a head, does not have it.
+        """
+        if name not in self.cache_dtypes:
+            raise UsageError(*no_cache(self.name, name, self.cache_dtypes))
+        if CACHE_DTYPES[name] == INT4:
+            cache_formats.check_int4(self.config.head_dim)
         self.cache_dtype = CACHE_DTYPES[name]
 
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:

@@ -71,6 +71,7 @@ class NativeRunner(Runner):
 
     name = "native"
     chooses = True
+    cache_dtypes = ("fp32", "bf16", "fp16", "int8")
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)

@@ -18,8 +18,8 @@ class MixedInt8(Weight):
     Args:
         q: int8 `[out, in]`, zero in `columns`.
         scale: fp32 `[out]`, of the other columns.
-        columns: int64 `[k]`, inputs that calibration found to be outliers; may be none: then the weights of an input
-            that proves large when it runs are the integers (as in bitsandbytes).
+        columns: int64 `[k]`, inputs that are known to be outliers. The transform names none: the weights of an input
+            that proves large when it runs are the integers, as in bitsandbytes.
         side: fp16 `[out, k]`.
         threshold: size from which an input is an outlier.
         compute_dtype: of `rows` and `dequantize`.
