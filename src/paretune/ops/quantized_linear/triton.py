@@ -135,7 +135,10 @@ def quantized_gemv(
             g = row[None, :] * row_groups + (c * CHUNK // GROUP)[:, None]
             y *= _scales(scale_ptr, of_scales_ptr, offset_ptr, map_ptr, g, live, FORMAT)
             if HAS_LOW:
-                y += tl.load(low_ptr + g, mask=live, other=0.0).to(tl.float32) * tl.sum(x.to(tl.float32), axis=1)[:, None]
+                y += (
+                    tl.load(low_ptr + g, mask=live, other=0.0).to(tl.float32)
+                    * tl.sum(x.to(tl.float32), axis=1)[:, None]
+                )
         total += y
     out = tl.sum(total, axis=0)
     if GROUP == 0:
@@ -271,11 +274,11 @@ _SHAPE = ["N", "FORMAT", "GROUP", "HAS_LOW", "SPLIT"]
 def _tuned(kernel_name: str, rows: int) -> triton.runtime.Autotuner:
     """The kernel with its tiles, of which the first call of each shape chooses the fastest (kept on disk)."""
     if kernel_name == "gemv":
-        kernel, width, key, choices = quantized_gemv, "BLOCK_C", ["CHUNKS"], tiles.GEMV_TILES
+        kernel, width, key = quantized_gemv, "BLOCK_C", ["CHUNKS"]
     else:
-        kernel, width, key, choices = quantized_gemm, "BLOCK_K", ["K"], tiles.GEMM_TILES[rows]
+        kernel, width, key = quantized_gemm, "BLOCK_K", ["K"]
     configs = []
-    for tile in choices:
+    for tile in tiles.GEMV_TILES if kernel_name == "gemv" else tiles.GEMM_TILES[rows]:
         named = tile.named(width)
         warps, stages = named.pop("num_warps"), named.pop("num_stages")
         configs.append(triton.Config(named, num_warps=warps, num_stages=stages))
@@ -329,7 +332,7 @@ def quantized_linear(
     assert format in tiles.FORMATS and q.is_contiguous() and scale.is_contiguous()
     n_out, row_bytes = q.shape
     K = x.size(-1)
-    assert K == row_bytes * (1 if format == "int8" else 2), (x.shape, q.shape)
+    assert row_bytes * (1 if format == "int8" else 2) == K, (x.shape, q.shape)
     flat = x.reshape(-1, K)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
@@ -339,8 +342,8 @@ def quantized_linear(
         stored = (q, scale, low, of_scales, offset, bias)
         # On a device of its own: Triton launches on the current one.
         with torch.cuda.device_of(x):
-            # Words of 16 bytes have to begin where they may; other shapes take the kernel that reads bytes.
-            if M == 1 and row_bytes % GEMV_CHUNK_BYTES == 0:
+            # Loads of 16 bytes have to begin where they may; other shapes take the kernel that reads bytes.
+            if M == 1 and row_bytes % GEMV_CHUNK_BYTES == 0 and q.storage_offset() % GEMV_CHUNK_BYTES == 0:
                 _gemv(flat, *stored, out, format, group, tile, parts)
             else:
                 _gemm(flat, *stored, out, format, group, tile, parts)
@@ -387,7 +390,7 @@ def _gemv(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile
 
 
 def _gemm(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile, parts):  # type: ignore[no-untyped-def]
-    (M, K), (N, row_bytes) = flat.shape, q.shape
+    (M, K), N = flat.shape, q.size(0)
     is_fp32 = flat.dtype == torch.float32
     rows = tiles.rows_at_once(M, is_fp32)
     choices = tiles.FP32_TILES if is_fp32 else tiles.GEMM_TILES[rows]
@@ -418,6 +421,12 @@ def _gemm(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile
 def _add_parts(target: Tensor, bias: Tensor | None, out: Tensor, parts: int) -> None:
     n_values = out.numel()
     gemm_sum_parts[(triton.cdiv(n_values, SUM_BLOCK),)](
-        target, out if bias is None else bias, out, n_values, out.size(1), HAS_BIAS=bias is not None, SPLIT=parts,
+        target,
+        out if bias is None else bias,
+        out,
+        n_values,
+        out.size(1),
+        HAS_BIAS=bias is not None,
+        SPLIT=parts,
         BLOCK=SUM_BLOCK,
     )
