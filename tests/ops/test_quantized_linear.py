@@ -190,22 +190,11 @@ def test_every_tile_of_the_gemm(kernels, name, dtype, rows):
 # ---- the operator
 
 
-class Calls(TorchDispatchMode):
-    """Names of the operators that ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def everywhere(monkeypatch, kernels):
     """Weights take the kernels on a CPU too."""
     monkeypatch.setattr(op, "applies", lambda x: True)
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: None)
 
 
 @needs_triton
@@ -230,9 +219,11 @@ def test_a_weight_hands_its_own_tensors_to_the_operator(everywhere, name):
 
 
 @needs_triton
-def test_the_operator_says_its_shape_and_is_pure(kernels):
+def test_the_operator_says_its_shape_and_is_pure(everywhere):
     weight = MAKE["int4"](torch.randn(8, 32))
     args = (torch.randn(2, 32), *weight.gpu(), torch.randn(8), "int4", 32)
+    exact = reference.linear(args[0], weight.dequantize(), args[-3])
+    torch.testing.assert_close(op.quantized_linear(*args), exact, rtol=1e-5, atol=1e-5)
     torch.library.opcheck(op.quantized_linear, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -246,8 +237,18 @@ def test_a_compiled_layer_is_one_graph(everywhere):
             assert torch.equal(layer(x), torch.relu(weight.linear(x, bias)))
 
 
-def test_where_gradients_are_wanted_the_formula_runs(monkeypatch):
-    monkeypatch.setattr(op, "_works", lambda device: True)
+@pytest.mark.parametrize("name", MAKE)
+def test_the_formula_of_the_operator(name):
+    """Bit for bit what the weight says of itself; and what runs where the kernels do not."""
+    weight = MAKE[name](torch.randn(18, 1152))
+    kind = "nf4" if name == "nf4" else f"int{weight.bits}"
+    assert torch.equal(reference.dequantize(*weight.gpu(), kind, weight.group), weight.dequantize())
+    x, bias = torch.randn(3, 1152), torch.randn(18)
+    got = op.quantized_linear(x, *weight.gpu(), bias, kind, weight.group)
+    assert torch.equal(got, reference.linear(x, weight.dequantize(), bias))
+
+
+def test_where_gradients_are_wanted_the_formula_runs():
     on_gpu = type("Fake", (), {"device": torch.device("cuda"), "requires_grad": False})()
     assert op.applies(on_gpu) and not op.applies(torch.randn(2))
     on_gpu.requires_grad = True
@@ -257,8 +258,8 @@ def test_where_gradients_are_wanted_the_formula_runs(monkeypatch):
 
 
 def test_why_the_kernels_cannot_run(monkeypatch):
-    reason = op.unavailable_reason.__wrapped__
-    assert "on a GPU" in reason("cpu")
+    reason = op._tried.__wrapped__
+    assert "on a GPU" in op.unavailable_reason("cpu")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert reason("cuda") == "Triton is not installed"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
@@ -278,7 +279,7 @@ def test_why_the_kernels_cannot_run(monkeypatch):
 def test_the_trial_that_decides_on_a_device(kernels, monkeypatch):
     assert op.trial("cpu") < 2e-3
     monkeypatch.setattr(op, "FORMATS", ("int4",))
-    monkeypatch.setattr(op, "_numbers", lambda q, format: torch.ones(16, 128))
+    monkeypatch.setattr(reference, "dequantize", lambda *args: torch.ones(16, 128))
     assert op.trial("cpu") > 0.1, "a wrong result is seen"
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from paretune.ops.quantized_linear import reference
 from paretune.ops.quantized_linear.tiles import FORMATS, GEMV_TILES, Tile
 
 KERNELS = ("quantized_gemv", "quantized_gemm")  # of which a profiled step shows at least one
@@ -30,7 +31,9 @@ def quantized_linear(
     format: str,
     group: int,
 ) -> Tensor:
-    """Arguments and result as `triton.quantized_linear`."""
+    """Arguments and result as `triton.quantized_linear`; the formula where the kernels do not run."""
+    if unavailable_reason(str(x.device)):
+        return reference.linear(x, reference.dequantize(q, scale, low, of_scales, offset, format, group), bias)
     from paretune.ops.quantized_linear import triton
 
     return triton.quantized_linear(x, q, scale, low, of_scales, offset, bias, format=format, group=group)
@@ -42,21 +45,22 @@ def _(x, q, scale, low, of_scales, offset, bias, format, group):  # type: ignore
 
 
 def applies(x: Tensor) -> bool:
-    """Whether a product with `x` takes the kernels. Where gradients are wanted the formula runs."""
-    is_plain = not (torch.is_grad_enabled() and x.requires_grad)
-    return x.device.type == "cuda" and is_plain and _works(str(x.device))
+    """Whether a product with `x` takes the operator. It has no gradient: where one is wanted the formula runs."""
+    return x.device.type == "cuda" and not (torch.is_grad_enabled() and x.requires_grad)
 
 
-@torch.compiler.assume_constant_result
-def _works(device: str) -> bool:
-    return unavailable_reason(device) is None
+def unavailable_reason(device: str) -> str | None:
+    """Why the kernels cannot run on `device`, or None: found by compiling them there, once a process.
+
+    Loading a model asks first, so that neither the trial nor what it leaves behind falls into a captured graph.
+    """
+    if not device.startswith("cuda"):
+        return "Triton's kernels run on a GPU"
+    return _tried(device if ":" in device or not torch.cuda.is_available() else f"cuda:{torch.cuda.current_device()}")
 
 
 @functools.cache
-def unavailable_reason(device: str) -> str | None:
-    """Why the kernels cannot run on `device`, or None: found by compiling them there, once a process."""
-    if not device.startswith("cuda"):
-        return "Triton's kernels run on a GPU"
+def _tried(device: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
@@ -73,31 +77,19 @@ def trial(device: str) -> float:
     from paretune.ops.quantized_linear import triton
 
     generator = torch.Generator().manual_seed(0)
-    q = torch.randint(0, 256, (16, 64), dtype=torch.uint8, generator=generator)
     errors = []
     for format in FORMATS:
-        is_nf4, values = format == "nf4", 64 if format == "int8" else 128
-        stored = q.view(torch.int8) if format == "int8" else q
-        # Codes of 255 times the step 1/64 make every scale of nf4 1/64, as those of the others are.
-        scale = torch.full((16, values // 64), 255 if is_nf4 else 1 / 64, dtype=torch.uint8 if is_nf4 else torch.half)
-        of_scales = torch.full((1,), 1 / 64) if is_nf4 else None
-        offset = torch.zeros(1) if is_nf4 else None
-        numbers = _numbers(stored, format) / 64
+        is_nf4, n_in = format == "nf4", 64 if format == "int8" else 128
+        q = torch.randint(0, 256, (16, 64), dtype=torch.uint8, generator=generator)
+        q = q.view(torch.int8) if format == "int8" else q
+        # 255 stands for 1 in the map of nf4, so that all scales are 1/64.
+        scale = torch.full((16, n_in // 64), 255 if is_nf4 else 1 / 64, dtype=torch.uint8 if is_nf4 else torch.half)
+        of_scales, offset = (torch.full((1,), 1 / 64), torch.zeros(1)) if is_nf4 else (None, None)
+        numbers = reference.dequantize(q, scale, None, of_scales, offset, format, 64)
         for n_rows, tile in ((1, GEMV_TILES[0]), (3, Tile(64, 64))):
-            x = torch.randn(n_rows, values, generator=generator).half()
-            on_device = [None if t is None else t.to(device) for t in (x, stored, scale, None, of_scales, offset)]
+            x = torch.randn(n_rows, n_in, generator=generator).half()
+            on_device = [None if t is None else t.to(device) for t in (x, q, scale, None, of_scales, offset)]
             y = triton.quantized_linear(*on_device, format=format, group=64, tile=tile)  # type: ignore[arg-type]
-            exact = x.double() @ numbers.double().T
+            exact = reference.linear(x.double(), numbers)
             errors.append(float((y.cpu().double() - exact).norm() / exact.norm()))
     return max(errors)
-
-
-def _numbers(q: Tensor, format: str) -> Tensor:
-    if format == "int8":
-        return q.float()
-    codes = torch.stack((q & 15, q >> 4), dim=-1).flatten(1)
-    if format == "int4":
-        return codes.float() - 8
-    from paretune.ops.weights.nf4 import CODES
-
-    return torch.tensor(CODES)[codes.int()]
