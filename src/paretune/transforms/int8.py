@@ -40,9 +40,9 @@ class Int8(Quantize):
         return layer.weight.padded_rows * (layer.weight.padded_inputs + 4)
 
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
-        if next(model.parameters()).device.type == "cuda" or probe.runner.get("runner") == "native":
+        if next(model.parameters()).device.type == "cuda":
             return fast_kernel(self, model, probe, "native::int8")
-        kernel = Int8Rows.kernel
+        kernel = "native::int8" if "native::int8" in probe.kernels else Int8Rows.kernel
         if probe.compiled:
             return []
         ensure(bool(kernel and probe.kernels.get(kernel)), self, f"the profile of one step shows no {kernel}")
