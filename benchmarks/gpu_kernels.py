@@ -150,6 +150,11 @@ def timed(replay: Callable[[], None], n: int) -> float:
     return (clock.now() - started) / n
 
 
+def ratio_text(ratio: dict[str, Any]) -> str:
+    bounds = ["?" if ratio[name] is None else f"{ratio[name]:.2f}" for name in ("low", "high")]
+    return f"{ratio['value']:.2f}x [{', '.join(bounds)}]"
+
+
 def step(rows: list[dict[str, Any]], names: tuple[str, ...]) -> list[dict[str, Any]]:
     """All linear layers of one decode step of Mistral-7B, as the sum of the layers that were timed."""
     sec = {(r["outputs"], r["inputs"], r["format"]): r["sec"] for r in rows if r["rows"] == 1}
@@ -175,7 +180,7 @@ def main() -> int:
         Column("format", "Format", numeric=False),
         Column("sec", "Time", lambda r: f"{1e6 * r['sec']:.1f} us"),
         Column("bytes_per_sec", "Read", lambda r: f"{r['bytes_per_sec'] / 1e9:,.0f} GB/s"),
-        Column("ratio", "Against bf16", lambda r: "{value:.2f}x [{low}, {high}]".format(**r["ratio"])),
+        Column("ratio", "Against bf16", lambda r: ratio_text(r["ratio"])),
         Column("verdict", "Verdict", numeric=False),
         Column("error", "Error", lambda r: f"{r['error']:.1e}"),
     ]
