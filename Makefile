@@ -16,8 +16,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu"
 
+# On a machine with a GPU: kernels are compiled and checked, then timed against the library's.
 gpu: $(STAMP)
 	$(PY) -m pytest -m gpu
+	$(PY) benchmarks/gpu_kernels.py -o benchmarks/results/gpu_kernels.json
 
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check .

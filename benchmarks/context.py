@@ -88,7 +88,8 @@ def main() -> int:
                     ratio, near, far = row["sec_ratio"], 1e3 * row["near_sec"], 1e3 * row["far_sec"]
                     print(
                         f"{name:<16}{cache:<6}{near:7.2f} ms at {NEAR}, {far:7.2f} at {FAR}: {ratio['value']:.2f}x "
-                        f"[{ratio['low']:.2f}, {ratio['high']:.2f}] the time, {row['bytes_ratio']:.2f}x the bytes: {'passes' if row['passes'] else 'DOES NOT PASS'}",
+                        f"[{ratio['low']:.2f}, {ratio['high']:.2f}] the time, {row['bytes_ratio']:.2f}x the bytes: "
+                        f"{'passes' if row['passes'] else 'DOES NOT PASS'}",
                         flush=True,
                     )
     except ParetuneError as error:

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before Triton is imported, which asks once: without a GPU its kernels are interpreted.
+os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
+
 from paretune.model import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent

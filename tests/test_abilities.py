@@ -101,3 +101,14 @@ def test_a_model_too_large_for_the_device():
 def test_an_unknown_device_profile():
     with pytest.raises(UsageError, match=r"unknown device profile 'tpu'. Known: t4, a100"):
         device_profile("tpu")
+
+
+def test_quantised_layers_say_whether_their_kernels_run(monkeypatch):
+    from paretune.ops.quantized_linear import op
+
+    assert abilities._quantized_layers("cpu").instead == "native C++ code"
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: None)
+    assert abilities._quantized_layers("cuda").state == "works"
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: "Triton is not installed")
+    found = abilities._quantized_layers("cuda")
+    assert (found.state, found.why) == ("cannot", "Triton is not installed") and "dequantised" in found.instead

@@ -184,3 +184,10 @@ def test_a_trace_is_bounded():
     names = {e["name"] for e in kept["traceEvents"]}
     assert len(kept["traceEvents"]) == 11 and "range" in names and "49" in names and "1" not in names
     assert kept["otherData"]["events_left_out"] == 40 and "traceName" not in kept
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("quantized_gemv", "GEMV"), ("quantized_gemm", "GEMM"), ("gemm_sum_parts", "GEMM")]
+)
+def test_class_of_our_own_gpu_kernels(name, kind):
+    assert class_of(name) == kind

@@ -11,6 +11,7 @@ from paretune.engine.probe import observe
 from paretune.engine.runners.eager import EagerRunner
 from paretune.errors import NoEffectError, ParetuneError, UsageError
 from paretune.model.layers import Embedding, Linear
+from paretune.ops.quantized_linear import op
 from paretune.ops.weights.dense import Dense
 from paretune.recipe import Recipe, preset
 from paretune.transforms.awq import AWQ
@@ -189,6 +190,31 @@ def test_llm_int8_proves_its_outliers(model, monkeypatch):
     monkeypatch.setattr(mixed_int8, "mixed_int8_linear", lambda x, q, s, threshold, *rest: real(x, q, s, 1e9, *rest))
     with pytest.raises(NoEffectError, match="an outlier takes the bits of others"):
         LLMInt8().verify(model, observe(EagerRunner(model)))
+
+
+@pytest.mark.parametrize("transform", [Int8(), Groups(), NormalFloat4(), HQQ()], ids=lambda t: t.title)
+def test_a_gpu_has_to_show_its_kernels(transform, monkeypatch):
+    on_gpu = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    on_gpu.named_modules = lambda: []
+    on_gpu.head = None
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: None)
+    assert transform.notes("cuda") == []
+    probe = fake(runner="eager")
+    with pytest.raises(NoEffectError, match="runs none of quantized_gemv, quantized_gemm"):
+        transform.proof_of_kernel(on_gpu, probe)
+    probe.kernels = {"quantized_gemv": 7, "ampere_gemm": 1}
+    assert transform.proof_of_kernel(on_gpu, probe) == ["quantized_gemv ran 7 times in one prefill and one decode step"]
+    # Without kernels it runs, slowly, and says so before and after.
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: "Triton is not installed")
+    slow = "dequantised at every call: Triton is not installed"
+    assert slow in transform.notes("cuda")[0] and slow in transform.proof_of_kernel(on_gpu, probe)[0]
+    assert transform.notes("cpu") == []
+
+
+def test_what_gains_nothing_on_a_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: None)
+    assert "multiplied in 16 on a GPU" in Groups(bits=8, activation_bits=8).notes("cuda")[0]
+    assert "the host waits" in LLMInt8().notes("cuda:0")[0] and LLMInt8().notes("cpu") == []
 
 
 def test_bad_options():

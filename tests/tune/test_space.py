@@ -279,3 +279,35 @@ def test_without_a_compiler_mechanisms_run_through_pytorch_alone(machine, monkey
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
     space = spaces.build("cpu", GPT2, 640)
     assert sum(c.choice[0] in spaces.MECHANISMS for c in space.legal) == 3
+
+
+# -- a GPU
+
+
+@pytest.fixture
+def gpu(machine, monkeypatch):
+    """A GPU that can do everything."""
+    monkeypatch.setattr(spaces.op, "unavailable_reason", lambda device: None)
+
+
+def test_what_a_gpu_is_offered(gpu):
+    space = spaces.build("cuda")
+    choices = {c.choice for c in space.legal}
+    # Two attentions, three dtypes, five ways to quantise, three runners; the baseline is none of them.
+    assert len(space.legal) == len(choices) == 2 * 3 * 5 * 3 - 1
+    assert {c[2] for c in choices} == {None, "int8", "int8-linear", "int4", "nf4"}
+    assert {c[3] for c in choices} == {"eager", "compile:default", "compile:reduce-overhead"}
+    nf4 = next(c.recipe for c in space.legal if c.choice == ("sdpa", "bf16", "nf4", "eager", None))
+    assert [t.name for t in nf4.transforms] == ["attention", "precision", "nf4", "int8"]
+    # What cannot win there is told, not tried.
+    assert {reason for _, reason in space.illegal} == {spaces.NOT_ON_GPU["w8a8"]}
+    assert all(c.choice[3] in spaces.DEFAULT_START_SEC for c in space.legal)
+    assert len(spaces.build("cuda", GPT2, 640).legal) == len(space.legal) + len(spaces.MECHANISMS)
+
+
+def test_without_kernels_a_gpu_is_offered_no_quantised_weights(gpu, monkeypatch):
+    monkeypatch.setattr(spaces.op, "unavailable_reason", lambda device: "Triton is not installed")
+    space = spaces.build("cuda")
+    assert {c.choice[2] for c in space.legal} == {None}
+    reasons = {reason for _, reason in space.illegal}
+    assert reasons == {spaces.NOT_ON_GPU["w8a8"], "dequantised at every call: Triton is not installed"}

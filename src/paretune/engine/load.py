@@ -17,6 +17,7 @@ from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.native import packed
+from paretune.ops.quantized_linear import op
 from paretune.ops.weights.base import Weight
 from paretune.recipe import Recipe
 from paretune.transforms.base import Context
@@ -65,6 +66,8 @@ def load_recipe(
             weight = next(packed.pack([weight]))
         return weight
 
+    if device.startswith("cuda"):
+        op.unavailable_reason(device)  # tries the kernels now: in a captured graph would be too late
     dtype = torch.float32 if device == "cpu" else None
     model = checkpoint.load(folder, dtype, convert if streams else None).to(device)
     if ctx is None:

@@ -43,6 +43,7 @@ def abilities(device: str = "cpu", compile_too: bool = False) -> list[Ability]:
         _int8_rows(device),
         *_attention(device),
         _triton(device),
+        _quantized_layers(device),
         _native(device),
         _compile(device, compile_too),
         _cuda_graphs(device),
@@ -109,7 +110,8 @@ def _int8_rows(device: str) -> Ability:
         return _error(got.cpu(), x.float() @ q.float().T)
 
     why = "PyTorch's kernel ran, result checked against fp32"
-    return _tried("int8 matrix-vector kernel", run, why, "int8 weights are converted on every call")
+    instead = "int8 weights are converted on every call" if device == "cpu" else "quantised layers in Triton"
+    return _tried("int8 matrix-vector kernel", run, why, instead)
 
 
 def _attention(device: str) -> list[Ability]:
@@ -152,6 +154,16 @@ def _triton(device: str) -> Ability:
         return _error(torch.compile(lambda t: torch.relu(t) * 2)(x), torch.relu(x) * 2)
 
     return _tried(name, run, "a kernel was compiled and ran, result checked", instead)
+
+
+def _quantized_layers(device: str) -> Ability:
+    from paretune.ops.quantized_linear import op
+
+    name = "quantised layers in Triton"
+    if reason := op.unavailable_reason(device):
+        instead = "native C++ code" if device == "cpu" else "a layer is dequantised on every call"
+        return Ability(name, "cannot", reason, instead)
+    return Ability(name, "works", "int8, int4 and nf4 layers were compiled and ran, results checked")
 
 
 def _native(device: str) -> Ability:

@@ -21,7 +21,17 @@ from paretune.ops.weights.base import Weight
 
 # Operators that read single rows of their first tensor, and those whose name the registry of formulas lacks.
 _GATHERS = ("embedding", "index", "gather", "index_select")
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_weight_int8pack_mm", "_int_mm", "int8_few_rows", "linear")
+_PRODUCTS = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "_weight_int8pack_mm",
+    "_int_mm",
+    "int8_few_rows",
+    "quantized_linear",
+    "linear",
+)
 _ALLOCATIONS = ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
 
 
@@ -94,7 +104,7 @@ def flops_of(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         if is_causal:
             pairs = q.size(-2) * (q.size(-2) + 1) // 2
         return 4 * q.size(0) * q.size(1) * q.size(-1) * pairs
-    if name in ("_weight_int8pack_mm", "int8_few_rows"):
+    if name in ("_weight_int8pack_mm", "int8_few_rows", "quantized_linear"):
         return 2 * args[0].numel() * args[1].size(0)
     if name == "_int_mm":
         return 2 * args[0].numel() * args[1].size(1)

@@ -34,10 +34,7 @@ class Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is not None and isinstance(self.weight, Dense):
-            return nn.functional.linear(x, self.weight.values, self.bias)  # one fused addmm
-        y = self.weight.matmul(x)
-        return y if self.bias is None else y + self.bias
+        return self.weight.linear(x, self.bias)
 
 
 class Embedding(nn.Module):

@@ -28,10 +28,10 @@ class Float8(Quantize):
         return ("fp8" if self.embeddings else "fp8-linear") + self.of_layers
 
     def requires(self, device: str) -> str | None:
-        return None if device in ("cpu", "cuda") else f"{device} has no fp8 numbers"
+        return None if device == "cpu" or device.startswith("cuda") else f"{device} has no fp8 numbers"
 
     def notes(self, device: str) -> list[str]:
-        if device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 9):
             return []
         return ["fp8 is storage only here: nothing multiplies it, so a layer is dequantised at every call"]
 

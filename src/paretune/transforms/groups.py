@@ -10,7 +10,7 @@ from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.int_groups import GROUPS, IntGroups
 from paretune.transforms.base import Observation
-from paretune.transforms.quantize import Chosen, Quantize, native_kernel
+from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class Groups(Quantize):
             if getattr(self, name) not in values:
                 known = ", ".join(map(str, values))
                 raise UsageError(f"{self.name}: {name} is {getattr(self, name)}", f"It has to be one of {known}")
+
+    def notes(self, device: str) -> list[str]:
+        said = super().notes(device)
+        if device.startswith("cuda") and self.activation_bits < 16:
+            said.append(f"inputs of {self.activation_bits} bits are multiplied in 16 on a GPU: they save nothing there")
+        return said
 
     @property
     def title(self) -> str:
@@ -94,7 +100,8 @@ class Groups(Quantize):
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
         # What is not an end is most of the model; where the ends alone are chosen, theirs is the kernel.
         inner = [c for c in self.chosen(model) if not c.is_end]
-        return native_kernel(self, probe, f"native::int{stored_bits(self.bits if inner else self.head_bits)}")
+        kernel = f"native::int{stored_bits(self.bits if inner else self.head_bits)}"
+        return fast_kernel(self, model, probe, kernel)
 
 
 def stored_bits(bits: int) -> int:

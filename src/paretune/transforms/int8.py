@@ -9,7 +9,7 @@ from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.transforms.base import Observation, ensure
-from paretune.transforms.quantize import Chosen, Quantize
+from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,10 @@ class Int8(Quantize):
         return layer.weight.padded_rows * (layer.weight.padded_inputs + 4)
 
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
+        if next(model.parameters()).device.type == "cuda":
+            return fast_kernel(self, model, probe, "native::int8")
         kernel = "native::int8" if "native::int8" in probe.kernels else Int8Rows.kernel
-        if probe.compiled or next(model.parameters()).device.type != "cpu":
+        if probe.compiled:
             return []
         ensure(bool(kernel and probe.kernels.get(kernel)), self, f"the profile of one step shows no {kernel}")
         return [f"{kernel} ran {probe.kernels[kernel]} times in one prefill and one decode step"]

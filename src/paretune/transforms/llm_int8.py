@@ -35,6 +35,11 @@ class LLMInt8(Quantize):
         if not self.threshold > 0:
             raise UsageError(f"llm_int8: threshold is {self.threshold}", "It has to be positive; 6.0 is the paper's")
 
+    def notes(self, device: str) -> list[str]:
+        if not device.startswith("cuda"):
+            return []
+        return ["the host waits for the device in every layer, to learn which inputs are outliers: no graph holds it"]
+
     @property
     def title(self) -> str:
         return "llm.int8" + ("" if self.threshold == 6.0 else f" t{self.threshold:g}") + self.of_layers

@@ -9,7 +9,7 @@ from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.nf4 import BLOCK, NF4, SCALE_BLOCK
 from paretune.transforms.base import Observation
-from paretune.transforms.quantize import Chosen, Quantize, native_kernel
+from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
 
 @dataclass(frozen=True)
@@ -51,4 +51,4 @@ class NormalFloat4(Quantize):
         return own if weight.kernel is None else own + packed
 
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
-        return native_kernel(self, probe, "native::nf4")
+        return fast_kernel(self, model, probe, "native::nf4")

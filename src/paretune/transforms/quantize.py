@@ -15,9 +15,19 @@ from typing import ClassVar
 from paretune.errors import ParetuneError, UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding
+from paretune.ops.quantized_linear import op
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
-from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, swap_weights_, weight_holders
+from paretune.transforms.base import (
+    Context,
+    Observation,
+    Stage,
+    Transform,
+    ensure,
+    kernels_like,
+    swap_weights_,
+    weight_holders,
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,10 @@ class Quantize(Transform):
     def is_mine(self, layer: Chosen) -> bool:
         """Whether the weight is what this transform makes."""
         return layer.weight.format == self.format
+
+    def notes(self, device: str) -> list[str]:
+        reason = op.unavailable_reason(device) if device.startswith("cuda") else None
+        return [f"a layer is dequantised at every call: {reason}"] if reason else []
 
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
         """The kernel that the watched step has to show."""
@@ -182,8 +196,15 @@ def _patterns(text: str) -> list[str]:
     return [p.strip() for p in text.split(",") if p.strip()]
 
 
-def native_kernel(transform: Transform, probe: Observation, kernel: str) -> list[str]:
-    """Proof that the native step ran `kernel`; nothing where another runner runs."""
+def fast_kernel(transform: Transform, model: LanguageModel, probe: Observation, kernel: str) -> list[str]:
+    """Proof that a native step ran `kernel`, or a step on a GPU its fused kernels; nothing on plain PyTorch."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        if reason := op.unavailable_reason(str(device)):
+            return [f"its layers are dequantised at every call: {reason}"]
+        ran = kernels_like(probe, op.KERNELS)
+        ensure(bool(ran), transform, f"the step runs none of {', '.join(op.KERNELS)}")
+        return [f"{name} ran {n} times in one prefill and one decode step" for name, n in ran.items()]
     if probe.runner.get("runner") != "native":
         return []
     ensure(bool(probe.kernels.get(kernel)), transform, f"the step runs no {kernel}")

@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from paretune.model.config import ModelConfig
+from paretune.ops.quantized_linear import op
 from paretune.recipe import Recipe, preset
 
 ATTENTION = ("sdpa", "eager")
 PRECISION = (None, "bf16", "fp16")
 QUANTIZE = (None, "int8", "int8-linear", "int4", "w8a8")
 RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
+# On a GPU the way to a kernel costs more than a short kernel: graphs of them are a choice of their own.
+GPU_QUANTIZE = (*QUANTIZE[:4], "nf4", "w8a8")
+GPU_RUNNERS = ("eager", "compile:default", "compile:reduce-overhead")
 CACHE = (None, "bf16", "int8")  # what the native runner keeps keys and values in; None follows the model
 FAMILIES = ("attention", "precision", "quantize", "runner", "cache")
 Choice = tuple[str, str | None, str | None, str, str | None]
@@ -30,6 +34,8 @@ MECHANISMS: dict[str, dict[str, object]] = {
     f"prefix:16+window:{WINDOW}": {"name": "mechanism", "pattern": f"prefix:16+window:{WINDOW}"},
     "alibi": {"name": "mechanism", "alibi": True},
 }
+# What rounds inputs to gain nothing on a GPU, whose kernels multiply in 16 bits.
+NOT_ON_GPU = {"w8a8": "inputs of 8 bits are multiplied in 16 on a GPU: they save nothing over int8"}
 ALL_QUANTISED = (
     "every weight is quantised: the number format would change the cache alone, which is a choice of its own"
 )
@@ -83,6 +89,8 @@ def recipe_of(choice: Choice) -> Recipe:
         transforms.append({"name": "precision", "dtype": precision})
     if quantize in GROUPS:
         transforms.append(GROUPS[quantize])
+    elif quantize == "nf4":  # it leaves the ends to int8
+        transforms += [{"name": "nf4"}, {"name": "int8"}]
     elif quantize:
         transforms.append({"name": "int8", "embeddings": quantize == "int8"})
     name, _, mode = runner.partition(":")
@@ -98,25 +106,34 @@ def baseline() -> Recipe:
 
 
 def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> Space:
-    """All combinations; those that cannot run on `device` go aside with the reason.
+    """All combinations; those that cannot run on `device`, or cannot win there, go aside with the reason.
 
     Args:
         config, n_tokens: the model and the longest sequence of the request, for mechanisms; None: without them.
     """
     space = Space()
     reasons: dict[tuple[str, str | None], str | None] = {}
-    families = (ATTENTION, PRECISION, QUANTIZE, RUNNERS, CACHE)
+    is_gpu = device.startswith("cuda")
+    fused = op.unavailable_reason(device) if is_gpu else None
+    families = (
+        (ATTENTION, PRECISION, GPU_QUANTIZE, GPU_RUNNERS, (None,))
+        if is_gpu
+        else (ATTENTION, PRECISION, QUANTIZE, RUNNERS, CACHE)
+    )
     for family, options in zip(FAMILIES, families, strict=True):
         at = FAMILIES.index(family)
         for option in options:
             alone = (*BASELINE[:at], option, *BASELINE[at + 1 :])
             reasons[family, option] = recipe_of(alone).requires(device)  # type: ignore[arg-type]
+            if is_gpu and family == "quantize" and option:
+                cannot_win = NOT_ON_GPU.get(option) or (fused and f"dequantised at every call: {fused}")
+                reasons[family, option] = reasons[family, option] or cannot_win
     for choice in itertools.product(*families):
         a, p, q, r, cache = choice
         if choice == BASELINE or (r != "native" and cache):
             continue
         candidate = Candidate(choice, recipe_of(choice))
-        if r != "native" and ("quantize", q) in NATIVE_ONLY:
+        if r != "native" and ("quantize", q) in NATIVE_ONLY and not is_gpu:
             continue
         reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
         if r == "native" and a != BASELINE[0]:
@@ -144,9 +161,10 @@ def mechanism_reason(config: ModelConfig, n_tokens: int) -> str | None:
 def _add_mechanisms(
     space: Space, config: ModelConfig, n_tokens: int, reasons: Mapping[tuple[str, str | None], str | None]
 ) -> None:
-    """Alone, and in native code with each quantisation: a few, for they multiply the space."""
+    """Alone, and in native code (of a CPU) with each quantisation: a few, for they multiply the space."""
+    native = QUANTIZE if ("runner", "native") in reasons else ()
     for name in MECHANISMS:
-        for quantize, runner in [(None, "eager"), *((q, "native") for q in QUANTIZE)]:
+        for quantize, runner in [(None, "eager"), *((q, "native") for q in native)]:
             candidate = Candidate((name, None, quantize, runner, None), recipe_of((name, None, quantize, runner, None)))
             reason = mechanism_reason(config, n_tokens) or reasons["runner", runner] or reasons["quantize", quantize]
             if reason:
@@ -221,4 +239,5 @@ DEFAULT_START_SEC = {
     "compile:default": 45.0,
     "compile:freeze": 50.0,
     "compile:max-autotune": 90.0,
+    "compile:reduce-overhead": 60.0,
 }

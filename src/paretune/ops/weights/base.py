@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from paretune.ops.quantized_linear import op
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class NativeForm:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class GpuForm(NamedTuple):
+    """What the kernels of `ops/quantized_linear` read: stored tensors as they are."""
+
+    q: Tensor
+    scale: Tensor
+    low: Tensor | None = None
+    of_scales: Tensor | None = None
+    offset: Tensor | None = None
+
+
 class Weight(nn.Module):
     """A matrix `[out_features, in_features]` in some stored form.
 
@@ -55,6 +67,22 @@ class Weight(nn.Module):
     def matmul(self, x: Tensor) -> Tensor:
         """`x[..., in] @ W.T -> [..., out]`, in the dtype of `x`."""
         raise NotImplementedError
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`matmul`, and the bias `[out]` added: on a GPU in one kernel that dequantises, where the format has one."""
+        if op.applies(x) and (form := self.gpu()) is not None:
+            kind = self.format if self.format == "nf4" else f"int{self.bits}"
+            return op.quantized_linear(self.rounded(x), *form, bias, kind, self.group)
+        y = self.matmul(x)
+        return y if bias is None else y + bias
+
+    def gpu(self) -> GpuForm | None:
+        """What GPU kernels read, without copying; None where they know no such format."""
+        return None
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The inputs as `matmul` takes them."""
+        return x
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the matrix, `index[...] -> [..., in]`: an embedding look-up."""

@@ -31,6 +31,9 @@ class Dense(Weight):
     def matmul(self, x: Tensor) -> Tensor:
         return F.linear(x, self.values)
 
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.values, bias)  # one fused addmm
+
     def rows(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.values)
 

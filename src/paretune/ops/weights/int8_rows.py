@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paretune.errors import ParetuneError
 from paretune.ops.int8_linear import aten, reference
-from paretune.ops.weights.base import NativeForm, Weight
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight
 
 AT_ONCE = 1 << 22  # numbers that are rounded together
 
@@ -73,6 +73,9 @@ class Int8Rows(Weight):
 
     def dequantize(self) -> Tensor:
         return (self.q.float() * self.scale[:, None]).to(self.compute_dtype)
+
+    def gpu(self) -> GpuForm | None:
+        return GpuForm(self.q, self.scale)
 
     def native(self) -> NativeForm | None:
         return NativeForm("int8", self.q, self.scale)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paretune.errors import ParetuneError, UsageError
-from paretune.ops.weights.base import NativeForm, Weight
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight
 
 GROUPS = (32, 64, 128)
 _BITS_OF = {torch.int16: 16, torch.int8: 8, torch.uint8: 7}  # of inputs, as a checkpoint carries them
@@ -163,10 +163,14 @@ class IntGroups(Weight):
         return out.flatten(-2).to(self.compute_dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The layer is dequantised for every call: exact, and slow. The native runner has the fast form."""
-        if self.activation_bits < 16:
-            x = rounded_inputs(x, self.activation_bits)
-        return F.linear(x, self.dequantize().to(x.dtype))
+        """The layer is dequantised for every call: exact, and slow. The native runner and GPUs have fast forms."""
+        return F.linear(self.rounded(x), self.dequantize().to(x.dtype))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        return x if self.activation_bits == 16 else rounded_inputs(x, self.activation_bits)
+
+    def gpu(self) -> GpuForm | None:
+        return GpuForm(self.q, self.scale, self.minimum)
 
     def rows(self, index: Tensor) -> Tensor:
         q = self.q[index]

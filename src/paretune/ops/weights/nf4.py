@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paretune.errors import ParetuneError, UsageError
-from paretune.ops.weights.base import NativeForm, Weight
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share one
@@ -158,7 +158,7 @@ class NF4(Weight):
         return (values.unflatten(-1, (-1, BLOCK)) * absmax[..., None]).flatten(-2).to(self.compute_dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """The layer is dequantised for every call: exact, and slow. The native runner has the fast form."""
+        """The layer is dequantised for every call: exact, and slow. The native runner and GPUs have fast forms."""
         return F.linear(x, self.dequantize().to(x.dtype))
 
     def rows(self, index: Tensor) -> Tensor:
@@ -169,6 +169,9 @@ class NF4(Weight):
 
     def dequantize(self) -> Tensor:
         return self._numbers(self.q, self.absmax())
+
+    def gpu(self) -> GpuForm | None:
+        return GpuForm(self.q, self.scale, None, self.scale_of_scales, self.offset)
 
     def native(self) -> NativeForm | None:
         kept = {"scale": self.scale, "scale_of_scales": self.scale_of_scales, "offset": self.offset}
