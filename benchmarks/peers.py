@@ -132,7 +132,10 @@ def main() -> int:
     cells = {}
     wanted = [name for name in CELLS if name in args.cells]
     classes = {name: CLASSES[name] for name in CLASSES if name in args.classes}
-    ours = [n for pair in classes.values() for n in pair[0]]
+    if args.ours:
+        chosen = tuple(args.ours.split(","))
+        classes = {name: (chosen, pair[1]) for name, pair in classes.items()}
+    ours = list(dict.fromkeys(n for pair in classes.values() for n in pair[0]))
     peers = [n for pair in classes.values() for n in pair[1] if n not in left_out]
     for name in wanted:
         input_len, output_len, batch_size, kinds = CELLS[name]
