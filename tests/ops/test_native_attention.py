@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from paretune import native_build
+from paretune.engine.cache import KVCache
 from paretune.engine.runners.eager import EagerRunner
 from paretune.ops.attention import alibi, native, reference, sdpa
 from paretune.ops.attention.pattern import parse
@@ -56,6 +57,31 @@ def test_every_mechanism_equals_the_formula(form, pattern, has_alibi):
         spec = AttentionSpec(0.3, parse(pattern), alibi.slopes(H) if has_alibi else None)
         q, k, v = inputs(1, H, Hkv, K, D)
         assert_close(FUNCTIONS[form](q, k, v, None, spec).double(), plain(q, k, v, spec), atol=2e-5, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("pattern", ["window:100", "prefix:3+window:70", "blocks:64+prefix:70"])
+@pytest.mark.parametrize("has_alibi", [False, True])
+def test_a_ring_is_read_where_it_lies(pattern, has_alibi, monkeypatch):
+    """Pieces of a long text through a ring that wraps: the formula's numbers, and no mask."""
+    found, n, H, D = parse(pattern), 1200, 2, 16
+    cache = KVCache(n_layer=1, batch_size=1, n_kv_head=1, capacity=n, head_dim=D, dtype=torch.float32, kept=found.kept)
+    assert cache.ring and cache.n_slots < n
+    view = cache.layers[0]
+    view.k.fill_(float("nan")), view.v.fill_(float("nan"))  # slots that hold nothing yet are not read
+    spec = AttentionSpec(0.3, found, alibi.slopes(H) if has_alibi else None)
+    q, k, v = inputs(1, H, 1, n, D)
+    wanted = plain(q, k, v, spec)
+    monkeypatch.setattr(sdpa, "attention", None)
+    at = 0
+    for K in (200, 256, 7, 256, 2, 255, 224):
+        cache.begin_(K)
+        piece = slice(at, at + K)
+        out = native.attention(q[:, :, piece], k[:, :, piece], v[:, :, piece], view, spec)
+        cache.commit_()
+        assert_close(out.double(), wanted[:, :, piece], atol=2e-5, rtol=1e-5)
+        at += K
+    assert at == n
 
 
 @pytest.mark.parametrize("form", ["sdpa", pytest.param("native", marks=needs_compiler)])

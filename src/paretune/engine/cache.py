@@ -58,6 +58,16 @@ class LayerView:
         return None if self.cache.static or self.cache.ring else self.cache.start
 
     @property
+    def common_start(self) -> int | None:
+        """Position of this step's first token where all rows share it; else None."""
+        return None if self.cache.static else self.cache.start
+
+    @property
+    def prefix_and_ring(self) -> tuple[int, int]:
+        """Positions from `prefix` on share `ring` slots behind the first ones; ring 0: slots are positions."""
+        return self.cache.prefix, self.cache.ring
+
+    @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 

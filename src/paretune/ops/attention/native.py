@@ -41,7 +41,7 @@ class _Attend(ctypes.Structure):
         *((name, c_void_p) for name in ("q", "k", "v", "out")),
         *((name, c_int64 * 3) for name in ("q_stride", "k_stride", "v_stride", "out_stride")),
         *((name, c_void_p) for name in ("blocks", "runs", "begin", "slopes")),
-        *((name, c_int32) for name in ("B", "H", "Hkv", "K", "D", "n_blocks", "format", "first")),
+        *((name, c_int32) for name in ("B", "H", "Hkv", "K", "D", "n_blocks", "format", "first", "prefix", "ring")),
         ("scale", c_float),
     ]
 
@@ -56,22 +56,37 @@ def requires(device: str) -> str | None:
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Arguments and result as in `reference.attention`; exact up to the order of additions.
 
-    Rows of unequal length and ring caches, whose keys are not in order, go through `sdpa` with a mask.
-    Gradients are those of the reference, computed again in the backward pass with every score in memory.
+    Rows of unequal length, and single tokens on a ring cache, which sees its window and no more, go through `sdpa` with
+    a mask. Gradients are those of the reference, computed again in the backward pass with every score in memory.
     """
-    start = 0 if layer_cache is None else getattr(layer_cache, "in_order_from", None)
-    if start is None:
+    start = 0 if layer_cache is None else getattr(layer_cache, "common_start", None)
+    prefix, ring = getattr(layer_cache, "prefix_and_ring", (0, 0))
+    if start is None or (ring and q.size(2) == 1):
         return sdpa.attention(q, k_new, v_new, layer_cache, spec)
     if layer_cache is None:
         k, v = k_new, v_new
     else:
         k, v = layer_cache.append(k_new, v_new, spec.pattern)[:2]
-    return attend(q, k, v, str(spec.pattern), list(spec.slopes or ()), spec.scale, start)
+    return attend(q, k, v, str(spec.pattern), list(spec.slopes or ()), spec.scale, start, prefix, ring)
 
 
 @torch.library.custom_op(KERNEL, mutates_args=())
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: str, slopes: list[float], scale: float, first: int) -> Tensor:
-    """The queries `[B, H, K, D]` at positions `first ..` on the keys at positions 0, 1, ...; `[B, H, K, D]`."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: str,
+    slopes: list[float],
+    scale: float,
+    first: int,
+    prefix: int = 0,
+    ring: int = 0,
+) -> Tensor:
+    """The queries `[B, H, K, D]` at positions `first ..` on the keys at positions 0, 1, ...; `[B, H, K, D]`.
+
+    Args:
+        prefix, ring: of a ring cache: positions from `prefix` on share `ring` slots behind the first ones; 0: no ring.
+    """
     B, H, K, D = q.shape
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     # Tokens outside heads, as the layer after it reads them.
@@ -95,6 +110,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: str, slopes: list[float], s
         n_blocks=n_blocks,
         format=FORMATS[q.dtype],
         first=first,
+        prefix=prefix,
+        ring=ring,
         scale=scale,
     )
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
@@ -106,7 +123,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: str, slopes: list[float], s
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, pattern: str, slopes: list[float], scale: float, first: int) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.size(0), q.size(2), q.size(1), q.size(3)).transpose(1, 2)
 
 
@@ -116,7 +133,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    pattern, slopes, scale, first = ctx.rest
+    pattern, slopes, scale, first, _, ring = ctx.rest
+    assert not ring, "training sees no cache"
     with torch.enable_grad():
         q, k, v = (t.detach().requires_grad_() for t in ctx.saved_tensors)
         n, K = k.size(2), q.size(2)
@@ -124,7 +142,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         seen = Visible(k, v, parse(pattern).mask(query, torch.arange(n)[None]), False, query)
         spec = AttentionSpec(scale, parse(pattern), tuple(slopes) or None)
         out = reference.attention(q, k, v, _Given(seen), spec)
-    return (*torch.autograd.grad(out, (q, k, v), gradient), None, None, None, None)
+    return (*torch.autograd.grad(out, (q, k, v), gradient), *[None] * 6)
 
 
 attend.register_autograd(_backward, setup_context=_setup_context)

@@ -36,7 +36,9 @@ extern "C" struct Attend {
   const Run* runs;
   const std::int32_t* begin;  // [K] first key of a query's own run
   const float* slopes;        // [H] of ALiBi or null
-  std::int32_t B, H, Hkv, K, D, n_blocks, format, first;  // first: position of query 0; key j is at position j
+  std::int32_t B, H, Hkv, K, D, n_blocks, format, first;  // first: position of query 0
+  // ring 0: key j is at position j. Else positions from `prefix` on share `ring` slots behind the first ones.
+  std::int32_t prefix, ring;
   float scale;
 };
 
@@ -105,8 +107,9 @@ struct Attention {
         if (run.is_local) local[n_local++] = {static_cast<std::int32_t>(p), n_held, n_held + take};
         for (int i = 0; i < take; ++i, ++p) {
           at[n_held + i] = static_cast<std::int32_t>(p);
-          m.chunk.k_rows[n_held + i] = k + p * a.k_stride[2] * size;
-          m.chunk.v_rows[n_held + i] = v + p * a.v_stride[2] * size;
+          const std::int64_t slot = a.ring == 0 || p < a.prefix ? p : a.prefix + p % a.ring;
+          m.chunk.k_rows[n_held + i] = k + slot * a.k_stride[2] * size;
+          m.chunk.v_rows[n_held + i] = v + slot * a.v_stride[2] * size;
         }
         n_held += take;
         if (n_held == kChunkPositions) {
