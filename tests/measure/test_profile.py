@@ -166,8 +166,10 @@ def test_means_add_up_and_leave_out_interruptions():
 
 
 def test_turns_in_which_one_step_was_interrupted_are_left_out():
-    plain, marked = [1.0, 1.0, 9.0, 1.0, 2.0], [1.1, 7.0, 1.1, 1.1, 2.2]
-    assert alike_half(plain, marked) == [0, 3, 4]
+    plain = [1.0, 1.0, 9.0, 1.0, 2.0, 1.0, 8.0, 1.0]
+    marked = [1.1, 7.0, 1.1, 1.1, 2.2, 1.2, 8.8, 1.1]
+    assert alike_half(plain, marked) == [0, 3, 4, 7]
+    assert alike_half([1.0], [2.0]) == [0]
 
 
 def test_blocks_of_the_commonest_bandwidth_state():
