@@ -138,9 +138,10 @@ void check_extremes(const Kind& kind) {
   Random random(3);
   Made made(kind, N, C, random);
   for (int lowest : {1, 0}) {
-    const int q = kind.format == kInt4 ? (lowest ? -8 : 7) : (lowest ? -128 : 127);
-    const std::uint8_t byte = static_cast<std::uint8_t>(kind.format == kInt4 ? (q + 8) * 17 : q);
-    std::vector<std::uint8_t> source(kind.format == kInt4 ? N * C / 2 : N * C, byte);
+    const bool is_half = is_nibbles(kind.format);
+    const int q = is_half ? (lowest ? -8 : 7) : (lowest ? -128 : 127);
+    const std::uint8_t byte = static_cast<std::uint8_t>(is_half ? (q + 8) * 17 : q);
+    std::vector<std::uint8_t> source(is_half ? N * C / 2 : N * C, byte);
     pack_rows(kind.format, source.data(), N, C, 0, round_up(N, kBlock) / kBlock, made.packed.data());
     for (float sign : {1.0f, -1.0f}) {
       const std::vector<float> x(static_cast<std::size_t>(7) * C, 3.0f * sign);
@@ -149,7 +150,7 @@ void check_extremes(const Kind& kind) {
         double factor = 0.0;
         for (int c = 0; c < C; ++c)
           factor += kind.group == 0 ? made.row_scale[n] : from_fp16(made.scale[group_at(made.matrix, n, c)]);
-        const double exact = factor * q * 3.0 * sign;
+        const double exact = factor * number_of(kind.format, q) * 3.0 * sign;
         for (int m = 0; m < 7; ++m)
           CHECK(std::fabs(y[m * N + n] - exact) <= 1e-5 * std::fabs(exact), "%s: %g for %g", kind.name, y[m * N + n],
                 exact);

@@ -25,7 +25,15 @@ constexpr Kind kKinds[] = {
     {"int4 in 128 with minimum", kInt4, 128, 16, true},
     {"int4 in 32, 8-bit inputs", kInt4, 32, 8, false},
     {"int4 in 64 with minimum, 8-bit inputs", kInt4, 64, 8, true},
+    {"nf4 in 64", kNf4, 64, 16, false},
 };
+
+inline bool is_nibbles(std::int32_t format) { return format == kInt4 || format == kNf4; }
+
+// What an integer of a format stands for, scales aside.
+inline double number_of(std::int32_t format, int q) {
+  return format == kNf4 ? kNormalCodes[q + 8] / static_cast<double>(kNormalSteps) : q;
+}
 
 typedef std::mt19937 Random;
 
@@ -48,7 +56,8 @@ struct Made {
   Made(const Kind& kind, int N, int C, Random& random, float size = 1.0f)
       : packed(packed_bytes(kind.format, N, C)), exact(static_cast<std::size_t>(N) * C) {
     const int padded = round_up(N, kBlock), groups = kind.group == 0 ? 1 : C / kind.group, g = C / groups;
-    const int limit = kind.format == kInt4 ? 7 : 127;
+    const int limit = is_nibbles(kind.format) ? 7 : 127;
+    const double largest = kind.format == kNf4 ? 1.0 : limit;
     if (kind.group != 0) {
       scale.resize(static_cast<std::size_t>(padded) * groups);
       if (kind.has_minimum) minimum.resize(scale.size());
@@ -56,12 +65,12 @@ struct Made {
       row_scale.resize(padded);
     }
     const std::size_t row_bytes =
-        kind.format == kInt4 ? (C + 1) / 2 : static_cast<std::size_t>(C) * element_bytes(kind.format);
+        is_nibbles(kind.format) ? (C + 1) / 2 : static_cast<std::size_t>(C) * element_bytes(kind.format);
     std::vector<std::uint8_t> source(N * row_bytes);
     std::uniform_real_distribution<float> uniform(0.5f, 1.0f);
     for (int n = 0; n < N; ++n) {
       for (int part = 0; part < groups; ++part) {
-        float factor = 2.0f * size * uniform(random) / limit, least = 0.0f;
+        float factor = 2.0f * size * uniform(random) / largest, least = 0.0f;
         if (kind.group != 0) {
           const std::size_t at = (static_cast<std::size_t>(n / kBlock) * groups + part) * kBlock + n % kBlock;
           scale[at] = to_fp16(factor), factor = from_fp16(scale[at]);
@@ -83,7 +92,7 @@ struct Made {
             const int q = static_cast<int>(random() % (2 * limit + 2)) - limit - 1;
             if (kind.format == kInt8) *at = static_cast<std::uint8_t>(q);
             else source[n * row_bytes + c / 2] |= static_cast<std::uint8_t>((q + 8) << (c % 2 * 4));
-            number = static_cast<double>(q) * factor + least;
+            number = number_of(kind.format, q) * factor + least;
           }
         }
       }
