@@ -84,6 +84,16 @@ def test_a_form_that_changes_numbers_runs_only_where_the_request_permits_it():
         table().choose(1, 128, "best")
 
 
+def test_a_plan_runs_its_own_recipe_however_long_a_request_is():
+    own = Form(PLAN, WINDOW, "bounded", 0.004, longest=300)
+    long = table(forms=dict(table().forms) | {PLAN: own})
+    assert long.choose(1, 290).reason == "ranked first here"
+    beyond = long.choose(1, 600, available=[PLAN])
+    assert beyond.form == PLAN and "longer than the 300 tokens" in beyond.reason
+    with pytest.raises(UsageError, match="no form of this plan keeps"):
+        long.choose(1, 600, "bounded", available=[PLAN])
+
+
 def test_a_plan_that_changed_numbers_gives_lossless_ones_from_a_second_copy_alone():
     forms = {
         PLAN: Form(PLAN, INT8, "bounded", 0.002),
@@ -192,7 +202,7 @@ def test_forms_are_views_of_one_model_and_give_what_they_would_alone(tiny_gpt2_f
     cells = tuple(tuple((Entry(name, 1), *([Entry(PLAN, 1)] if name != PLAN else [])) for name in forms) for _ in (1,))
     one = Table((1,), tuple(10 * 4**i for i in range(len(forms))), forms, cells)
     loaded = load_recipe(tiny_gpt2_folder, base)
-    known = Dispatcher(loaded, one, tiny_gpt2_folder)
+    known = Dispatcher(loaded, one, lambda: tiny_gpt2_folder)
     assert set(known.runners) == {*others, PLAN}, "no second copy without a grant"
     assert all(pointers(r) <= pointers(loaded.runner) for r in known.runners.values())
     prompt = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]]
@@ -209,6 +219,6 @@ def test_forms_are_views_of_one_model_and_give_what_they_would_alone(tiny_gpt2_f
     # The plan's own model is what it was.
     assert {m.spec.pattern.is_dense for m in attention_layers(loaded.runner.model)} == {True}
     assert known.runners["window"].config.pattern == "prefix:2+window:8"
-    granted = Dispatcher(loaded, one, tiny_gpt2_folder, spare_bytes=1000)
+    granted = Dispatcher(loaded, one, lambda: tiny_gpt2_folder, spare_bytes=1000)
     runner, choice = granted.runner_for(1, 10 * 4 ** (len(forms) - 1), "bounded")
     assert choice.form == "copy" and not pointers(runner) & pointers(loaded.runner)

@@ -11,7 +11,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 from paretune.recipe import Recipe
+from paretune.registry import ATTENTION
+from paretune.transforms.attention import Attention, attention_layers
 from paretune.transforms.base import Context, Stage
 
 PLAN = "plan"  # the form that the plan's own recipe is
@@ -150,7 +152,10 @@ class Table:
         for rank, entry in enumerate(self.cells[i][j]):
             form = self.forms[entry.form]
             is_loaded = available is None or form.name in available
-            if not (is_loaded and form.permits(level, plan)) or length > (form.longest or length):
+            is_too_long = length > (form.longest or length)
+            # The plan's own numbers are what a plan promises, however long the request is.
+            is_promised = form.name == PLAN and level == "plan"
+            if not (is_loaded and form.permits(level, plan)) or (is_too_long and not is_promised):
                 continue
             # From above: caches grow with the length, scores with its square; smaller requests take no more.
             needed = entry.n_bytes * max(1.0, batch_size / at[0]) * max(1.0, length / at[1]) ** 2
@@ -158,6 +163,8 @@ class Table:
                 left = memory_left()
             if needed <= left:
                 why = "ranked first here" if rank == 0 else "the best here of what the request permits"
+                if is_too_long:
+                    why += f"; longer than the {form.longest} tokens that its loss was measured on"
                 return Choice(form.name, form.recipe.name, form.label, regime, passed or why)
             passed = f"the first that fits into the {left / 1e6:.0f} MB left"
             if fallback is None or needed < fallback[0]:
@@ -228,11 +235,11 @@ class Dispatcher:
 
     Args:
         loaded: the plan's own recipe, loaded.
-        source: the checkpoint as it was before `tune`, for second copies.
+        source: gives the checkpoint as it was before `tune`; asked for second copies alone.
         spare_bytes: for weights beside the plan's.
     """
 
-    def __init__(self, loaded: Loaded, table: Table, source: Path, spare_bytes: int = 0) -> None:
+    def __init__(self, loaded: Loaded, table: Table, source: Callable[[], Path], spare_bytes: int = 0) -> None:
         self.table = table
         self.runners: dict[str, Runner] = {PLAN: loaded.runner}
         device = str(loaded.runner.device)
@@ -243,17 +250,26 @@ class Dispatcher:
                 self.runners[form.name] = view(loaded.runner.model, form.recipe, loaded.recipe)
             elif form.weights_bytes <= spare_bytes:
                 spare_bytes -= form.weights_bytes
-                self.runners[form.name] = load_recipe(source, form.recipe, device, check=False).runner
+                self.runners[form.name] = load_recipe(source(), form.recipe, device, check=False).runner
 
     @classmethod
     def of(cls, loaded: Loaded, plan: Any, spare_bytes: int = 0) -> Dispatcher | None:
         """For a plan as `tune.plan.read_plan` gives it; None where it has no table."""
-        return None if plan is None or plan.table is None else cls(loaded, plan.table, plan.source, spare_bytes)
+        if plan is None or plan.table is None:
+            return None
+        # Threads are the process's: those that the plan was loaded with hold for all forms.
+        threads = loaded.recipe.engine.threads
+        forms = {f.name: replace(f, recipe=_with_threads(f.recipe, threads)) for f in plan.table.forms.values()}
+        return cls(loaded, replace(plan.table, forms=forms), lambda: plan.source, spare_bytes)
 
     def runner_for(self, batch_size: int, length: int, level: str = "plan") -> tuple[Runner, Choice]:
         """What runs a request; arguments and errors as `Table.choose`."""
         choice = self.table.choose(batch_size, length, level, hardware.available_memory_bytes, tuple(self.runners))
         return self.runners[choice.form], choice
+
+
+def _with_threads(recipe: Recipe, threads: int | None) -> Recipe:
+    return replace(recipe, engine=replace(recipe.engine, threads=threads))
 
 
 def same_numbers(a: Recipe, b: Recipe) -> bool:
@@ -283,6 +299,10 @@ def view(model: LanguageModel, recipe: Recipe, plan: Recipe) -> Runner:
         if transform.stage in (Stage.MECHANISM, Stage.ATTENTION) and transform not in known:
             other = transform.apply(other, ctx)
     _ensure_shared(model, other)
+    for transform in recipe.transforms:  # what only looks like the form would be timed, and told, as it
+        if isinstance(transform, Attention):
+            function = ATTENTION.get(transform.form)
+            assert all(m.attention is function for m in attention_layers(other)), f"a view without {transform.form}"
     return recipe.runner(other)
 
 
@@ -307,7 +327,7 @@ def _bounds(points: Sequence[int]) -> list[float]:
 def _cure(table: Table, level: str) -> str:
     beside = [f for f in table.forms.values() if f.permits(level, table.forms[PLAN]) and f.weights_bytes]
     if beside:
-        return f"Allow a second copy of the weights with --spare-memory {beside[0].weights_bytes >> 20}MB"
+        return f"Allow a second copy of the weights with --spare-memory {-(-beside[0].weights_bytes >> 20)}MB"
     return f"Ask for another level: {', '.join(k for k in LEVELS if k != level)}"
 
 

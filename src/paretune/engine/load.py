@@ -66,8 +66,6 @@ def load_recipe(
             weight = next(packed.pack([weight]))
         return weight
 
-    if device.startswith("cuda"):
-        op.unavailable_reason(device)  # tries the kernels now: in a captured graph would be too late
     dtype = torch.float32 if device == "cpu" else None
     model = checkpoint.load(folder, dtype, convert if streams else None).to(device)
     if ctx is None:
@@ -75,7 +73,10 @@ def load_recipe(
         needs = is_plain and any(t.needs_calibration for t in recipe.transforms)
         ctx = Context(device=device, calibration=calibration.from_model(model) if needs else None)
     model = recipe.apply(model, ctx)
-    return Loaded(folder, recipe, recipe.runner(model), clock.now() - started)
+    loaded = Loaded(folder, recipe, recipe.runner(model), clock.now() - started)
+    if device.startswith("cuda") and any(isinstance(m, Weight) and m.format != "dense" for m in model.modules()):
+        op.unavailable_reason(device)  # tries the kernels now, once a process: in a captured graph would be too late
+    return loaded
 
 
 def prove(loaded: Loaded, batch_size: int = 1, capacity: int = 0) -> tuple[list[str], Observation]:

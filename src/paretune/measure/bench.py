@@ -141,6 +141,7 @@ def bench(
     Raises:
         UsageError: wrong arguments, before any process starts.
     """
+    assert not (keeps_processes and tables), "a kept process runs one recipe"
     names = [name for name, _ in configs]
     if not names:
         raise UsageError("there is no configuration to measure", "Give --config")
@@ -321,11 +322,13 @@ class _Run:
                     trial.cause, trial.is_invalid = self.failed[trial.name].cause, self.failed[trial.name].is_invalid
                     continue
                 self.say(f"{cell.title}: loading {trial.name}")
+                was_kept = trial.name in self.kept
                 try:
                     processes[trial.name] = self._load(stack, cell, index, trial, scratch / f"{i}.log")
                 except SubjectError as error:
                     trial.cause, trial.is_invalid = str(error), error.kind == INVALID
-                    if self.keeps_processes:
+                    # What fails at the shape of one cell may do at another's: it starts anew there.
+                    if self.keeps_processes and not was_kept:
                         self.failed[trial.name] = trial
             if until is not None and self.deadline is not None and not self.loading_counts:
                 until, self.deadline = (t + clock.now() - started for t in (until, self.deadline))

@@ -198,11 +198,13 @@ def take_apart(
     if marks is not None:
         seconds = seconds_of([marked[i] for i in quiet])
         marked_sec = sum(seconds.values())
-        cost = 0.0
+        cost = alone = 0.0
         if device == "cpu":
+            alone = cost_of_a_reading()
             twice = [sec for block in kept.twice for sec in block]
             more = [twice[i] - sum(marked[i].values()) for i in quiet]
-            cost = _cost(statistics.median(more) / instruments[1].marks.n_readings)
+            # Few steps on a busy machine show anything: at least an empty module's cost, at most three times as much.
+            cost = min(max(statistics.median(more) / instruments[1].marks.n_readings, alone), 3 * alone)
         # Off each part what its own readings cost, as a second set of them showed: never a factor that makes it fit.
         seconds = {key: max(0.0, sec - cost * calls.get(key, 0)) for key, sec in seconds.items()}
         parts = rows_of(seconds, counts, calls, plain_sec, ceilings, dtype, runner.config.family)
@@ -213,6 +215,7 @@ def take_apart(
             "share": marked_sec / plain_sec - 1,
             "n_readings": sum(calls.values()),
             "sec_per_reading": cost,
+            "alone_sec": alone,
         }
         closing = {
             "sum_sec": total,
@@ -247,13 +250,6 @@ def take_apart(
         "native": native,
         "notes": notes,
     }
-
-
-def _cost(in_step_sec: float) -> float:
-    """Seconds of a reading, from what doubly marked steps show; few steps on a busy machine show anything, so it lies
-    between that of an empty module and three times as much."""
-    alone = cost_of_a_reading()
-    return min(max(in_step_sec, alone), 3 * alone)
 
 
 _INSIDE = (

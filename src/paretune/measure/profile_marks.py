@@ -123,7 +123,8 @@ class Instrument:
             self._swaps.append((owner, "attention", self._seam(owner.attention, i)))
 
     def around(self, model: LanguageModel) -> Instrument:
-        """A second one, installed on top of this one: marks every boundary once more."""
+        """A second one, installed on top of this one: marks every boundary of modules once more, and the attention
+        seam as one part."""
         self.install()
         try:
             return Instrument(model, Marks("cuda" if self.marks.is_cuda else "cpu", self.marks.is_training))

@@ -22,8 +22,8 @@ def middle_half(totals: Sequence[float]) -> list[int]:
 
 
 def alike_half(plain: Sequence[float], marked: Sequence[float]) -> list[int]:
-    """Indices of about half of the turns: without the slowest quarter, in which both steps were interrupted, those whose
-    two steps stand to each other as most do; where one of them was interrupted, the ratio is off to either side."""
+    """Indices of about half of the turns: without the slowest quarter, in which both steps were interrupted, those
+    whose two steps stand to each other as most do; where one was interrupted, the ratio is off to either side."""
     order = sorted(range(len(plain)), key=lambda i: plain[i] + marked[i])
     order = order[: len(order) - len(order) // 4]
     middle = statistics.median(marked[i] / plain[i] for i in order)

@@ -120,10 +120,14 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
     ]
     if overhead and closing:
         reading = f"{overhead['n_readings']} readings of {format_sec(overhead['sec_per_reading'])}"
+        alone = overhead.get("alone_sec")
+        how = "not taken off: a GPU does not wait for them"
+        if alone:
+            how = f"from steps that were read twice, within one to three times the {format_sec(alone)} around an empty "
+            how += "module; taken off each part"
         out.append(
             f"Readings: the marked step took {_percent(abs(overhead['share']))} "
-            f"{'longer' if overhead['share'] >= 0 else 'shorter'} than the plain one ({reading}, as steps that were "
-            "read twice showed, taken off each part). "
+            f"{'longer' if overhead['share'] >= 0 else 'shorter'} than the plain one ({reading}, {how}). "
             f"The parts add up to {format_percent(closing['share'])} of the plain step; the difference is a row of its "
             "own."
         )

@@ -110,6 +110,11 @@ class Goal:
         object.__setattr__(self, "engines", self._read_engines())
         if self.regimes is not None:
             parse_grid(self.regimes)
+            if self.in_bytes:
+                raise UsageError(
+                    f"--regimes ranks forms by time, and the objective is {self.objective}",
+                    "Leave --regimes out, or choose tpot, ttft or throughput",
+                )
 
     def _read_engines(self) -> tuple[str, ...]:
         """By their full names, each once; `paretune` itself adds nothing."""

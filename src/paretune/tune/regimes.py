@@ -145,7 +145,7 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     """
     goal, journal = out.goal, out.race.journal
     batches, lengths = grid_of(goal, out.config.longest)
-    kind = "ttft" if goal.objective == "ttft" else "throughput"
+    kind = goal.sample_kind
     about: dict[str, Any] = {
         "batch_sizes": list(batches),
         "lengths": list(lengths),
@@ -234,9 +234,10 @@ def cell_of(
     """One cell of the map from the rows and samples of a `bench` result: every form's figures, and the ranking.
 
     Ranked first are the forms that are surely faster than the plan's own, then itself, then the rest. Among the faster
-    those that cannot be told apart stand in the order of simplicity. What was not measured is not ranked.
+    those that cannot be told apart stand in the order of simplicity. What was not measured is not ranked, and no form
+    at a length that its loss was not measured at. `runs`: what a request gets that grants nothing more.
     """
-    phase = "prefill" if kind == "ttft" else "throughput"
+    phase = {"ttft": "prefill", "tpot": "decode"}.get(kind, kind)
     rows = {
         r["config"]: r
         for r in result["rows"]
@@ -260,6 +261,9 @@ def cell_of(
             "verdict": row.get(f"{phase}_verdict"),
             "n_bytes": (row.get("kv_cache_bytes") or 0) + (row.get("activation_peak_bytes") or 0),
         }
+    for name, form in forms.items():
+        if name != PLAN and length > (form.longest or length):
+            figures[name] |= {"ratio": None, "cause": f"its loss was measured on {form.longest} tokens, no more"}
     seen = [n for n in forms if figures[n]["ratio"] is not None]
     others = sorted((n for n in seen if n != PLAN), key=lambda n: -figures[n]["ratio"])
     faster = [n for n in others if figures[n]["verdict"] == "faster"]
@@ -278,6 +282,7 @@ def cell_of(
         "length": length,
         "status": "measured" if len(seen) > 1 else "not_reached",
         "best": ranked[0],
+        "runs": next(n for n in ranked if not forms[n].weights_bytes and forms[n].permits("plan", forms[PLAN])),
         "is_tie": is_tie,
         "figures": list(figures.values()),
         "ranked": [{"form": n, "n_bytes": figures[n]["n_bytes"]} for n in ranked],
@@ -298,7 +303,8 @@ def sentences(regimes: dict[str, Any] | None) -> list[str]:
         best = next(f for f in c["figures"] if f["form"] == c["best"])
         said.append(
             f"At batch {c['batch_size']} and {c['length']} tokens {c['best']} is {best['ratio']:.2f} times as fast as "
-            "the plan's own recipe."
+            "the plan's own recipe"
+            + ("." if c["runs"] == c["best"] else "; it runs where a request grants its numbers or its memory.")
         )
     if measured and not changed:
         said.append("In no regime of the grid another form beats the plan's own recipe beyond noise.")

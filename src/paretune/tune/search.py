@@ -300,9 +300,10 @@ class Search:
                 if c.id in rows:
                     gain = math.log(self.out.ratio(c.id).value)
                     # What runs natively alone is compared with the native runner by itself.
-                    out[change] = gain if len(c.changes) == 1 else gain - out.get(("runner", "native"), 0.0)
+                    alone = gain if len(c.changes) == 1 else gain - out.get(("runner", "native"), 0.0)
+                    out[change] = max(alone, out.get(change, -math.inf))  # a mechanism is seen eager and native
                 elif c.id in failed:
-                    out[change] = -10.0  # what fails alone is not tried in company first
+                    out.setdefault(change, -10.0)  # what fails alone is not tried in company first
         return out
 
     def _start_secs(self) -> dict[str, float]:

@@ -287,7 +287,7 @@ def _tuned(kernel_name: str, rows: int) -> triton.runtime.Autotuner:
 
 @functools.cache
 def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The numbers of scales, fp32 `[256]`, and of codes, fp32 `[16]`. The trial of `op.works` makes them in time."""
+    """The numbers of scales, fp32 `[256]`, and of codes, fp32 `[16]`. The trial in `op` makes them in time."""
     from paretune.ops.weights.nf4 import CODES, dynamic_map
 
     return dynamic_map().to(device), torch.tensor(CODES, device=device)
