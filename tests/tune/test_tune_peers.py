@@ -278,11 +278,12 @@ def test_loading_is_or_is_not_of_the_time_of_bench(monkeypatch, loading_counts):
         return object()
 
     monkeypatch.setattr(_Run, "_load", load)
-    monkeypatch.setattr(_Run, "trial_of", lambda self, name: type("T", (), {"name": name, "cause": "-"})())
+    monkeypatch.setattr(_Run, "trial_of", lambda self, name, cell: type("T", (), {"name": name, "cause": "-"})())
     monkeypatch.setattr(_Run, "_pass", lambda self, c, g, k, p, t, until: left.append(until - clock.now()))
     one = object.__new__(_Run)
     one.deadline, one.loading_counts, one.kinds = 1030.0, loading_counts, ("tpot",)
     one.say = lambda line: None
+    one.keeps_processes, one.kept, one.failed = False, {}, {}
     one._group(type("C", (), {"title": "-"})(), 0, 0, ["a", "b"], 1030.0)
     assert left == [0.0 if loading_counts else 30.0]
     assert one.deadline == (1030.0 if loading_counts else 1130.0)

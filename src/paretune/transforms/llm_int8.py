@@ -74,7 +74,7 @@ class LLMInt8(Quantize):
         x = torch.linspace(-0.9, 0.9, n_in).roll(n_in // 3).repeat(2, 1).to(device) * min(self.threshold, 1.0)
         plain = x.clone()
         x[0, n_in // 2] = 100 * self.threshold
-        exact = weight.dequantize().float()
+        exact = weight.exact()
         errors = [float((weight.matmul(v) - v @ exact.T)[0].norm()) for v in (plain, x)]
         step = float(x.abs().max()) / 127  # of inputs that share 8 bits with the outlier
         coarse = torch.round(x / step) * step

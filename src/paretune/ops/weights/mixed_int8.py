@@ -81,15 +81,19 @@ class MixedInt8(Weight):
         return mixed_int8_linear(x, self.q, self.scale, self.threshold, self.columns, self.side)
 
     def rows(self, index: Tensor) -> Tensor:
-        return self._numbers(self.q[index], self.scale[index], self.side[index])
+        return self._numbers(self.q[index], self.scale[index], self.side[index]).to(self.compute_dtype)
 
     def dequantize(self) -> Tensor:
+        return self.exact().to(self.compute_dtype)
+
+    def exact(self) -> Tensor:
+        """The stored numbers in fp32, not rounded to the compute dtype."""
         return self._numbers(self.q, self.scale, self.side)
 
     def _numbers(self, q: Tensor, scale: Tensor, side: Tensor) -> Tensor:
         out = q.float() * scale[..., None]
         out[..., self.columns] = side.float()
-        return out.to(self.compute_dtype)
+        return out
 
     def native(self) -> NativeForm | None:
         """Native inputs have 16 bits: outliers need no product of their own there. With weights of theirs they do."""
