@@ -126,6 +126,7 @@ def test_dry_run_says_what_is_not_installed(capsys):
     assert "engine llama.cpp:Q8_0: not installed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_missing_peer_is_a_row_in_every_form(tiny_gpt2_folder, tmp_path, capsys, monkeypatch):
     import torch
 

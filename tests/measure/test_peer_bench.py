@@ -38,7 +38,7 @@ def result(tiny_gpt2_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARETUNE_CACHE", str(cache))
         patch.setattr(measure, "WARM_UP_SEC", 0.5)
-        patch.setattr(subject, "LOAD_TIMEOUT_SEC", 20.0)
+        patch.setattr(subject, "LOAD_TIMEOUT_SEC", 12.0)
         patch.setattr(envs, "command", lambda peer: [sys.executable, str(SCRIPT)] if peer is FAKE else real(peer))
         found = measure.bench(
             tiny_gpt2_folder,

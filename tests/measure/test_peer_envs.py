@@ -50,6 +50,7 @@ def test_an_environment_is_built_used_and_removed(wheel):
     assert envs.remove(peer) and not folder.exists() and not envs.remove(peer)
 
 
+@pytest.mark.slow
 def test_another_version_is_not_taken(wheel):
     envs.install(make_peer(str(wheel)), lambda line: None)
     newer = make_peer(str(wheel), "other==2")
@@ -67,12 +68,14 @@ def test_a_failed_installation_is_one_line_and_leaves_nothing(tmp_path):
     assert "no-such-package" in (envs.home() / "logs" / "tiny.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_imported_is_no_installation(wheel):
     with pytest.raises(ParetuneError, match="ModuleNotFoundError"):
         envs.install(make_peer(str(wheel), modules=("tiny_peer", "missing_part")), lambda line: None)
     assert envs.installed(make_peer(str(wheel))) is None
 
 
+@pytest.mark.slow
 def test_an_interrupted_installation_is_not_taken_and_cleared_by_the_next(wheel, monkeypatch):
     peer = make_peer(str(wheel))
     half = envs.folder_of(peer).with_name(".tiny.4711.tmp")

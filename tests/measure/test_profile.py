@@ -58,7 +58,7 @@ def apart(folder, config: str, phase: str, input_len: int = 7, batch_size: int =
     return loaded, step, take_apart(loaded, step, CEILINGS, quick=True)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", pytest.param("mistral", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("config", ["eager_attn", "baseline", "int8"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_parts_tile_the_step(request, family, config, phase):

@@ -22,6 +22,7 @@ def folder(tmp_path_factory, pocket_folder):
     return out
 
 
+@pytest.mark.slow
 def test_the_study_writes_everything(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "bench", fake_bench)
     monkeypatch.setattr(quantization, "QUICK_TOKENS", 5500)
