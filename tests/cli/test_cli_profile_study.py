@@ -144,6 +144,17 @@ def test_device_profile_predicts_and_says_so(command, tiny_gpt2_folder):
     assert found["is_prediction"] is True and all(row["is_prediction"] for row in found["rows"])
 
 
+@pytest.mark.parametrize("what", [("--predict",), ("--device-profile", "t4")])
+@pytest.mark.parametrize(
+    "more", [("--phase", "train"), ("--config", "native_int4"), ("--runner", "native"), ("-o", "never")]
+)
+def test_a_prediction_refuses_what_it_would_ignore(command, tiny_gpt2_folder, tmp_path, monkeypatch, what, more):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("profile", str(tiny_gpt2_folder), *what, *more)
+    assert code == 2 and "a prediction takes no --" in err
+    assert not (tmp_path / "never").exists()
+
+
 def test_predict_says_so_and_loads_the_small_model_alone(command, tiny_gpt2_folder, monkeypatch):
     from paretune.measure import predict_here
 

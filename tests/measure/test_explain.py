@@ -221,6 +221,14 @@ def test_arithmetic():
     assert found.gain == pytest.approx(1 / (1 - 0.8 * 0.5))  # these ceilings: twice the rate in bf16
 
 
+def test_a_ceiling_that_was_surpassed_is_no_bound():
+    row = part("expansion", 0.8, 2.1, "compute", product_weight_bytes=1, flops=6 * 10**8)
+    (found,) = explain.explain(result(row))
+    assert (
+        found.cause == "unsteady machine" and "262 %" in found.sentence
+    )  # 2.1 / 0.8 and "measuring again" in found.try_next
+
+
 def test_dispatch_and_python():
     kernels = (("GEMV", 0.3, 20), ("dispatch", 0.2, 400), ("allocation", 0.1, 100), ("launch gap", 0.4, 520))
     found = explain.explain(result(kernels=kernels))

@@ -11,10 +11,12 @@ import typer
 if TYPE_CHECKING:
     from paretune.recipe import Recipe
 
+_PHASES = "prefill,decode"
+
 
 def profile(
     model: Annotated[str, typer.Argument(help="Folder, hub id, plan or `pocket`.")] = "pocket",
-    phase: Annotated[str, typer.Option(help="prefill, decode, train, comma-separated.")] = "prefill,decode",
+    phase: Annotated[str, typer.Option(help="prefill, decode, train, comma-separated.")] = _PHASES,
     input_len: Annotated[int, typer.Option(help="Prompt tokens; a decode step comes after them.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     config: Annotated[
@@ -57,6 +59,12 @@ def profile(
     phases: list[Any] = list(dict.fromkeys(part.strip() for part in phase.split(",") if part.strip()))
     if not phases:
         raise UsageError("--phase is empty", "Give prefill, decode or train")
+    if predict or device_profile is not None:
+        given = {"--config": config, "--runner": runner, "--output-dir": output_dir}
+        unused = [flag for flag, value in given.items() if value is not None]
+        if unused or phase != _PHASES:
+            flag = [*unused, "--phase"][0]
+            raise UsageError(f"a prediction takes no {flag}", "Leave it out: the table has every case it can predict")
     folder, name, recipe = _choose(model, config, runner)
     for one in phases:
         check_phase(one, recipe, name)
@@ -206,6 +214,8 @@ def _predict_here(
     ]
     print(to_markdown(rows, columns))
     print(f"- One sequence after {input_len} tokens. The native rows are the least that their bytes take.")
+    if quick:
+        print("- --quick leaves `compile` out: compiling the model that it is calibrated on takes most of the time.")
 
 
 def _say(line: str) -> None:

@@ -25,6 +25,7 @@ CAUSES = (
     "slow products",
     "cache bandwidth",
     "arithmetic",
+    "unsteady machine",
     "dispatch overhead",
     "Python",
     "launch overhead",

@@ -11,6 +11,7 @@ from paretune.measure.profile_parts import SUM_KEYS
 from paretune.measure.roofline import quantity
 
 LARGE = 0.4  # of the step: a cause that is called its bound
+ABOVE_CEILING = 1.15  # a ceiling that is surpassed by more was not the machine's
 NOTABLE = 0.15
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from paretune.measure.explain_base import (
+    ABOVE_CEILING,
     LARGE,
     NOTABLE,
     Explanation,
@@ -134,6 +135,15 @@ def _arithmetic(result: Result) -> Iterator[Explanation]:
     if share < LARGE or reached < NEAR_CEILING:
         return
     dtype = str(whole.get("dtype"))
+    if reached > ABOVE_CEILING:  # no bound, whatever it is called
+        yield Explanation(
+            "unsteady machine",
+            share,
+            f"matrix products ran at {quantity(flops / sec, 'FLOP/s')}, {percent(reached)} of what was measured as the "
+            f"most of this machine in {dtype}: that was in a worse moment, and every share of it is too large",
+            "measuring again when nothing else runs",
+        )
+        return
     rates = ceilings.matrix_rates if ceilings else {}
     best = max((n for n in ("fp32", "bf16", "fp16") if n in rates), key=lambda n: rates[n], default=dtype)
     faster = rates[best] / rates[dtype] if dtype in rates and best in rates else 1.0
