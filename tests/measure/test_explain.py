@@ -244,6 +244,13 @@ def test_memory_allocation():
 def test_a_busy_machine():
     found = explain.explain(result(preemptions=5.0, cpu_pressure=0.9))[0]
     assert found.cause == "busy machine" and "500 times a second" in found.sentence and "90 %" in found.sentence
+    for threads, says_fewer in ((2, True), (1, False)):
+        busy = next(
+            e
+            for e in explain.explain(result(preemptions=5.0, threads=threads, usable_cores=2))
+            if e.cause == "busy machine"
+        )
+        assert ("fewer --threads" in busy.try_next) == says_fewer
     row = part("expansion", 0.9, 0.8, "memory", product_weight_bytes=9 * 10**7, bytes=9 * 10**7)
     _, bound = explain.explain(result(row, preemptions=5.0))
     assert bound.cause == "weight bandwidth" and bound.gain is None and "Predicted" not in bound.text

@@ -54,13 +54,15 @@ def _busy(result: Result) -> Iterator[Explanation]:
         said.append(f"some program waited for a processor in {percent(min(pressure, 1.0))} of the time")
     if not said:
         return
+    # Who left cores to the others already is not told to leave more.
+    fewer = (facts.get("threads") or 1) >= (facts.get("usable_cores") or 1) > 1
     # A thread that waits for another one's share of a product waits a whole slice of the scheduler, milliseconds.
     yield Explanation(
         "busy machine",
         0.0,
         f"other programs run beside this one: {' and '.join(said)}; threads then wait for each other, and every time "
         "here is worse than the machine's",
-        "close other programs and measure again, or use fewer --threads",
+        "close other programs and measure again" + (", or use fewer --threads" if fewer else ""),
     )
 
 
