@@ -91,7 +91,7 @@ def test_a_peer_that_computes_something_else_is_invalid_and_not_timed(rows):
     ("name", "cause"),
     [
         ("fake:dies", "exit code 7: the last words"),
-        ("fake:hangs", "no answer within 20 s"),
+        ("fake:hangs", "no answer within 12 s"),
         ("fake:unconvertible", "the conversion failed: it has no such matrix"),
         ("fake:mixed_rows", "2 rows of one prompt give different tokens"),
         ("absent:fp32", "absent is not installed. Run `paretune peers install absent`"),

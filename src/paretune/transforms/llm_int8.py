@@ -70,6 +70,7 @@ class LLMInt8(Quantize):
     def _proof_of_outliers(self, layer: Chosen) -> str:
         """One input at a hundred times the threshold must leave the steps of the others as fine as they were."""
         weight, device = layer.weight, layer.weight.device
+        assert isinstance(weight, MixedInt8)
         n_in = weight.in_features
         x = torch.linspace(-0.9, 0.9, n_in).roll(n_in // 3).repeat(2, 1).to(device) * min(self.threshold, 1.0)
         plain = x.clone()
