@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from paretune import clock, files, hardware, stats
+from paretune.engine.cache import KVCache
 from paretune.engine.runners.native import NativeRunner
 from paretune.errors import ParetuneError
 from paretune.measure import environment, memory
@@ -109,23 +110,30 @@ def random_model(args: argparse.Namespace, mechanism: dict[str, Any] | None) -> 
     return NativeRunner(Attention("sdpa").apply(model, Context()))
 
 
+def decode_slice(
+    runner: NativeRunner, capacity: int, position: int, n_tokens: int
+) -> tuple[Callable[[], None], KVCache]:
+    """`n_tokens` decode steps from `position` on, again and again, on a cache that was filled without computing it."""
+    cache = runner.new_cache(1, capacity)
+    while cache.host_lengths[0] < position:
+        cache.begin_(min(cache.max_step, position - cache.host_lengths[0]))
+        cache.commit_()
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    def run() -> None:
+        for _ in range(n_tokens):
+            runner.greedy(token, cache)
+        cache.truncate_(position)
+
+    return run, cache
+
+
 def decode(args: argparse.Namespace) -> dict[str, Any]:
     runner = random_model(args, MODELS["window 256"])
     n_tokens = 16
 
-    def at(position: int) -> Callable[[], Any]:
-        cache = runner.new_cache(1, args.n_positions)
-        while cache.host_lengths[0] < position:
-            cache.begin_(min(cache.max_step, position - cache.host_lengths[0]))
-            cache.commit_()
-        token = torch.zeros(1, 1, dtype=torch.int64)
-
-        def run() -> None:
-            for _ in range(n_tokens):
-                runner.greedy(token, cache)
-            cache.truncate_(position)
-
-        return run
+    def at(position: int) -> Callable[[], None]:
+        return decode_slice(runner, args.n_positions, position, n_tokens)[0]
 
     far = args.n_positions - 2 * n_tokens
     cases = {f"position {p}": at(p) for p in (min(512, far // 2), far)}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from attention import interleaved
+from attention import decode_slice, interleaved
 
 from paretune import files, hardware, stats
 from paretune.engine.load import load_recipe
@@ -31,18 +31,8 @@ NEAR, FAR, LIMIT, N_TOKENS = 128, 896, 1.10, 16
 
 def compare(runner: Any, args: argparse.Namespace) -> dict[str, Any]:
     def at(position: int) -> tuple[Callable[[], None], int]:
-        cache = runner.new_cache(1, FAR + N_TOKENS + 1)
-        while cache.host_lengths[0] < position:
-            cache.begin_(min(cache.max_step, position - cache.host_lengths[0]))
-            cache.commit_()
-        token = torch.zeros(1, 1, dtype=torch.int64)
-
-        def run() -> None:
-            for _ in range(N_TOKENS):
-                runner.greedy(token, cache)
-            cache.truncate_(position)
-
-        return run, round(cache.nbytes / (FAR + N_TOKENS + 1) * (position + N_TOKENS / 2))
+        run, cache = decode_slice(runner, FAR + N_TOKENS + 1, position, N_TOKENS)
+        return run, round(cache.nbytes / cache.n_slots * (position + N_TOKENS / 2))
 
     near, near_bytes = at(NEAR)
     far, far_bytes = at(FAR)

@@ -29,13 +29,14 @@ from paretune import clock, files, hardware, stats
 from paretune.engine.load import load_recipe
 from paretune.engine.runners.base import Runner
 from paretune.errors import ParetuneError
-from paretune.evaluate.perplexity import block_means, token_nll
+from paretune.evaluate.length import losses_of
+from paretune.evaluate.perplexity import block_means
 from paretune.measure import environment
 from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import preset
 
-FACTOR, STEP_TOKENS = 4, 256
+FACTOR = 4
 IN_CONTEXT_LIMIT, LONG_LIMIT = 0.05, 0.10
 
 
@@ -68,23 +69,10 @@ def train(model: str, text: Path, out: Path, args: argparse.Namespace, *more: st
     return clock.now() - started
 
 
-@torch.inference_mode()
-def losses(runner: Runner, tokens: torch.Tensor) -> np.ndarray:
-    """Nats of tokens 1 .. n-1 of `tokens[n]`, each with all before it."""
-    n = len(tokens) - 1
-    cache = runner.new_cache(1, n)
-    found = []
-    for start in range(0, n, STEP_TOKENS):
-        step = tokens[start : min(start + STEP_TOKENS, n)]
-        logits = runner.forward(step[None], cache, "all")[0]
-        found.append(token_nll(logits, tokens[start + 1 : start + 1 + len(step)]).numpy())
-    return np.concatenate(found)
-
-
 def in_windows(runner: Runner, tokens: torch.Tensor, length: int) -> np.ndarray:
     """[N, length - 1] nats of whole windows."""
     n = len(tokens) // length
-    return np.stack([losses(runner, tokens[i * length : (i + 1) * length]) for i in range(n)])
+    return np.stack([losses_of(runner, tokens[i * length : (i + 1) * length]) for i in range(n)])
 
 
 def increase(ours: np.ndarray, theirs: np.ndarray) -> dict[str, Any]:

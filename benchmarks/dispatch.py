@@ -64,7 +64,7 @@ def main() -> int:
         if recipe.requires("cpu"):
             recipe = preset("baseline")
         loaded = load_recipe(folder, recipe)
-        forms = Dispatcher(loaded, table_of(recipe), folder)
+        forms = Dispatcher(loaded, table_of(recipe), lambda: folder)
         bench = Bench(loaded.runner, Workload(128, 32, 1, args.seed))
         draw = random.Random(args.seed)
         requests = [(draw.randint(1, 64), draw.randint(8, 4096)) for _ in range(args.lookups)]

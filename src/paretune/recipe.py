@@ -7,7 +7,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,10 @@ class Recipe:
     def changes_numbers(self) -> bool:
         """Whether results differ from the reference by more than the order of additions."""
         return any(not t.exact for t in self.transforms) or self.engine.cache_dtype is not None
+
+    def with_threads(self, threads: int | None) -> Recipe:
+        """The same on so many threads; None: as many as the process has."""
+        return replace(self, engine=replace(self.engine, threads=threads))
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -7,22 +7,10 @@
 #include <random>
 
 #include "attend.cpp"
+#include "sanitized.h"
 
 namespace {
 
-#define REQUIRE(condition)                                                       \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(2);                                                              \
-    }                                                                            \
-  } while (false)
-
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kOnlyRaces = true;
-#else
-constexpr bool kOnlyRaces = false;
-#endif
 
 struct Shape {
   int B, H, Hkv, K, n, D;  // the K queries are the last of n positions

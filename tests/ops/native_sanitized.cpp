@@ -10,23 +10,11 @@
 #include <deque>
 
 #include "native_matrices.h"
+#include "sanitized.h"
 #include "step.cpp"
 
 namespace {
 
-#define REQUIRE(condition)                                                       \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(2);                                                              \
-    }                                                                            \
-  } while (false)
-
-#if defined(__SANITIZE_THREAD__)
-constexpr bool kOnlyRaces = true;  // ThreadSanitizer is slow: what one thread does alone is left to the others
-#else
-constexpr bool kOnlyRaces = false;
-#endif
 constexpr int kLayers = 2, kVocab = 37, kMaxThreads = 5;
 
 struct Shape {

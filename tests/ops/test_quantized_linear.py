@@ -11,27 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_layers import MAKE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paretune.ops.quantized_linear import op, reference, tiles
 from paretune.ops.quantized_linear.tiles import Tile
 from paretune.ops.weights.int8_rows import Int8Rows
-from paretune.ops.weights.int_groups import IntGroups
-from paretune.ops.weights.nf4 import NF4
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="Triton is not installed, or there is a GPU, where `make gpu` runs the kernels themselves",
 )
 
-MAKE = {
-    "int8 rows": Int8Rows.quantize,
-    "int8 groups": lambda w: IntGroups.quantize(w, 8, 32),
-    "int8 groups with minimum": lambda w: IntGroups.quantize(w, 8, 128, minimum=True),
-    "int4": lambda w: IntGroups.quantize(w, 4, 32),
-    "int4 with minimum": lambda w: IntGroups.quantize(w, 4, 128, minimum=True),
-    "nf4": NF4.quantize,
-}
 # Error relative to the fp64 result, of the whole: fp32 sums; fp16 weights and results, 2^-11 each; bf16 the same with
 # 2^-8, twice that because the interpreter cuts bf16 off where a GPU rounds it.
 LIMITS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1.5e-2}

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantized_layers import MAKE
 
 from paretune.ops.quantized_linear import op, reference, tiles
 from paretune.ops.weights.int8_rows import Int8Rows
-from paretune.ops.weights.int_groups import IntGroups
-from paretune.ops.weights.nf4 import NF4
 
 pytestmark = pytest.mark.gpu
 
-MAKE = {
-    "int8 rows": Int8Rows.quantize,
-    "int8 groups": lambda w: IntGroups.quantize(w, 8, 32),
-    "int8 groups with minimum": lambda w: IntGroups.quantize(w, 8, 128, minimum=True),
-    "int4": lambda w: IntGroups.quantize(w, 4, 32),
-    "int4 with minimum": lambda w: IntGroups.quantize(w, 4, 128, minimum=True),
-    "nf4": NF4.quantize,
-}
 # Relative to fp64: fp32 sums; then weights and results rounded to nearest, 2^-12 and 2^-9 each, with room.
 LIMITS = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 

@@ -55,7 +55,7 @@ class LayerView:
     @property
     def in_order_from(self) -> int | None:
         """Position of this step's first token where all rows share it and keys lie in order; else None."""
-        return None if self.cache.static or self.cache.ring else self.cache.start
+        return None if self.cache.ring else self.common_start
 
     @property
     def common_start(self) -> int | None:

@@ -259,17 +259,13 @@ class Dispatcher:
             return None
         # Threads are the process's: those that the plan was loaded with hold for all forms.
         threads = loaded.recipe.engine.threads
-        forms = {f.name: replace(f, recipe=_with_threads(f.recipe, threads)) for f in plan.table.forms.values()}
+        forms = {f.name: replace(f, recipe=f.recipe.with_threads(threads)) for f in plan.table.forms.values()}
         return cls(loaded, replace(plan.table, forms=forms), lambda: plan.source, spare_bytes)
 
     def runner_for(self, batch_size: int, length: int, level: str = "plan") -> tuple[Runner, Choice]:
         """What runs a request; arguments and errors as `Table.choose`."""
         choice = self.table.choose(batch_size, length, level, hardware.available_memory_bytes, tuple(self.runners))
         return self.runners[choice.form], choice
-
-
-def _with_threads(recipe: Recipe, threads: int | None) -> Recipe:
-    return replace(recipe, engine=replace(recipe.engine, threads=threads))
 
 
 def same_numbers(a: Recipe, b: Recipe) -> bool:

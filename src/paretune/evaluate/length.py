@@ -65,7 +65,7 @@ def by_position(
     for w in range(n_windows):
         begin = w * length
         window = torch.tensor(tokens[begin : begin + longest])
-        losses[w, : longest - 1] = _nll(runner, window)
+        losses[w, : longest - 1] = losses_of(runner, window)
         if progress:
             progress(w + 1, n_windows)
     out = []
@@ -82,7 +82,7 @@ def by_position(
     return out
 
 
-def _nll(runner: Runner, window: torch.Tensor) -> np.ndarray:
+def losses_of(runner: Runner, window: torch.Tensor) -> np.ndarray:
     """Nats of tokens 1 .. n-1 of one window, fed in steps through the runner's own cache."""
     n = len(window) - 1
     cache = runner.new_cache(1, n)

@@ -207,7 +207,10 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     entries = tuple(tuple(tuple(Entry(e["form"], e["n_bytes"]) for e in c["ranked"]) for c in row) for row in cells)
     widths = [entry["half_width"] for entry in result["aa"] if entry["half_width"] is not None]
     # The plan runs as it was measured.
-    kept = {f.name: replace(f, recipe=_with_threads(f.recipe, goal.threads)) for f in forms.values()}
+    kept = {
+        f.name: replace(f, recipe=f.recipe.with_threads(f.recipe.engine.threads or goal.threads))
+        for f in forms.values()
+    }
     about |= {
         "cells": [c for row in cells for c in row],
         "table": Table(batches, lengths, kept, entries).to_dict(),
@@ -216,12 +219,6 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     }
     journal.record("regimes", reference=plan.hash, result=about)
     return about
-
-
-def _with_threads(recipe: Recipe, threads: int | None) -> Recipe:
-    if not threads or recipe.engine.threads:
-        return recipe
-    return replace(recipe, engine=replace(recipe.engine, threads=threads))
 
 
 def _about(form: Form) -> dict[str, Any]:
