@@ -81,6 +81,17 @@ def test_study_002_falls_out_of_the_t4(tiny_gpt2_folder):
     assert decode["fp32", graph]["roofline_sec"] == pytest.approx(124e6 * 4 / 256e9, rel=0.05)
     said = " ".join(predict.findings(device, rows))
     assert "operator launches" in said and "no bf16 units" in said and "capability 8.0" in said
+    assert decode["bf16", graph]["speedup"] == decode["fp32", graph]["speedup"]  # converted: no gain
+    assert "no gain is predicted" in decode["bf16", graph]["note"] and decode["fp16", graph]["note"] == ""
+
+
+def test_an_emulated_format_gains_where_one_call_reads_it_as_it_is():
+    """A laptop without bf16: PyTorch converts, the native runner reads 16 bits and computes in fp32."""
+    config, device = checkpoint.gpt2_config("gpt2"), device_profile("laptop-cpu")
+    rows = predict.predict(config, device, 64)
+    gains = {(r["dtype"], r["form"]): r["speedup"] for r in rows if r["phase"] == "decode"}
+    assert gains["bf16", "eager"] == 1.0 and gains["bf16", "one call or graph"] == pytest.approx(2.0, rel=0.01)
+    assert "no 16-bit format gains in eager mode" in predict.findings(device, rows)[0]
 
 
 @pytest.mark.parametrize("name", PROFILES)

@@ -190,6 +190,18 @@ def few(monkeypatch):
     monkeypatch.setattr(hardware.rates, "matrix_rate", lambda name, *_args: rate(name, 32, "cpu", 0.001))
 
 
+def test_the_better_of_two_ceilings_figure_by_figure():
+    def made(bandwidths, rates, fma):
+        rows = tuple(
+            {"bytes": n, "threads": 2, "bytes_per_sec": b} for n, b in zip((1 << 20, 1 << 28), bandwidths, strict=True)
+        )
+        return hardware.Ceilings("cpu", "native", 2, rows, rates, fma)
+
+    best = made((9e10, 2e10), {"fp32": 1e11}, None).or_better(made((5e10, 4e10), {"fp32": 3e11, "bf16": 2e11}, 6e11))
+    assert [row["bytes_per_sec"] for row in best.read_bandwidth] == [9e10, 4e10]
+    assert best.matrix_rates == {"fp32": 3e11, "bf16": 2e11} and best.fma_rate == 6e11
+
+
 def test_ceilings_come_back_from_json(monkeypatch):
     few(monkeypatch)
     found = hardware.ceilings(quick=True)

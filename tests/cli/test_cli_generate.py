@@ -170,7 +170,7 @@ def test_a_recipe_file(as_json, tmp_path):
         (["-p", PROMPT, "--stop", ""], "--stop is empty"),
         (["-p", PROMPT, "--chat"], "no chat template"),
         (["./nowhere", "-p", PROMPT], "there is no folder './nowhere'"),
-        (["no/such-model", "-p", PROMPT], "is no local folder"),
+        (["no/such-model", "-p", PROMPT], "there is no folder or plan"),
     ],
 )
 def test_wrong_requests_are_one_line_and_exit_code_2(generate, arguments, said):

@@ -156,7 +156,7 @@ def test_a_prediction_refuses_what_it_would_ignore(command, tiny_gpt2_folder, tm
 
 
 def test_predict_says_so_and_loads_the_small_model_alone(command, tiny_gpt2_folder, monkeypatch):
-    from paretune.measure import predict_here
+    from paretune.measure import busy, predict_here
 
     monkeypatch.setattr(predict_here, "MIN_SEC", 0.0)
     monkeypatch.setattr(predict_here, "SIDES", (16, 32))
@@ -171,6 +171,9 @@ def test_predict_says_so_and_loads_the_small_model_alone(command, tiny_gpt2_fold
         "profile", str(tiny_gpt2_folder), "--predict", "--quick", "--input-len", "9", "--json", "-q"
     )
     assert code == 0 and json.loads(text)["is_prediction"] is True
+    monkeypatch.setattr(busy, "words_of", lambda seen: ["this process lost its processor 900 times a second"])
+    _, text, _ = command("profile", str(tiny_gpt2_folder), "--predict", "--quick", "--input-len", "9", "-q")
+    assert "Busy machine: this process lost its processor 900 times a second" in text
 
 
 # ---- the study

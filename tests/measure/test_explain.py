@@ -221,6 +221,23 @@ def test_arithmetic():
     assert found.gain == pytest.approx(1 / (1 - 0.8 * 0.5))  # these ceilings: twice the rate in bf16
 
 
+def test_training_is_not_told_of_runners_that_cannot_train():
+    kernels = [("dispatch", 0.4, 500), ("launch gap", 0.3, 500), ("GEMM", 0.6, 40)]
+    row = part("expansion", 0.9, 0.1, "compute", product_weight_bytes=1, flops=6 * 10**7)
+    for phase in ("decode", "train"):
+        found = explain.explain(result(row, kernels=kernels, page_faults=4000, page_fault_sec=1e-6) | {"phase": phase})
+        told = " ".join(e.try_next for e in found)
+        assert {"slow products", "dispatch overhead", "memory allocation"} <= {e.cause for e in found}
+        assert ("native" in told) == (phase == "decode") and ("--batch-size" in told) == (phase == "train")
+        assert "--config baseline" not in told  # which it is
+
+
+def test_a_bandwidth_that_was_surpassed_is_no_bound():
+    row = part("expansion", 0.9, 1.8, "memory", product_weight_bytes=9 * 10**7, bytes=9 * 10**7)
+    (found,) = explain.explain(result(row))
+    assert found.cause == "unsteady machine" and "200 % of what was measured as the largest bandwidth" in found.sentence
+
+
 def test_a_ceiling_that_was_surpassed_is_no_bound():
     row = part("expansion", 0.8, 2.1, "compute", product_weight_bytes=1, flops=6 * 10**8)
     (found,) = explain.explain(result(row))

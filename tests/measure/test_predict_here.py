@@ -53,7 +53,10 @@ def test_a_cost_model_gives_back_the_model_it_was_made_from(tiny_gpt2_folder, ha
     }
     found = cost_model(profiled, PRODUCTS, config)
     assert found.operator_sec == pytest.approx(2e-5) and found.attention_rate == pytest.approx(5e9)
-    assert found.tpot_sec(config, 10) == pytest.approx(whole)
+    assert found.tpot_sec(config, 10) == pytest.approx(whole) and found.spread == (1.0, 1.0)
+    varied = profiled | {"whole": {"sec": whole, "samples": [[whole * f for f in (0.5, 0.9, 1.0)], [whole * 2] * 9]}}
+    low, high = cost_model(varied, PRODUCTS, config).spread
+    assert 0.5 <= low < 1.0 and high == pytest.approx(2.0)
 
 
 def test_a_larger_model_by_hand():
@@ -71,6 +74,7 @@ def test_rows_are_predictions_and_narrower_weights_are_faster():
     by = {row["config"]: row["predicted_tpot_sec"] for row in rows}
     assert by["baseline"] > by["native"] > by["native_bf16"] > by["native_int8"] > by["native_int4"]
     assert all(row["is_prediction"] and row["predicted_tpot_sec"] >= row["roofline_sec"] for row in rows)
+    assert all(row["range_sec"][0] <= row["predicted_tpot_sec"] <= row["range_sec"][1] for row in rows)
     native = next(row for row in rows if row["config"] == "native")
     assert native["predicted_tpot_sec"] == native["roofline_sec"] == pytest.approx(native["bytes"] / 2e10)
 

@@ -232,10 +232,17 @@ def test_native_counters_where_they_are_and_where_not(tiny_gpt2_folder):
     step = Step(load_recipe(tiny_gpt2_folder, preset("baseline")), "decode", 7, 1)
     assert profile_native.rows(step.runner, step, {}, CEILINGS) is None  # eager
     whole = {"sec": 4e-3, "needed_bytes": 1 << 28, "dtype": "fp32"}
-    (row,) = profile_native.rows(_Native(), step, whole, CEILINGS)["rows"]  # type: ignore[index]
-    assert row["share"] == 0.5 and row["ceiling_share"] == pytest.approx(2000 / 2e10 / 2e-3)
+    found = profile_native.rows(_Native(), step, whole, CEILINGS)
+    assert found is not None
+    row, rest = found["rows"]
+    assert rest["operation"] == profile_native.OUTSIDE and rest["ceiling_share"] is None
+    assert row["sec"] + rest["sec"] == pytest.approx(found["step_sec"]) and row["share"] + rest["share"] == 1.0
+    assert row["share"] == row["sec"] / found["step_sec"] and row["ceiling_share"] == pytest.approx(5e-5)
     assert row["operation"] == "norm_1+qkv_projection" and row["calls"] == 2
     assert row["sec"] == pytest.approx(2e-3) and row["bytes_per_sec"] == pytest.approx(1e6)
+    assert profile_native.spans(step.runner, step) == []
+    names = [name for name, _ in profile_native.spans(_Native(), step)]
+    assert names == [f"layer {i}: norm_1+qkv_projection" for i in range(2)]
     without = type("Old", (), {"name": "native"})()
     assert profile_native.rows(without, step, {}, CEILINGS)["available"] is False  # type: ignore[index]
 

@@ -134,6 +134,13 @@ def test_a_trace_follows_the_format(tiny_gpt2_folder, tmp_path):
 
     data = profile_trace.record(run, lambda: None, model, "cpu", "prefill step")
     assert profile_trace.problems(data) == []
+    operations = [("layer 0: norm_1+qkv_projection", 1e-4), ("final_norm+head", 2e-4)]
+    native = profile_trace.record(run, lambda: None, None, "cpu", "prefill step", operations)
+    assert profile_trace.problems(native) == []
+    events = {e["name"]: e for e in json.loads(gzip.decompress(native))["traceEvents"]}
+    first, second = (events[name] for name, _ in operations)
+    assert first["ts"] == events["prefill step"]["ts"] and second["ts"] == pytest.approx(first["ts"] + first["dur"])
+    assert second["dur"] == pytest.approx(200) and second["tid"] == first["tid"] != events["prefill step"]["tid"]
     trace = json.loads(gzip.decompress(data))
     ranges = {e["name"] for e in trace["traceEvents"] if e.get("cat") == "user_annotation"}
     assert {"prefill step", "h.0.attn.c_attn", "h.1.mlp", "ln_f", "lm_head"} <= ranges

@@ -105,5 +105,7 @@ def test_native_rows_or_the_reason():
     assert "Not available: no counters." in profile.markdown([{**make(), "native": native}])
     entry = {"operation": "head", "calls": 1.0, "sec": 1e-4, "bytes": 8e6, "bytes_per_sec": 8e10}
     entry |= {"flops": 1e5, "flops_per_sec": 1e9, "share": 0.1, "ceiling_share": 0.8, "limit": "memory"}
-    text = profile.markdown([{**make(), "native": {"available": True, "reason": "", "rows": [entry], "sum_sec": 9e-4}}])
-    assert "80.0 GB/s" in text and "80 % (memory)" in text and "add up to 90 % of the plain step" in text
+    native = {"available": True, "reason": "", "rows": [entry], "sum_sec": 9e-4, "step_sec": 1.2e-3}
+    text = profile.markdown([{**make(), "native": native}])
+    assert "80.0 GB/s" in text and "80 % (memory)" in text
+    assert "took 20 % longer than the plain one" in text and "Operations are 75 % of it" in text

@@ -178,7 +178,7 @@ def _predict(model: str, folder: Path, device: str, input_len: int, batch_size: 
         Column("roofline_sec", "Roofline alone"),
         Column("bound_by", "Bound by"),
         Column("speedup", "Gain", lambda r: f"{r['speedup']:.2f}x"),
-        Column("note", "Remark", lambda r: r["note"] or ("" if r["fits"] else "does not fit")),
+        Column("note", "Remark", lambda r: "; ".join(t for t in ("" if r["fits"] else "does not fit", r["note"]) if t)),
     ]
     print(to_markdown(rows, columns))
     print("\n".join(f"- Prediction: {sentence}." for sentence in said))
@@ -189,23 +189,31 @@ def _predict_here(
 ) -> None:
     import json
 
-    from paretune.measure import environment, predict_here
+    from paretune.measure import busy, environment, predict_here
     from paretune.model import checkpoint
     from paretune.report.tables import Column, to_markdown
+    from paretune.report.units import format_sec
 
     config = checkpoint.read_config(folder)
     runners = ["baseline"] if quick else list(predict_here.CALIBRATED)  # the compiler takes most of the time
     say = (lambda line: None) if quiet else _say
+    watch = busy.BusyWatch()
     ceilings, models = predict_here.calibrate(threads=threads, runners=runners, say=say)
+    others = busy.words_of(watch())
     rows = predict_here.predict_here(config, input_len + 1, ceilings, models)
     if json_output:
         result = {**environment.header(), "model": {"name": model}, "is_prediction": True, "input_len": input_len}
-        print(json.dumps({**result, "ceilings": ceilings.to_json(), "rows": rows}, indent=2, allow_nan=False))
+        print(
+            json.dumps(
+                {**result, "busy": others, "ceilings": ceilings.to_json(), "rows": rows}, indent=2, allow_nan=False
+            )
+        )
         return
     print(f"# {model} on this machine: a prediction, the model was not loaded\n")
     columns = [
         Column("config", "Config", numeric=False),
         Column("predicted_tpot_sec", "Predicted TPOT"),
+        Column("range_sec", "Fast to slow moments", lambda r: " to ".join(format_sec(sec) for sec in r["range_sec"])),
         Column("predicted_tokens_per_sec", "Tokens/s", lambda r: f"{r['predicted_tokens_per_sec']:,.0f}"),
         Column("roofline_sec", "Roofline alone"),
         Column("bytes", "Bytes a step"),
@@ -214,6 +222,12 @@ def _predict_here(
     ]
     print(to_markdown(rows, columns))
     print(f"- One sequence after {input_len} tokens. The native rows are the least that their bytes take.")
+    print(
+        "- Fast to slow moments: as what a row rests on varied while it was measured (steps: 10th to 90th percentile; "
+        "bandwidth: best to worst)."
+    )
+    if others:
+        print(f"- Busy machine: {' and '.join(others)}. These are predictions for a machine as busy as that.")
     if quick:
         print("- --quick leaves `compile` out: compiling the model that it is calibrated on takes most of the time.")
 

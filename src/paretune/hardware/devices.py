@@ -22,7 +22,9 @@ class DeviceProfile:
         rates: matrix products by number format; a format that is absent has no unit of its own.
         operator_sec: assumed time that an eager operator takes at least, its way through Python and the launch.
         graph_sec: the same inside a CUDA graph, or in one native call.
-        emulated: number formats that run without gain, and why.
+        emulated: number formats that have no units, and why.
+        reads_narrow: whether one native call reads an emulated format as it is stored and computes in fp32 (our CPU
+            runner); elsewhere it is converted, which brings no gain.
         attention: what of the fused attention forms runs there.
     """
 
@@ -35,6 +37,7 @@ class DeviceProfile:
     graph_sec: float
     emulated: dict[str, str]
     attention: str
+    reads_narrow: bool = False
 
 
 _AMPERE_ON = "FlashAttention's library, PyTorch's fused forms and Triton"
@@ -99,6 +102,7 @@ PROFILES = {
             1e-6,
             {"bf16": "AVX2 has no bf16 instructions", "fp16": "AVX2 computes fp16 in fp32"},
             "PyTorch's flash form for CPUs, our native one",
+            reads_narrow=True,
         ),
     )
 }

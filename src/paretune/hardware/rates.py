@@ -207,6 +207,18 @@ class Ceilings:
     def bandwidth_at(self, n_bytes: float, threads: int | None = None) -> float:
         return bandwidth_at(self.read_bandwidth, n_bytes, threads)
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The larger of two measurements of one machine, figure by figure: what it gave once, it can give."""
+        places = {(row["bytes"], row["threads"]): row for row in other.read_bandwidth}
+        rows = []
+        for row in self.read_bandwidth:
+            twin = places.get((row["bytes"], row["threads"]), row)
+            rows.append(max(row, twin, key=lambda r: r["bytes_per_sec"]))
+        names = (*self.matrix_rates, *(n for n in other.matrix_rates if n not in self.matrix_rates))
+        rates = {n: max(self.matrix_rates.get(n, 0.0), other.matrix_rates.get(n, 0.0)) for n in names}
+        fma = max(self.fma_rate or 0.0, other.fma_rate or 0.0) or None
+        return dataclasses.replace(self, read_bandwidth=tuple(rows), matrix_rates=rates, fma_rate=fma)
+
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "read_bandwidth": list(self.read_bandwidth)}
 

@@ -74,12 +74,16 @@ def is_on_cpu(result: Result) -> bool:
     return not str(result.get("device") or "cpu").startswith("cuda")
 
 
+def is_training(result: Result) -> bool:
+    return result.get("phase") == "train"
+
+
 def runners_to_try(result: Result, native: str, compiled: str) -> str:
-    """What to try: the words of the runners that are not in use and can run on the device."""
+    """What to try: the words of the runners that are not in use and can run on the device; training has one."""
     used = runner_of(result)
-    said = [native] if is_on_cpu(result) and used != "native" else []
-    said += [compiled] if used == "eager" else []
-    return " or ".join(said) or "a larger batch, whose tokens share this cost"
+    said = [native] if is_on_cpu(result) and used != "native" and not is_training(result) else []
+    said += [compiled] if used == "eager" and not is_training(result) else []
+    return " or ".join(said) or "a larger --batch-size, whose tokens share this cost"
 
 
 def ceilings_of(result: Result) -> Ceilings | None:

@@ -15,6 +15,7 @@ from paretune.measure.explain_base import (
     duration,
     gain_without,
     is_on_cpu,
+    is_training,
     leaves_of,
     runner_of,
     runners_to_try,
@@ -43,6 +44,9 @@ def _weights(result: Result) -> Iterator[Explanation]:
         return
     if share < LARGE or reached < NEAR_CEILING:
         return
+    if reached > ABOVE_CEILING:
+        yield _surpassed(share, f"weights were read at {quantity(n_bytes / sec, 'B/s')}", reached, "bandwidth")
+        return
     kept, advice = _narrower(result)
     yield Explanation(
         "weight bandwidth",
@@ -54,10 +58,22 @@ def _weights(result: Result) -> Iterator[Explanation]:
     )
 
 
+def _surpassed(share: float, did: str, reached: float, what: str) -> Explanation:
+    return Explanation(
+        "unsteady machine",
+        share,
+        f"{did}, {percent(reached)} of what was measured as the largest {what}: that was in a worse moment, and every "
+        "share of it is too large",
+        "measuring again when nothing else runs",
+    )
+
+
 def _narrower(result: Result) -> tuple[float, str]:
     """Bytes of the next narrower format against those of the present one, and how to get it."""
     whole = result.get("whole") or {}
     width = whole.get("bytes_per_weight") or WIDTH.get(str(whole.get("dtype")), 4.0)
+    if is_training(result):
+        return 1.0, "a larger --batch-size: its tokens share the reading"
     if width > 1.5:
         names = "native_int8, or native_bf16" if is_on_cpu(result) else "int8, or bf16"
         return 1.0 / width, f"fewer bytes a weight: --config {names}"
@@ -99,7 +115,9 @@ def _slow_products(result: Result) -> Iterator[Explanation]:
         share,
         f"the library's matrix products take {percent(share)} of the step and {did}: their kernels, not the machine, "
         "are the limit",
-        "--config native, whose products stream packed weights" if is_on_cpu(result) else "a larger --batch-size",
+        "--config native, whose products stream packed weights"
+        if is_on_cpu(result) and not is_training(result)
+        else "a larger --batch-size",
         gain_without(share * max(0.0, 1 - reached / REAL_SHARE)),
     )
 
@@ -136,13 +154,8 @@ def _arithmetic(result: Result) -> Iterator[Explanation]:
         return
     dtype = str(whole.get("dtype"))
     if reached > ABOVE_CEILING:  # no bound, whatever it is called
-        yield Explanation(
-            "unsteady machine",
-            share,
-            f"matrix products ran at {quantity(flops / sec, 'FLOP/s')}, {percent(reached)} of what was measured as the "
-            f"most of this machine in {dtype}: that was in a worse moment, and every share of it is too large",
-            "measuring again when nothing else runs",
-        )
+        did = f"matrix products ran at {quantity(flops / sec, 'FLOP/s')}"
+        yield _surpassed(share, did, reached, f"rate of this machine in {dtype}")
         return
     rates = ceilings.matrix_rates if ceilings else {}
     best = max((n for n in ("fp32", "bf16", "fp16") if n in rates), key=lambda n: rates[n], default=dtype)
@@ -220,9 +233,22 @@ def _allocation(result: Result) -> Iterator[Explanation]:
         share,
         f"a step touches {n:,.0f} fresh pages, at {duration(cost)} each {percent(share)} of its time: "
         "large results are allocated anew and given back",
-        "attention without a score matrix (--config baseline), or buffers that are kept (--config native, compile)",
+        _kept_buffers(result),
         gain_without(share),
     )
+
+
+def _kept_buffers(result: Result) -> str:
+    """What allocates less than the present recipe."""
+    transforms = (result.get("recipe") or {}).get("transforms") or ()
+    said = []
+    if any(t["name"] == "attention" and t.get("form") == "eager" for t in transforms):
+        said.append("attention without a score matrix (--config baseline)")
+    if is_training(result):
+        said.append("fewer sequences at once (--batch-size, with --grad-accumulation in `paretune train`)")
+    elif runner_of(result) == "eager":
+        said.append("buffers that are kept (--config native or compile)")
+    return " or ".join(said) or "a shorter prompt or a smaller --batch-size: its buffers are kept already"
 
 
 BOUNDS: tuple[Rule, ...] = (_weights, _slow_products, _cache, _arithmetic, _dispatch, _python, _allocation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from paretune.measure import busy
 from paretune.measure.explain_base import (
     Explanation,
     Result,
@@ -11,14 +12,13 @@ from paretune.measure.explain_base import (
     ceilings_of,
     class_share,
     gain_without,
+    is_training,
     leaves_of,
 )
 from paretune.measure.roofline import percent, quantity
 
 MANY_ZEROS = 0.3  # of the weights
 MUCH_CONVERTED = 0.25  # of the bytes of the weights that products read
-BUSY_PER_SEC = 100  # preemptions: a quiet machine has a few a second
-BUSY_PRESSURE = 0.3  # of the time some task waits for a processor; our own threads leave none waiting
 
 
 def _threads(result: Result) -> Iterator[Explanation]:
@@ -46,12 +46,8 @@ def _threads(result: Result) -> Iterator[Explanation]:
 
 def _busy(result: Result) -> Iterator[Explanation]:
     facts, sec = result.get("facts") or {}, (result.get("whole") or {}).get("sec")
-    n, pressure = facts.get("preemptions") or 0.0, facts.get("cpu_pressure") or 0.0
-    said = []
-    if sec and n / sec >= BUSY_PER_SEC:
-        said.append(f"the step lost its processor {n / sec:,.0f} times a second")
-    if pressure >= BUSY_PRESSURE:
-        said.append(f"some program waited for a processor in {percent(min(pressure, 1.0))} of the time")
+    n = facts.get("preemptions")
+    said = busy.words(n / sec if n and sec else None, facts.get("cpu_pressure"))
     if not said:
         return
     # Who left cores to the others already is not told to leave more.
@@ -88,7 +84,9 @@ def _emulated(result: Result) -> Iterator[Explanation]:
             "emulated dtype",
             0.0,
             f"{whole.get('dtype')} is emulated on this machine ({facts['emulated_reason']})",
-            "--config native_bf16, which reads 16-bit weights and computes in fp32, or --config baseline",
+            "--config baseline"
+            if is_training(result)
+            else "--config native_bf16, which reads 16-bit weights and computes in fp32, or --config baseline",
         )
 
 

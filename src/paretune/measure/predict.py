@@ -63,16 +63,20 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
             cache_width = 4.0 if dtype == "fp32" else 2.0
             pattern = config.attention_pattern
             context = round(roofline.keys_seen(pattern, input_len + 1)) if phase == "decode" else input_len
-            n_bytes = width * sizes.n_weights + cache_width * sizes.kv_values * context * batch_size
+            cached = sizes.kv_values * context * batch_size
+            n_bytes, wide_bytes = width * sizes.n_weights + cache_width * cached, 4.0 * (sizes.n_weights + cached)
             flops = batch_size * (
                 roofline.decode_flops(config, context)
                 if phase == "decode"
                 else roofline.prefill_flops(config, input_len, pattern=pattern)
             )
-            memory, compute = n_bytes / bandwidth, flops / rate
+            compute = flops / rate
             for form in _FORMS:
                 each = device.operator_sec if form == "eager" else device.graph_sec
                 launch = sizes.n_operators * each
+                # An emulated format is converted before it is used: no gain, unless one call reads it as it is.
+                converted = dtype in device.emulated and not (device.reads_narrow and form != "eager")
+                memory = (wide_bytes if converted else n_bytes) / bandwidth
                 # Launches run beside the kernels: the longer of the two is what is waited for.
                 predicted = max(memory, compute, launch)
                 first = first or predicted
@@ -90,7 +94,7 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
                         "bound_by": max(kinds, key=lambda k: kinds[k]),
                         "speedup": first / predicted,
                         "fits": n_bytes < 0.9 * device.memory_bytes,
-                        "note": device.emulated.get(dtype, ""),
+                        "note": f"{device.emulated[dtype]}: no gain is predicted" if converted else "",
                         "is_prediction": True,
                     }
                 )
@@ -101,19 +105,21 @@ def findings(device: DeviceProfile, rows: list[dict[str, Any]]) -> list[str]:
     """What the rows say, in sentences; each one a prediction."""
     by = {(r["phase"], r["dtype"], r["form"]): r for r in rows}
     eager, graph = by["decode", "fp32", "eager"], by["decode", "fp32", _FORMS[1]]
-    half = "fp16" if "fp16" in device.rates else "bf16"
     said = []
+    half = next((dtype for dtype in ("fp16", "bf16") if dtype not in device.emulated), None)
+    alone = by["decode", half or "fp32", "eager"]["speedup"]
+    narrow, int8 = (by["decode", dtype, _FORMS[1]]["speedup"] for dtype in (half or "bf16", "int8"))
+    gains = f"{half} alone gains {alone:.2f}x" if half else "no 16-bit format gains"
     if eager["bound_by"] == "operator launches":
-        same = by["decode", half, "eager"]["speedup"]
         said.append(
             f"decode in eager mode is bound by operator launches ({1e3 * eager['launch_sec']:.2f} ms against "
-            f"{1e3 * eager['roofline_sec']:.2f} ms of reading): 16 bits alone gain {same:.2f}x, one graph or native "
-            f"call {graph['speedup']:.2f}x, both {by['decode', half, _FORMS[1]]['speedup']:.2f}x"
+            f"{1e3 * eager['roofline_sec']:.2f} ms of reading): {gains} there; one graph or native call gains "
+            f"{graph['speedup']:.2f}x, with {half or 'bf16'} {narrow:.2f}x"
         )
     else:
         said.append(
-            f"decode is bound by {eager['bound_by']}: 16 bits gain {by['decode', half, 'eager']['speedup']:.2f}x, int8 "
-            f"{by['decode', 'int8', _FORMS[1]]['speedup']:.2f}x"
+            f"decode is bound by {eager['bound_by']}: {gains} in eager mode; in one graph or native call "
+            f"{half or 'bf16'} gains {narrow:.2f}x and int8 {int8:.2f}x"
         )
     said += [f"{dtype} brings no arithmetic of its own there: {why}" for dtype, why in device.emulated.items()]
     said.append(f"fused attention there: {device.attention}")

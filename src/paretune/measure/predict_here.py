@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,11 +81,13 @@ class CostModel:
         products: rows of `product_rates`.
         attention_rate: bytes/s of keys and values, as attention reached.
         operator_sec: everything else of a step, an operator (counted as `predict.OPERATORS` does).
+        spread: a fast and a slow step of the small model (10th and 90th percentile) over the one it was made from.
     """
 
     products: tuple[Mapping[str, float], ...]
     attention_rate: float
     operator_sec: float
+    spread: tuple[float, float] = (1.0, 1.0)
 
     def product_sec(self, n_bytes: float) -> float:
         """Seconds of a product with a weight of this size: between the sizes on a logarithmic scale, beyond them the
@@ -118,7 +121,10 @@ def cost_model(profiled: Mapping[str, Any], products: Sequence[Mapping[str, floa
         product_sec = by_kind.get("GEMV", 0.0) + by_kind.get("GEMM", 0.0)
         attention_sec = by_kind.get("attention", 0.0)
     rest = max(0.0, profiled["whole"]["sec"] - product_sec - attention_sec)
-    return CostModel(tuple(products), kv_bytes / attention_sec, rest / Sizes.of(config).n_operators)
+    steps = [sec / profiled["whole"]["sec"] for block in profiled["whole"].get("samples", ()) for sec in block]
+    tenths = statistics.quantiles(steps, n=10) if len(steps) > 1 else [1.0]
+    spread = (min(tenths[0], 1.0), max(tenths[-1], 1.0))
+    return CostModel(tuple(products), kv_bytes / attention_sec, rest / Sizes.of(config).n_operators, spread)
 
 
 def calibrate(
@@ -159,7 +165,10 @@ def calibrate(
 def predict_here(
     config: ModelConfig, context: int, ceilings: hardware.Ceilings, models: Mapping[str, CostModel]
 ) -> list[dict[str, Any]]:
-    """Predicted TPOT of one sequence by preset; each row says what it rests on."""
+    """Predicted TPOT of one sequence by preset; each row says what it rests on.
+
+    `range_sec` is the prediction in a fast and in a slow moment, as the measurements that it rests on varied.
+    """
     sizes, seen = Sizes.of(config), roofline.keys_seen(config.attention_pattern, context)
     free = hardware.available_memory_bytes()
     widths = {**dict.fromkeys(models, (4.0, 4.0)), **NATIVE}
@@ -169,12 +178,14 @@ def predict_here(
         least = n_bytes / ceilings.bandwidth_at(n_bytes)
         model = models.get(name)
         sec = model.tpot_sec(config, context) if model else least
+        fast, slow = model.spread if model else _bandwidth_spread(ceilings, n_bytes)
         rows.append(
             {
                 "config": name,
                 "bytes": n_bytes,
                 "roofline_sec": least,
                 "predicted_tpot_sec": sec,
+                "range_sec": [sec * fast, sec * slow],
                 "predicted_tokens_per_sec": 1 / sec,
                 "rests_on": "products and a small model measured here" if model else "the read bandwidth measured here",
                 "fits": width * sizes.n_weights + 4 * sizes.kv_values * seen < 0.9 * free,
@@ -182,3 +193,12 @@ def predict_here(
             }
         )
     return rows
+
+
+def _bandwidth_spread(ceilings: hardware.Ceilings, n_bytes: float) -> tuple[float, float]:
+    """Times of reading at the best and the worst of the samples near this size, over the best's."""
+    most = max(row["threads"] for row in ceilings.read_bandwidth)
+    rows = [row for row in ceilings.read_bandwidth if row["threads"] == most]
+    near = min(rows, key=lambda row: abs(math.log(row["bytes"] / max(n_bytes, 1.0))))
+    samples = near.get("samples") or [near["bytes_per_sec"]]
+    return 1.0, max(samples) / min(samples)

@@ -7,13 +7,13 @@ quiet machine.
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from paretune import clock, hardware
 from paretune.engine.load import Loaded
+from paretune.measure import busy
 from paretune.measure.explain_base import leaves_of
 from paretune.measure.profile_steps import Step
 from paretune.model.layers import Linear
@@ -58,25 +58,8 @@ def bytes_per_weight(model: torch.nn.Module) -> float | None:
 
 def page_faults() -> int | None:
     """Minor page faults of this process so far; None where the system does not count them."""
-    usage = _usage()
-    return None if usage is None else usage.ru_minflt
-
-
-def _waited_sec() -> float | None:
-    """Seconds in which some task of this machine was ready and had no processor; None where the system does not say."""
-    try:
-        text = Path("/proc/pressure/cpu").read_text("utf-8")
-        return int(text.split("total=")[1].split()[0]) / 1e6
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _usage() -> Any:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF)
+    counted = busy.usage()
+    return None if counted is None else counted.ru_minflt
 
 
 @functools.cache
@@ -103,17 +86,12 @@ def facts(loaded: Loaded, step: Step, result: dict[str, Any], breaks: BreakCount
     device = runner.device.type
     dtype = result["whole"]["dtype"]
     support = hardware.dtype_support(device).get(dtype) if dtype != "fp32" else None
-    before, pressure, n_steps, started = _usage(), _waited_sec(), 0, clock.now()
+    watch, n_steps, started = busy.BusyWatch(), 0, clock.now()
     while n_steps < _FEW_STEPS or (clock.now() - started < _WATCH_SEC and n_steps < _MANY_STEPS):
         step.prepare()
         step.run()
         n_steps += 1
-    after, spent = _usage(), clock.now() - started
-    waited = _waited_sec()
-
-    def each(name: str) -> float | None:
-        return None if before is None else (getattr(after, name) - getattr(before, name)) / n_steps
-
+    seen = watch()
     parts = leaves_of(result)
     return {
         "threads": result["threads"]["threads"],
@@ -127,8 +105,8 @@ def facts(loaded: Loaded, step: Step, result: dict[str, Any], breaks: BreakCount
         "allocated_bytes": sum(row["allocated_bytes"] for row in parts),
         "cache_bytes": sum(row["cache_bytes"] for row in parts),
         "n_ops": sum(row["n_ops"] for row in parts),
-        "page_faults": each("ru_minflt"),
-        "preemptions": each("ru_nivcsw"),
-        "cpu_pressure": None if pressure is None or waited is None or spent <= 0 else (waited - pressure) / spent,
+        "page_faults": None if seen.page_faults is None else seen.page_faults / n_steps,
+        "preemptions": None if seen.preemptions is None else seen.preemptions / n_steps,
+        "cpu_pressure": seen.pressure,
         "page_fault_sec": page_fault_sec() if device == "cpu" else None,
     }

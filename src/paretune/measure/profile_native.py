@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from paretune import clock
 from paretune.hardware import Ceilings
 from paretune.measure.profile_steps import Step
 
 N_STEPS = 20
+OUTSIDE = "outside the operations"
 
 
 class Counter(NamedTuple):
@@ -32,8 +34,11 @@ class Counter(NamedTuple):
 def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any] | None:
     """Operations of a step, the mean over `N_STEPS`; None for other runners, a reason where there are no counters.
 
+    The steps that were counted are timed too (`step_sec`): shares are of them, and the last row is what of them passed
+    outside the operations, in Python and in waking the threads. Rows add up to that step.
+
     Args:
-        whole: of the profile: `share` is of its seconds, and of its bytes is the working set of the weights.
+        whole: of the profile: of its bytes is the working set of the weights.
     """
     if runner.name != "native":
         return None
@@ -43,23 +48,29 @@ def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) 
             "reason": "the native runner of this version has no counters",
             "rows": [],
             "sum_sec": 0.0,
+            "step_sec": 0.0,
         }
     runner.count_(True)
+    spent = 0.0
     try:
         for _ in range(N_STEPS):
             step.prepare()
+            started = clock.now()
             step.run()
+            spent += clock.now() - started
         counted = [Counter(*entry) for entry in runner.counters or ()]
     finally:
         runner.count_(False)
     if not counted:
-        return {"available": False, "reason": "this step does not run in native code", "rows": [], "sum_sec": 0.0}
+        reason = "this step does not run in native code"
+        return {"available": False, "reason": reason, "rows": [], "sum_sec": 0.0, "step_sec": 0.0}
     sums: dict[str, list[float]] = {}
     for entry in counted:
         total = sums.setdefault(entry.operation, [0.0] * 4)
         for i, value in enumerate((entry.calls, entry.sec, entry.n_bytes, entry.flops)):
             total[i] += value / N_STEPS
     out: list[dict[str, Any]] = []
+    step_sec = spent / N_STEPS
     bandwidth = ceilings.bandwidth_at(whole["needed_bytes"] or 1)
     rate = ceilings.matrix_rates.get(whole["dtype"]) or ceilings.matrix_rates.get("fp32")
     for operation, (calls, sec, n_bytes, flops) in sums.items():
@@ -67,8 +78,25 @@ def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) 
         memory_sec, compute_sec = n_bytes / bandwidth, flops / rate if rate else 0.0
         least = max(memory_sec, compute_sec)
         row = {"operation": operation, "calls": calls, "sec": sec, "bytes": n_bytes, "flops": flops}
-        row |= {"share": sec / whole["sec"], "ceiling_share": least / sec if sec and least else None}
+        row |= {"share": sec / step_sec, "ceiling_share": least / sec if sec and least else None}
         row["limit"] = ("compute" if compute_sec > memory_sec else "memory") if least else None
         out.append({**row, "bytes_per_sec": None, "flops_per_sec": None, **rates})
     out.sort(key=lambda row: -row["sec"])
-    return {"available": True, "reason": "", "rows": out, "sum_sec": sum(row["sec"] for row in out)}
+    sum_sec = sum(row["sec"] for row in out)
+    rest = dict.fromkeys(out[0], None) | {"operation": OUTSIDE, "calls": 1.0, "sec": step_sec - sum_sec}
+    rest |= {"share": 1 - sum_sec / step_sec, "bytes": 0, "flops": 0}
+    return {"available": True, "reason": "", "rows": [*out, rest], "sum_sec": sum_sec, "step_sec": step_sec}
+
+
+def spans(runner: Any, step: Step) -> list[tuple[str, float]]:
+    """(operation with its layer, seconds) of one step in the order in which they ran; empty for other runners."""
+    if runner.name != "native" or not hasattr(runner, "count_"):
+        return []
+    runner.count_(True)
+    try:
+        step.prepare()
+        step.run()
+        counted = [Counter(*entry) for entry in runner.counters or ()]
+    finally:
+        runner.count_(False)
+    return [(f"layer {c.layer}: {c.operation}" if c.layer >= 0 else c.operation, c.sec) for c in counted if c.calls]

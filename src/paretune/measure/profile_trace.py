@@ -10,7 +10,7 @@ import contextlib
 import gzip
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from paretune.errors import ParetuneError
 from paretune.ops.weights.base import Weight
 
 MAX_EVENTS = 100_000
+_NATIVE_LANE = 1_000_000_000  # above the numbers that systems give threads
 _RANGES = ("user_annotation", "gpu_user_annotation")
 # What PyTorch writes beside the events and a reader needs; the rest names the machine and its paths.
 _KEPT_KEYS = ("schemaVersion", "displayTimeUnit")
@@ -59,9 +60,19 @@ def module_ranges(model: nn.Module) -> Iterator[None]:
 
 
 def record(
-    run: Callable[[], Any], prepare: Callable[[], Any], model: nn.Module | None, device: str, name: str
+    run: Callable[[], Any],
+    prepare: Callable[[], Any],
+    model: nn.Module | None,
+    device: str,
+    name: str,
+    native: Sequence[tuple[str, float]] = (),
 ) -> bytes:
-    """A gzipped trace of one step, `name` the range around it all; `model` None: no ranges for modules."""
+    """A gzipped trace of one step, `name` the range around it all.
+
+    Args:
+        model: None: no ranges for modules.
+        native: operations of the native runner with their seconds, in their order: a lane of its own.
+    """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.startswith("cuda") else [])
     with module_ranges(model) if model is not None else contextlib.nullcontext():
         with profile(activities=activities):  # what a profiler sets up at its first use is not in the trace
@@ -74,8 +85,30 @@ def record(
         path = Path(scratch) / "trace.json"
         watched.export_chrome_trace(str(path))
         raw = json.loads(path.read_text("utf-8"))
+    raw["traceEvents"] = [*raw.get("traceEvents", ()), *native_lane(raw.get("traceEvents", ()), name, native)]
     # A fixed time stamp: the same trace gives the same bytes.
     return gzip.compress(json.dumps(bounded(raw), separators=(",", ":")).encode(), mtime=0)
+
+
+def native_lane(
+    events: Sequence[Mapping[str, Any]], name: str, native: Sequence[tuple[str, float]]
+) -> list[dict[str, Any]]:
+    """The native runner's operations as ranges: PyTorch's profiler sees nothing of them.
+
+    Their durations are those of the runner's own counters in another step; they are laid end to end from where the
+    range `name` begins, since counters know no starting times.
+    """
+    outer = next((e for e in events if e.get("ph") == "X" and e.get("name") == name), None)
+    if not native or outer is None:
+        return []
+    lane = {"pid": outer["pid"], "tid": _NATIVE_LANE}
+    title = "native operations (from counters, laid end to end)"
+    out: list[dict[str, Any]] = [{"ph": "M", "name": "thread_name", "ts": 0, **lane, "args": {"name": title}}]
+    at = float(outer["ts"])
+    for operation, sec in native:
+        out.append({"ph": "X", "cat": _RANGES[0], "name": operation, "ts": at, "dur": 1e6 * sec, **lane})
+        at += 1e6 * sec
+    return out
 
 
 def bounded(raw: dict[str, Any], max_events: int = MAX_EVENTS) -> dict[str, Any]:

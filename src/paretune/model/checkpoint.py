@@ -85,8 +85,8 @@ def _from_hub(name: str) -> Path:
     except Exception as error:  # the hub client raises a family of its own, requests' and ours to be one line
         reason = type(error).__name__
         raise UsageError(
-            f"{name!r} is no local folder, and the hub gives no model of that name ({reason})",
-            "Check the spelling and the network, or pass a folder; offline, `pocket` is always there",
+            f"there is no folder or plan {name!r} here, and the hub gives no model of that name ({reason})",
+            "Check the path, or for a hub id the spelling and the network; offline, `pocket` is always there",
         ) from None
 
 

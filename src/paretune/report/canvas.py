@@ -117,17 +117,18 @@ def _candidates(x: float, y: float, radius: float, w: float, h: float) -> Iterat
     """Places for a label around a point, nearest first: (left, bottom, far enough for a leader)."""
     for distance in (3, 12, 24, 40, 60):
         gap = radius + distance
-        if distance <= 12:  # a long level leader would look like an error bar
+        is_far = distance > 3  # a label that does not touch its point has a leader, or it seems to belong to another
+        if not is_far:  # a level leader would look like an error bar
             yield x + gap, y - h / 2, False
         for dy in (1, -1):
-            yield x + gap, y + dy * 0.8 * gap - (h if dy < 0 else 0), distance > 12
-        if distance <= 12:
+            yield x + gap, y + dy * 0.8 * gap - (h if dy < 0 else 0), is_far
+        if not is_far:
             yield x - gap - w, y - h / 2, False
         for dy in (1, -1):
-            yield x - gap - w, y + dy * 0.8 * gap - (h if dy < 0 else 0), distance > 12
+            yield x - gap - w, y + dy * 0.8 * gap - (h if dy < 0 else 0), is_far
         for share in (0.5, 0.25, 0.75, 0.1, 0.9):
             for dy in (1, -1):
-                yield x - share * w, y + dy * gap - (h if dy < 0 else 0), distance > 3
+                yield x - share * w, y + dy * gap - (h if dy < 0 else 0), is_far
 
 
 def _leader(x: float, y: float, box: Box) -> tuple[tuple[float, float], list[Box]]:

@@ -133,14 +133,18 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
         )
     native = result.get("native")
     if native and native["available"]:
+        other = native["step_sec"] / result["whole"]["sec"] - 1
         out.append(
-            f"Operations: the native runner's own counters over {N_STEPS} steps, switched on for them; they add up to "
-            f"{format_percent(native['sum_sec'] / result['whole']['sec'])} of the plain step."
+            f"Operations: the native runner's own counters over {N_STEPS} steps, switched on for them; such a step "
+            f"took {_percent(abs(other))} {'longer' if other >= 0 else 'shorter'} than the plain one, and shares are "
+            f"of it. Operations are {format_percent(native['sum_sec'] / native['step_sec'])} of it; the rest, the call "
+            "from Python and the waking of threads, is a row of its own."
         )
     longer = result["profiled_sec"] / result["whole"]["sec"] - 1
     out.append(
         f"Kernels: seen by PyTorch's profiler, under which a step takes {_percent(abs(longer))} "
         f"{'longer' if longer >= 0 else 'shorter'}; their shares are of that step."
+        + (" So much longer that the shares may be those of a disturbed step: measure again." if longer > 1 else "")
     )
     return out + [f"{note[:1].upper()}{note[1:]}." for note in result["notes"]]
 

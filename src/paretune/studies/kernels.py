@@ -222,6 +222,14 @@ def lead_of(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _resolution(result: Mapping[str, Any]) -> str:
+    twin: Mapping[str, Any] = next((row for row in result["bench"]["rows"] if row["role"] == "twin"), {})
+    if not twin.get("throughput_speedup"):
+        return "(not measured)"
+    low, high = twin["throughput_speedup_low"], twin["throughput_speedup_high"]
+    return f"({format_ratio(twin['throughput_speedup'], low, high)})"
+
+
 def _write(out: Path, result: Mapping[str, Any]) -> None:
     profiles = result["profiles"]
     n, shape = result["new_tokens"], f"{result['input_len']} prompt tokens, batch 1"
@@ -232,6 +240,8 @@ def _write(out: Path, result: Mapping[str, Any]) -> None:
                 f"{shape}; all four side by side in interleaved blocks, the interval over all planned looks is 95 %. "
                 "The published column is of another machine (standard deviation in brackets): compare ratios, not "
                 "seconds.",
+                "Indistinguishable: the whole interval lies within what FP32 differs from a second copy of itself by "
+                f"{_resolution(result)}. Undecided: it does not, nor does it lie outside; more blocks would decide it.",
                 f"16 bits here are {result['dtype'].upper()}: {result['dtype_reason']}.",
                 "Published, FP16 was called 2.6 % faster with a standard deviation of 13 %: that is indistinguishable.",
             ],
