@@ -11,7 +11,7 @@ tune: $(STAMP)
 	$(VENV)/bin/paretune generate runs/pocket --prompt "The old man looked at the sea and" --max-new-tokens 60 --temperature 0.8 --top-p 0.95 --seed 1
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not slow and not gpu"
+	$(PY) -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu"

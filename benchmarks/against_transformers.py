@@ -168,7 +168,7 @@ def main() -> int:
         read_back = hardware.set_threads(args.threads)
         chosen = [w for w in WORKLOADS if args.only is None or (len(w[1]) == 2) == (args.only == "decode")]
         result: dict[str, Any] = {
-            **environment.header("python " + " ".join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]), args.seed),
+            **environment.header(seed=args.seed),
             "threads": read_back,
             "ceilings": hardware.ceilings("cpu", quick=True).to_json(),
             "cells": [measure(args.model, names, workload, kinds, args) for workload, kinds in chosen],

@@ -178,7 +178,7 @@ def main() -> int:
     try:
         files.ensure_folder(args.output.resolve().parent)
         threads = hardware.set_threads(args.threads)
-        header = environment.header("python " + " ".join(["benchmarks/attention.py", *sys.argv[1:]]), args.seed)
+        header = environment.header(seed=args.seed)
         tables: list[dict[str, Any]] = []
         steps = [lambda n=int(n): operator(n, args) for n in args.lengths.split(",")]
         steps.append(lambda: decode(args))

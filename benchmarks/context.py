@@ -62,10 +62,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
+    if args.blocks < 6:
+        parser.error(f"--blocks is {args.blocks}: an interval needs 6 or more")
     try:
         files.ensure_folder(args.output.resolve().parent)
         threads = hardware.set_threads(args.threads)
-        header = environment.header("python " + " ".join(["benchmarks/context.py", *sys.argv[1:]]), args.seed)
+        header = environment.header(seed=args.seed)
         rows = []
         with torch.inference_mode():
             for name in args.weights.split(","):

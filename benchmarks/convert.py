@@ -137,7 +137,7 @@ def main() -> int:
             theirs = near["original"][i::FACTOR]
             stretches.append({"begin": i * context, "end": (i + 1) * context, **increase(ours, theirs)})
         inside = increase(near["alibi"], near["original"])
-        header = environment.header("python " + " ".join(["benchmarks/convert.py", *sys.argv[1:]]), args.seed)
+        header = environment.header(seed=args.seed)
         result = {
             **header,
             "threads": read_back,

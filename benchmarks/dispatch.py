@@ -56,6 +56,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=Path("dispatch.json"))
     args = parser.parse_args()
+    if args.blocks < 6:
+        parser.error(f"--blocks is {args.blocks}: an interval needs 6 or more")
     try:
         files.ensure_folder(args.output.resolve().parent)
         read_back = hardware.set_threads(args.threads)
@@ -111,7 +113,7 @@ def main() -> int:
         median = {name: stats.bootstrap(values, np.median).to_json() for name, values in taken.items()}
         share = stats.speed_ratio(np.array(taken["look-up"]), np.array(taken["decode step"]))
         beside = stats.speed_ratio(np.array(taken["request, direct"]), np.array(taken["request, chosen"]))
-        header = environment.header("python " + " ".join(["benchmarks/dispatch.py", *sys.argv[1:]]), args.seed)
+        header = environment.header(seed=args.seed)
         share_of_step = {"value": share.value, "low": share.low, "high": share.high}
         result = {
             **header,

@@ -82,7 +82,7 @@ def main() -> int:
             p90 = stats.percentile(values, 90)
             row = {"case": name, "usec_per_token": interval.value, "low": interval.low, "high": interval.high}
             rows.append({**row, "p90_usec": p90, "limit_usec": LIMITS_USEC[name], "n": len(values)})
-        header = environment.header("python " + " ".join(["benchmarks/overhead.py", *sys.argv[1:]]), args.seed)
+        header = environment.header(seed=args.seed)
         result = {**header, "threads": read_back, "tokens": args.tokens, "rows": rows, "samples_usec": taken}
         files.write_json(args.output, result)
     except ParetuneError as error:

@@ -7,6 +7,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub: tests never touch the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes on the same cores: a thread that waits gives its core away
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 from collections.abc import Callable

@@ -84,6 +84,13 @@ def test_no_private_folder_leaks(tmp_path, monkeypatch):
     assert environment.hide_paths(str(home)) == "~"
 
 
+def test_a_script_is_named_with_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [str(tmp_path / "benchmarks" / "peers.py"), "--model", "a b"]
+    assert environment.header(argv)["command"] == "python benchmarks/peers.py --model 'a b'"
+    assert environment.header(["/x/paretune/__main__.py", "ls"])["command"] == "paretune ls"
+
+
 def test_environment_lists_only_known_variables(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("SECRET_TOKEN", "hush")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from paretune import hardware
 from paretune.model import checkpoint
 from paretune.recipe import Recipe, preset
 from paretune.train import cost
@@ -46,6 +47,6 @@ def test_rows_in_processes_of_their_own(tiny_gpt2_folder, tmp_path, monkeypatch)
     ]
     assert all(r["step_sec"] > 0 and r["peak_bytes"] > 1 << 26 and r["cause"] == "" for r in rows)
     assert rows[0]["speedup"] == 1 and all(r["n"] == 1 for r in rows)
-    monkeypatch.setattr(cost, "_free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(hardware, "memory_left", lambda device: 1 << 20)
     rows = cost.training_costs(tiny_gpt2_folder, mechanisms, batch_sizes=(2,), length=16, log_folder=tmp_path)
     assert all(r["cause"].startswith("out of memory: one window needs") and r["step_sec"] is None for r in rows)

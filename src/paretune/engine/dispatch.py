@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -243,6 +244,7 @@ class Dispatcher:
         self.table = table
         self.runners: dict[str, Runner] = {PLAN: loaded.runner}
         device = str(loaded.runner.device)
+        self._memory_left = functools.partial(hardware.memory_left, device)
         for form in table.forms.values():
             if form.name == PLAN or form.recipe.requires(device):
                 continue
@@ -264,7 +266,7 @@ class Dispatcher:
 
     def runner_for(self, batch_size: int, length: int, level: str = "plan") -> tuple[Runner, Choice]:
         """What runs a request; arguments and errors as `Table.choose`."""
-        choice = self.table.choose(batch_size, length, level, hardware.available_memory_bytes, tuple(self.runners))
+        choice = self.table.choose(batch_size, length, level, self._memory_left, tuple(self.runners))
         return self.runners[choice.form], choice
 
 

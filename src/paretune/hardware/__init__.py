@@ -24,6 +24,7 @@ from paretune.hardware.machine import (
     has_instruction,
     instruction_sets,
     memory_bytes,
+    memory_left,
     n_threads,
     set_threads,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "judge_dtype",
     "matrix_rate",
     "memory_bytes",
+    "memory_left",
     "n_threads",
     "probe_bytes",
     "read_bandwidth_sweep",

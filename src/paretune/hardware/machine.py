@@ -190,3 +190,13 @@ def available_memory_bytes() -> int:
             cached = int(rows.get("total_inactive_file", rows.get("inactive_file", 0)))
             available = min(available, max(0, limit - max(0, used - cached)))
     return available
+
+
+def memory_left(device: str = "cpu") -> int:
+    """Memory that can be taken now where `device` keeps its tensors; what PyTorch holds there unused counts as free."""
+    if not device.startswith("cuda"):
+        return available_memory_bytes()
+    import torch
+
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused

@@ -8,6 +8,7 @@ was measured into the rows of the result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import tempfile
@@ -280,7 +281,8 @@ class _Run:
         # Second copies of the weights are not granted: what shares the plan's own can run.
         shared = [f.name for f in table.forms.values() if not f.weights_bytes]
         length = cell.input_len + cell.output_len
-        choice = table.choose(cell.batch_size, length, "plan", hardware.available_memory_bytes, shared)
+        left = functools.partial(hardware.memory_left, self.device)
+        choice = table.choose(cell.batch_size, length, "plan", left, shared)
         return Trial(name, table.forms[choice.form].recipe, notes=[f"chosen by the plan's table: {choice}"])
 
     def cell(self, cell: Cell, index: int, n_left: int) -> None:

@@ -135,9 +135,13 @@ def hide_paths(text: str) -> str:
 
 
 def command_line(argv: Sequence[str] | None = None) -> str:
-    """The command as a user types it: `paretune` and the arguments, quoted, private folders shortened."""
-    words = list(sys.argv if argv is None else argv)
-    return hide_paths(shlex.join(["paretune", *words[1:]]))
+    """The command as a user types it, arguments quoted, private folders shortened: `paretune`, or `python` and a script
+    with the folder that it lies in."""
+    program, *words = list(sys.argv if argv is None else argv) or [""]
+    path = Path(program)
+    is_script = path.suffix == ".py" and path.name != "__main__.py"
+    start = ["python", f"{path.resolve().parent.name}/{path.name}"] if is_script else ["paretune"]
+    return hide_paths(shlex.join([*start, *words]))
 
 
 def header(command: Sequence[str] | str | None = None, seed: int | None = None) -> dict[str, Any]:

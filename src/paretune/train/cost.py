@@ -140,7 +140,7 @@ def _cell(
     warms_up: bool,
 ) -> list[dict[str, Any]]:
     """One batch size: blocks in random order; the first size has one more before them, which warms up."""
-    free = _free_bytes(device)
+    free = hardware.memory_left(device)
     micro = {s.name: micro_batch(config, n_params, batch_size, length, free, s.keeps_scores) for s in subjects}
     taken: dict[str, list[float]] = {s.name: [] for s in subjects}
     peak: dict[str, int | None] = {s.name: None for s in subjects}
@@ -194,11 +194,3 @@ def _cell(
             }
         )
     return rows
-
-
-def _free_bytes(device: str) -> int:
-    if not device.startswith("cuda"):
-        return hardware.available_memory_bytes()
-    import torch
-
-    return torch.cuda.mem_get_info(device)[0]
