@@ -93,7 +93,8 @@ def test_memory_respects_the_control_group(monkeypatch):
     assert hardware.available_memory_bytes() == 1 << 30
     fake_files(monkeypatch, {**files, "/sys/fs/cgroup/box/memory.max": "max"})
     assert hardware.available_memory_bytes() == hardware.memory_left("cpu") == 4 << 30
-    for name, value in (("mem_get_info", (3 << 30, 8 << 30)), ("memory_reserved", 5 << 20), ("memory_allocated", 1 << 20)):
+    found = {"mem_get_info": (3 << 30, 8 << 30), "memory_reserved": 5 << 20, "memory_allocated": 1 << 20}
+    for name, value in found.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert hardware.memory_left("cuda") == (3 << 30) + (4 << 20)  # what the allocator holds unused is free
 
