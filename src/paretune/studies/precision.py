@@ -29,7 +29,7 @@ from paretune.studies import common
 from paretune.studies.common import Say
 
 BASELINE = "baseline"
-NEW_TOKENS = 100
+NEW_TOKENS, QUICK_TOKENS = 100, 48
 PUBLISHED_GPT2 = {
     "baseline": {"tokens_per_sec": 96.2, "memory_bytes": 0.51e9, "speedup": 1.0},
     "fp16": {"tokens_per_sec": 99.6, "memory_bytes": 0.26e9, "speedup": 1.04},
@@ -89,7 +89,7 @@ def configs(device: str) -> dict[str, Recipe]:
 def sizes(quick: bool) -> list[tuple[str, ModelConfig]]:
     """Random GPT-2 models from small to large, Mistral-7B's shape last."""
     if quick:
-        shapes = {"4 x 256": (4, 4, 256), "6 x 512": (6, 8, 512)}
+        shapes = {"6 x 512": (6, 8, 512)}
         base = dict(checkpoint.gpt2_config("gpt2").hf) | {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 0}
         made = []
         for name, (n_layer, n_head, n_embd) in shapes.items():
@@ -139,17 +139,20 @@ def run(
     every = configs(device)
     swept = {k: v for k, v in every.items() if not quick or k in (BASELINE, "flash_attn", "int8", "int8 native")}
     n_in = min(32, config.n_positions // 2)
-    n_out = min(NEW_TOKENS, config.n_positions - n_in)
+    n_new = QUICK_TOKENS if quick else NEW_TOKENS
+    n_out = min(n_new, config.n_positions - n_in)
     settings: dict[str, Any] = {
         "baseline": BASELINE,
         "kinds": ["throughput"],
-        "min_blocks": 8,
-        "max_blocks": 10 if quick else 27,
+        "min_blocks": 7 if quick else 8,
+        "max_blocks": 7 if quick else 27,
         "min_time_sec": 1.0 if quick else 3.0,
         "seed": seed,
         "device": device,
         "threads": threads,
         "on_progress": say,
+        "loading_counts": False,  # half a minute for each set of processes, whatever the budget
+        "keeps_processes": True,
     }
     begun = clock.now()
 
@@ -157,23 +160,25 @@ def run(
         return bench.bench(where, list(chosen.items()), budget_sec=budget if quick else None, **{**settings, **grid})
 
     say(f"the configurations at batch 1, {n_in} + {n_out} tokens")
-    base = measure(folder, every, 120.0, input_lens=[n_in], output_lens=[n_out], batch_sizes=[1])
+    base = measure(folder, every, 95.0, input_lens=[n_in], output_lens=[n_out], batch_sizes=[1])
     points: dict[str, list[Row]] = {}
     say("over batch sizes")
-    batches = [4, 16] if quick else [2, 4, 8, 16, 32]
-    over_batch = measure(folder, swept, 95.0, input_lens=[n_in], output_lens=[n_out], batch_sizes=batches)
+    batches = [8] if quick else [2, 4, 8, 16, 32]
+    over_batch = measure(folder, swept, 50.0, input_lens=[n_in], output_lens=[n_out], batch_sizes=batches)
     points["batch"] = [_point(r, r["batch_size"]) for r in [*base["rows"], *over_batch["rows"]] if r["config"] in swept]
     say("over prompt lengths")
     lengths = [n for n in ((128, 896) if quick else (64, 128, 256, 512, 896)) if n + 16 <= config.n_positions]
     lengths = lengths or [config.n_positions // 2]
     out_len = min(16, config.n_positions - max(lengths))
-    over_length = measure(folder, swept, 95.0, input_lens=lengths, output_lens=[out_len], batch_sizes=[1])
+    over_length = measure(folder, swept, 60.0, input_lens=lengths, output_lens=[out_len], batch_sizes=[1])
     points["length"] = [_point(r, r["input_len"]) for r in over_length["rows"]]
     say("over model sizes (random weights)")
     shapes, runs = sizes(quick), [base, over_batch, over_length]
-    points["size"], size_rows = [], []
+    n_base = bench.n_parameters(config)
+    points["size"] = [_point(r, n_base) for r in base["rows"] if r["config"] in swept]
+    size_rows: list[Row] = []
     for title, shape in shapes:
-        cell = Cell(n_in, min(NEW_TOKENS, shape.n_positions - n_in), 1)
+        cell = Cell(n_in, min(n_new, shape.n_positions - n_in), 1)
         reason = does_not_fit(shape, cell)
         n = bench.n_parameters(shape)
         if reason:
@@ -183,7 +188,7 @@ def run(
             say(f"{title}: drawing {format_count(n)} random weights")
             checkpoint.save(checkpoint.new(shape, seed), Path(scratch))
             grid = {"input_lens": [cell.input_len], "output_lens": [cell.output_len], "batch_sizes": [1]}
-            measured = measure(Path(scratch), swept, 55.0, **grid)
+            measured = measure(Path(scratch), swept, 50.0, **grid)
         runs.append(measured)
         points["size"] += [_point(r, n) for r in measured["rows"]]
         size_rows += [{"shape": title, "n_parameters": n, **_row(r)} for r in measured["rows"] if r["role"] != "twin"]
@@ -291,6 +296,8 @@ def advice(methods: Sequence[Row], points: Mapping[str, Sequence[Row]]) -> list[
         best = max(winners, key=lambda m: m["speedup_low"] or 0.0)
         ratio = format_ratio(best["speedup"], best["speedup_low"], best["speedup_high"])
         said.append(f"For one user take {best['config']}: {ratio} over fp32 with attention by the formula.")
+    elif any(m["verdict"] == "undecided" for m in known):
+        said.append("For one user nothing is decided: too few blocks were measured; give it more time (without --quick).")
     elif known:
         said.append("For one user stay with the baseline: nothing measured here is faster beyond noise.")
     for m in known:
