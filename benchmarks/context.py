@@ -62,8 +62,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    if args.blocks < 6:
-        parser.error(f"--blocks is {args.blocks}: an interval needs 6 or more")
+    if args.blocks < stats.MIN_BLOCKS:
+        parser.error(f"--blocks is {args.blocks}: an interval needs {stats.MIN_BLOCKS} or more")
     try:
         files.ensure_folder(args.output.resolve().parent)
         threads = hardware.set_threads(args.threads)

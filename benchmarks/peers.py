@@ -12,6 +12,7 @@ and cache) / its seconds / the bandwidth that the probes around the same slice r
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ def compare(result: dict[str, Any], kind: str, names: tuple[list[str], list[str]
     """Ours against each peer of a class: ratio, interval, verdict beyond what the twins differ by."""
     chosen = [s for s in result["samples"] if s["kind"] == kind]
     blocks = Blocks([Sample.from_json(s) for s in chosen])
-    base = result["baseline"]
-    resolution = blocks.aa_resolution(base, f"{base} again")
+    # Of every group: what a ratio rests on may be any of them.
+    widths = [entry["half_width"] for entry in result["aa"] if entry["kind"] == kind]
+    resolution = max((math.inf if w is None else w for w in widths), default=math.inf)
     out = []
     for ours in names[0]:
         for peer in names[1]:

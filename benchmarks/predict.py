@@ -49,7 +49,7 @@ def main() -> int:
     options = parser.parse_args()
     wanted = options.config.split(",")
     runners = [name for name in predict_here.CALIBRATED if name in wanted]
-    ceilings, models = predict_here.calibrate(runners=runners, say=print)
+    ceilings, models, _ = predict_here.calibrate(runners=runners, say=print)
     rows: list[dict[str, Any]] = []
     for name in options.model.split(","):
         folder = checkpoint.resolve(name)

@@ -195,7 +195,8 @@ def fake_bench(folder, configs, **options):
         row["throughput_tokens_per_sec"] = speedup and 1e3 * speedup
         rows.append(row)
     assert options["output_lens"] == [32] and options["kinds"] == ["throughput"]  # 64 positions, 32 of them prompt
-    return {"rows": rows, "ceilings": CEILINGS.to_json(), "threads": {"threads": 2}, "too_noisy": False}
+    known = {"rows": rows, "ceilings": CEILINGS.to_json(), "threads": {"threads": 2}, "too_noisy": False}
+    return known | {"aa": [{"half_width": 0.13}]}
 
 
 def test_study_kernels(command, tiny_gpt2_folder, tmp_path, monkeypatch):
@@ -212,6 +213,7 @@ def test_study_kernels(command, tiny_gpt2_folder, tmp_path, monkeypatch):
     assert {"report.html", "results.csv", "results.json", "roofline.png", "breakdown.png"} <= names
     assert {"trace-prefill.json.gz", "trace-decode.json.gz"} <= names
     page = (out / "report.html").read_text("utf-8")
+    assert "no smaller than 13 %" in page
     for words in ("Why Triton and not CUTLASS", "Published", "31.4 %", "The T4 of the study, predicted", "Prediction:"):
         assert words in page, words
     result = json.loads((out / "results.json").read_text("utf-8"))

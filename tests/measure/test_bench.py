@@ -57,7 +57,7 @@ class FakeProcess:
             "kv_cache_bytes": 4096,
             "compute_dtype": "float32",
             "proof": [f"{self.name} is what it says"],
-            "notes": ["bf16 is emulated here"] if self.name == "bf16" else [],
+            "notes": [],
             "threads": {"threads": 2, "inter_op_threads": 1, "usable_cores": 2},
         }
 
@@ -104,6 +104,9 @@ def fakes(monkeypatch):
     monkeypatch.setattr(hardware, "BandwidthProbe", FakeProbe)
     monkeypatch.setattr(hardware, "ceilings", lambda device, quick: ceilings)
     monkeypatch.setattr(hardware, "set_threads", lambda n: {"threads": n or 2})
+    emulated = hardware.DtypeSupport(True, True, 0.5, 0.5, "bf16 is emulated here")
+    support = {"bf16": emulated, "fp16": hardware.DtypeSupport(False, False, 0.0, 0.0, "no such kernel")}
+    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
     with clock.use(clock.FakeClock()):
         yield
     assert not FakeProcess.alive, "every process is closed"
@@ -169,8 +172,17 @@ def test_no_claim_is_smaller_than_what_the_twin_differs_by(tiny_gpt2_folder):
 def test_a_machine_without_resolution_is_too_noisy(tiny_gpt2_folder):
     FakeProcess.wobble = {"baseline again": [1.0, 3.0, 0.4]}
     result = run(tiny_gpt2_folder)
-    assert result["too_noisy"] is True
+    assert result["too_noisy"] is True and by_name(result)["int8"]["decode_verdict"] == "undecided"
     assert by_name(result)["int8"]["decode_n"] == 27  # it went on to the end
+
+
+def test_what_goes_far_beyond_the_noise_is_decided_all_the_same(tiny_gpt2_folder):
+    FakeProcess.wobble = {"baseline again": [1.0, 1.0, 1.8]}
+    FakeProcess.speed = {"int8": 10.0}
+    result = run(tiny_gpt2_folder)
+    (aa,) = [entry for entry in result["aa"] if entry["kind"] == "tpot"]
+    assert result["too_noisy"] is True and 0.25 < aa["half_width"] < 1
+    assert by_name(result)["int8"]["decode_verdict"] == "faster"
 
 
 def test_undecided_ones_get_more_blocks_and_decided_ones_stop(tiny_gpt2_folder):
@@ -228,8 +240,18 @@ def test_prompts_are_unique_per_cell_and_shared_within_it(tiny_gpt2_folder):
     seeds: dict[int, set[int]] = {}
     for request in FakeProcess.requests:
         seeds.setdefault(request["workload"]["input_len"], set()).add(request["workload"]["seed"])
-        assert len(request["check_prompt"]) + 12 <= 64
+        # Exact is exact: the twin is not checked again, each cell is (a compiled graph has the shape of one).
+        again = request["name"] == "baseline again"
+        assert (request["check_prompt"] is None) == again and len(request["check_prompt"] or ()) + 12 <= 64
     assert [len(s) for s in seeds.values()] == [1, 1] and len(set.union(*seeds.values())) == 2
+
+
+def test_what_cannot_run_is_a_row_and_no_process(tiny_gpt2_folder):
+    """Asked once for all cells, before anything is started."""
+    rows = by_name(run(tiny_gpt2_folder, ("baseline", "fp16"), input_lens=[8, 16]))
+    assert "cannot run here: no such kernel" in rows["fp16"]["cause"]
+    assert {r["name"] for r in FakeProcess.requests} == {"baseline", "baseline again"}
+    assert all(r["is_checked"] for r in FakeProcess.requests)
 
 
 def test_the_budget_ends_the_run_and_says_what_was_not_reached(tiny_gpt2_folder):

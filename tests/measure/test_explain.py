@@ -221,6 +221,15 @@ def test_arithmetic():
     assert found.gain == pytest.approx(1 / (1 - 0.8 * 0.5))  # these ceilings: twice the rate in bf16
 
 
+def test_attention_by_the_formula_is_told_of_attention_without_scores():
+    """The preset has no attention transform at all: that is the formula."""
+    found = result(page_faults=4000, page_fault_sec=1e-6)
+    for name, says in (("eager_attn", True), ("baseline", False), ("native", False)):
+        (told,) = explain.explain(found | {"recipe": preset(name).to_dict()})
+        assert ("--config baseline" in told.try_next) == says
+        assert ("--config native" in told.try_next) == (name != "native")
+
+
 def test_training_is_not_told_of_runners_that_cannot_train():
     kernels = [("dispatch", 0.4, 500), ("launch gap", 0.3, 500), ("GEMM", 0.6, 40)]
     row = part("expansion", 0.9, 0.1, "compute", product_weight_bytes=1, flops=6 * 10**7)

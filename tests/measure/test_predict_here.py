@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -69,12 +70,18 @@ def test_a_larger_model_by_hand():
 
 
 def test_rows_are_predictions_and_narrower_weights_are_faster():
-    rows = predict_here.predict_here(CONFIG, 129, CEILINGS, {"baseline": CostModel(PRODUCTS, 1e10, 1e-5)})
+    varied = dataclasses.replace(
+        CEILINGS, read_bandwidth=tuple({**row, "samples": [2e10, 1e10, 1.5e10]} for row in CEILINGS.read_bandwidth)
+    )
+    model = CostModel(PRODUCTS, 1e10, 1e-5, (0.8, 1.5))
+    rows = predict_here.predict_here(CONFIG, 129, varied, {"baseline": model})
     json.dumps(rows, allow_nan=False)
     by = {row["config"]: row["predicted_tpot_sec"] for row in rows}
     assert by["baseline"] > by["native"] > by["native_bf16"] > by["native_int8"] > by["native_int4"]
     assert all(row["is_prediction"] and row["predicted_tpot_sec"] >= row["roofline_sec"] for row in rows)
-    assert all(row["range_sec"][0] <= row["predicted_tpot_sec"] <= row["range_sec"][1] for row in rows)
+    for row in rows:
+        fast, slow = (0.8, 1.5) if row["config"] == "baseline" else (1.0, 2.0)
+        assert row["range_sec"] == pytest.approx([fast * row["predicted_tpot_sec"], slow * row["predicted_tpot_sec"]])
     native = next(row for row in rows if row["config"] == "native")
     assert native["predicted_tpot_sec"] == native["roofline_sec"] == pytest.approx(native["bytes"] / 2e10)
 

@@ -100,6 +100,13 @@ def test_markdown_and_page(tmp_path):
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_profiler_that_takes_most_of_the_step_is_said():
+    one = make()
+    rough = "take these shares as rough"
+    for factor, says in ((1.9, False), (2.1, True)):
+        assert (rough in profile.markdown([one | {"profiled_sec": factor * one["whole"]["sec"]}])) == says
+
+
 def test_native_rows_or_the_reason():
     native = {"available": False, "reason": "no counters", "rows": []}
     assert "Not available: no counters." in profile.markdown([{**make(), "native": native}])

@@ -189,7 +189,7 @@ def _predict_here(
 ) -> None:
     import json
 
-    from paretune.measure import busy, environment, predict_here
+    from paretune.measure import environment, predict_here
     from paretune.model import checkpoint
     from paretune.report.tables import Column, to_markdown
     from paretune.report.units import format_sec
@@ -197,9 +197,7 @@ def _predict_here(
     config = checkpoint.read_config(folder)
     runners = ["baseline"] if quick else list(predict_here.CALIBRATED)  # the compiler takes most of the time
     say = (lambda line: None) if quiet else _say
-    watch = busy.BusyWatch()
-    ceilings, models = predict_here.calibrate(threads=threads, runners=runners, say=say)
-    others = busy.words_of(watch())
+    ceilings, models, others = predict_here.calibrate(threads=threads, runners=runners, say=say)
     rows = predict_here.predict_here(config, input_len + 1, ceilings, models)
     if json_output:
         result = {**environment.header(), "model": {"name": model}, "is_prediction": True, "input_len": input_len}
@@ -223,8 +221,8 @@ def _predict_here(
     print(to_markdown(rows, columns))
     print(f"- One sequence after {input_len} tokens. The native rows are the least that their bytes take.")
     print(
-        "- Fast to slow moments: as what a row rests on varied while it was measured (steps: 10th to 90th percentile; "
-        "bandwidth: best to worst)."
+        "- Fast to slow moments: as what a row rests on varied while it was measured (steps of the embedded model, "
+        "10th to 90th percentile; bandwidth, best to worst)."
     )
     if others:
         print(f"- Busy machine: {' and '.join(others)}. These are predictions for a machine as busy as that.")

@@ -236,6 +236,7 @@ def ceilings(device: str = "cpu", quick: bool = False) -> Ceilings:
     rates = {name: rate for name, rate in measured.items() if rate}
     if device != "cpu":
         rows = tuple(_copy_sweep(device, quick))
+        torch.cuda.empty_cache()  # what was allocated for it would be missing to the processes that are measured
         return Ceilings(device, "copy", torch.get_num_threads(), rows, rates)
     sizes = [n * MIB for n in (4, 16, 64, 256)] if quick else None
     rows = tuple(read_bandwidth_sweep(sizes, 0.02 if quick else 0.03))

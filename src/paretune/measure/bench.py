@@ -257,6 +257,10 @@ class _Run:
     log: IO[str] | None = None
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of kept processes
     kept: dict[str, TrialProcess] = field(default_factory=dict)
+    asked: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)  # requirement and notes by recipe
+    checked: set[tuple[int, str, str]] = field(
+        default_factory=set
+    )  # cell, recipe and folder that are known to be exact
     failed: dict[str, Trial] = field(default_factory=dict)  # what failed once is not started again for each cell
     rows: list[dict[str, Any]] = field(default_factory=list)
     aa: list[dict[str, Any]] = field(default_factory=list)
@@ -277,13 +281,21 @@ class _Run:
         config = self.baseline if name == self.twin else name
         table = self.tables.get(config)
         if table is None:
-            return Trial(name, self.configs[config])
+            recipe = self.configs[config]
+            return Trial(name, recipe, notes=list(self.answers(recipe)[1]))
         # Second copies of the weights are not granted: what shares the plan's own can run.
         shared = [f.name for f in table.forms.values() if not f.weights_bytes]
         length = cell.input_len + cell.output_len
         left = functools.partial(hardware.memory_left, self.device)
         choice = table.choose(cell.batch_size, length, "plan", left, shared)
-        return Trial(name, table.forms[choice.form].recipe, notes=[f"chosen by the plan's table: {choice}"])
+        recipe = table.forms[choice.form].recipe
+        return Trial(name, recipe, notes=[f"chosen by the plan's table: {choice}", *self.answers(recipe)[1]])
+
+    def answers(self, recipe: Recipe) -> tuple[str | None, list[str]]:
+        """Why a recipe cannot run here, and what is to be said of it: found out once, not by each of its processes."""
+        if recipe.hash not in self.asked:
+            self.asked[recipe.hash] = recipe.requires(self.device), recipe.notes(self.device)
+        return self.asked[recipe.hash]
 
     def cell(self, cell: Cell, index: int, n_left: int) -> None:
         """Measures one cell, in as many groups as memory asks for."""
@@ -362,6 +374,8 @@ class _Run:
                 raise
             self.kept[trial.name] = kept
             return kept
+        if trial.recipe is not None and (reason := self.answers(trial.recipe)[0]):
+            raise SubjectError(f"{trial.recipe.name} cannot run here: {reason}", "Choose another recipe")
         process = (
             self.peers.start(trial.name, self.kinds[0], workload, log)
             if is_peer
@@ -372,7 +386,9 @@ class _Run:
             if is_peer:
                 trial.loaded = self.peers.load(process, workload)
             else:
-                trial.loaded = process.ask("load", LOAD_TIMEOUT_SEC, **self._request(trial, workload))
+                request = self._request(trial, workload, index)
+                trial.loaded = process.ask("load", LOAD_TIMEOUT_SEC, **request)
+                self.checked.add((index, trial.recipe.hash, request["folder"]))  # type: ignore[union-attr]
             process.pause()
             if self.keeps_processes and not is_peer:
                 self.kept[trial.name] = process
@@ -384,17 +400,21 @@ class _Run:
             if is_peer:
                 trial.labels = self.peers.labels(trial.name)
 
-    def _request(self, trial: Trial, workload: Workload) -> dict[str, Any]:
-        assert trial.recipe is not None
+    def _request(self, trial: Trial, workload: Workload, index: int) -> dict[str, Any]:
+        """What a process is asked to load; the twin and the baseline of later groups were checked already."""
+        recipe = trial.recipe
+        assert recipe is not None
         n_check = max(1, min(CHECK_TOKENS, self.config.n_positions - CHECK_STEPS))
-        folder = self.folders.get(trial.name, self.folder)
+        folder = str(self.folders.get(trial.name, self.folder).resolve())
+        prompt = [(7919 * i + 13) % self.config.vocab_size for i in range(1, n_check + 1)]
         return {
-            "folder": str(folder.resolve()),
-            "recipe": trial.recipe.to_dict(),
+            "folder": folder,
+            "recipe": recipe.to_dict(),
             "workload": asdict(workload),
             "device": self.device,
             "threads": self.threads,
-            "check_prompt": [(7919 * i + 13) % self.config.vocab_size for i in range(1, n_check + 1)],
+            "is_checked": True,
+            "check_prompt": None if (index, recipe.hash, folder) in self.checked else prompt,
         }
 
     def _pass(

@@ -1,11 +1,12 @@
 """Whether other programs ran beside ours: preemptions of this process, and tasks that waited for a processor.
 
-Counted by the system, so that a busy machine is told from a slow one. Threads of ours leave none waiting: as many run
-as there are cores.
+Counted by the system, so that a busy machine is told from a slow one. Threads of ours leave none waiting, as many run
+as there are cores; processes that we start, a compiler's, do, so the watch ends before them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,13 @@ def words(preemptions_per_sec: float | None, pressure: float | None) -> list[str
 def words_of(busy: Busy) -> list[str]:
     """`words` of what was counted."""
     return words(busy.preemptions / busy.sec if busy.preemptions is not None and busy.sec > 0 else None, busy.pressure)
+
+
+def words_of_facts(result: Mapping[str, Any]) -> list[str]:
+    """`words` of a profile: its facts count preemptions by step."""
+    facts, sec = result.get("facts") or {}, (result.get("whole") or {}).get("sec")
+    n = facts.get("preemptions")
+    return words(n / sec if n and sec else None, facts.get("cpu_pressure"))
 
 
 def usage() -> Any:

@@ -37,11 +37,12 @@ CAUSES = (
 def explain(result: Result) -> list[Explanation]:
     """All causes that the figures show, what is simply wrong first, then by share of the step.
 
-    On a busy machine no gain is predicted: the times that it would rest on are those of the other programs too.
+    On a busy machine no gain is predicted: the times that it would rest on are those of the other programs too. Nor is
+    one where a ceiling was surpassed, which the shares rest on.
     """
     found = [e for rule in MISTAKES for e in rule(result)]
     found += sorted((e for rule in BOUNDS for e in rule(result)), key=lambda e: -e.share)
-    if any(e.cause == "busy machine" for e in found):
+    if any(e.cause in ("busy machine", "unsteady machine") for e in found):
         found = [replace(e, gain=None) for e in found]
     return found or list(_nothing(result))
 

@@ -62,8 +62,8 @@ def _surpassed(share: float, did: str, reached: float, what: str) -> Explanation
     return Explanation(
         "unsteady machine",
         share,
-        f"{did}, {percent(reached)} of what was measured as the largest {what}: that was in a worse moment, and every "
-        "share of it is too large",
+        f"{did}, {percent(reached)} of what was measured as the largest {what}: that was in a worse moment, or the "
+        "data stays in a cache, and every share of it is too large",
         "measuring again when nothing else runs",
     )
 
@@ -242,13 +242,14 @@ def _kept_buffers(result: Result) -> str:
     """What allocates less than the present recipe."""
     transforms = (result.get("recipe") or {}).get("transforms") or ()
     said = []
-    if any(t["name"] == "attention" and t.get("form") == "eager" for t in transforms):
+    # Without a transform of its own, attention is the formula, scores and all.
+    if all(t.get("form") == "eager" for t in transforms if t["name"] == "attention"):
         said.append("attention without a score matrix (--config baseline)")
     if is_training(result):
         said.append("fewer sequences at once (--batch-size, with --grad-accumulation in `paretune train`)")
     elif runner_of(result) == "eager":
         said.append("buffers that are kept (--config native or compile)")
-    return " or ".join(said) or "a shorter prompt or a smaller --batch-size: its buffers are kept already"
+    return " or ".join(said) or "a shorter prompt or a smaller --batch-size"
 
 
 BOUNDS: tuple[Rule, ...] = (_weights, _slow_products, _cache, _arithmetic, _dispatch, _python, _allocation)

@@ -45,9 +45,7 @@ def _threads(result: Result) -> Iterator[Explanation]:
 
 
 def _busy(result: Result) -> Iterator[Explanation]:
-    facts, sec = result.get("facts") or {}, (result.get("whole") or {}).get("sec")
-    n = facts.get("preemptions")
-    said = busy.words(n / sec if n and sec else None, facts.get("cpu_pressure"))
+    facts, said = result.get("facts") or {}, busy.words_of_facts(result)
     if not said:
         return
     # Who left cores to the others already is not told to leave more.

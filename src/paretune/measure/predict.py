@@ -86,7 +86,7 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
                         "phase": phase,
                         "dtype": dtype,
                         "form": form,
-                        "bytes": n_bytes,
+                        "bytes": wide_bytes if converted else n_bytes,
                         "flops": flops,
                         "roofline_sec": max(memory, compute),
                         "launch_sec": launch,
@@ -94,7 +94,7 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
                         "bound_by": max(kinds, key=lambda k: kinds[k]),
                         "speedup": first / predicted,
                         "fits": n_bytes < 0.9 * device.memory_bytes,
-                        "note": f"{device.emulated[dtype]}: no gain is predicted" if converted else "",
+                        "note": f"{device.emulated[dtype]}: at best no gain" if converted else "",
                         "is_prediction": True,
                     }
                 )

@@ -16,12 +16,12 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from paretune import clock, hardware
-from paretune.measure import roofline
+from paretune.measure import busy, roofline
 from paretune.measure.explain_base import leaves_of
 from paretune.measure.predict import Sizes
 from paretune.model import checkpoint
@@ -81,7 +81,8 @@ class CostModel:
         products: rows of `product_rates`.
         attention_rate: bytes/s of keys and values, as attention reached.
         operator_sec: everything else of a step, an operator (counted as `predict.OPERATORS` does).
-        spread: a fast and a slow step of the small model (10th and 90th percentile) over the one it was made from.
+        spread: a fast and a slow step of the small model (10th and 90th percentile) over the one it was made from; a
+            larger model's steps vary less, since what disturbs them costs milliseconds and no share.
     """
 
     products: tuple[Mapping[str, float], ...]
@@ -122,9 +123,17 @@ def cost_model(profiled: Mapping[str, Any], products: Sequence[Mapping[str, floa
         attention_sec = by_kind.get("attention", 0.0)
     rest = max(0.0, profiled["whole"]["sec"] - product_sec - attention_sec)
     steps = [sec / profiled["whole"]["sec"] for block in profiled["whole"].get("samples", ()) for sec in block]
-    tenths = statistics.quantiles(steps, n=10) if len(steps) > 1 else [1.0]
+    tenths = statistics.quantiles(steps, n=10, method="inclusive") if len(steps) > 1 else [1.0]
     spread = (min(tenths[0], 1.0), max(tenths[-1], 1.0))
     return CostModel(tuple(products), kv_bytes / attention_sec, rest / Sizes.of(config).n_operators, spread)
+
+
+class Calibration(NamedTuple):
+    """What predictions for this machine rest on; `busy`: what showed that other programs ran meanwhile."""
+
+    ceilings: hardware.Ceilings
+    models: dict[str, CostModel]
+    busy: tuple[str, ...]
 
 
 def calibrate(
@@ -133,16 +142,18 @@ def calibrate(
     runners: Sequence[str] = tuple(CALIBRATED),
     ceilings: hardware.Ceilings | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> tuple[hardware.Ceilings, dict[str, CostModel]]:
+) -> Calibration:
     """Ceilings and cost models of this machine, by preset; half a minute, most of it the compiler's."""
     from paretune.measure.profile import profile
 
     n = hardware.set_threads(threads)["threads"]
+    watch = busy.BusyWatch()
     if ceilings is None:
         say("measuring the ceilings of this machine")
         ceilings = hardware.ceilings("cpu")
     say("measuring products with one row")
     products = product_rates(n)
+    others = busy.words_of(watch())  # not of the time in which the compiler's own processes run
     folder = checkpoint.resolve(SMALL_MODEL)
     config = checkpoint.read_config(folder)
     models = {}
@@ -159,7 +170,8 @@ def calibrate(
             say=say,
         )
         models[name] = cost_model(profiled, products, config)
-    return ceilings, models
+        others = others or busy.words_of_facts(profiled)
+    return Calibration(ceilings, models, tuple(others))
 
 
 def predict_here(

@@ -144,7 +144,7 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
     out.append(
         f"Kernels: seen by PyTorch's profiler, under which a step takes {_percent(abs(longer))} "
         f"{'longer' if longer >= 0 else 'shorter'}; their shares are of that step."
-        + (" So much longer that the shares may be those of a disturbed step: measure again." if longer > 1 else "")
+        + (" Over half of it is the profiler's or a disturbance: take these shares as rough." if longer > 1 else "")
     )
     return out + [f"{note[:1].upper()}{note[1:]}." for note in result["notes"]]
 

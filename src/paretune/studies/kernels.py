@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from paretune import files, hardware
+from paretune import files, hardware, stats
 from paretune.hardware.devices import device_profile
 from paretune.measure import bench, predict, profile_trace
 from paretune.measure.profile import profile
@@ -223,11 +223,9 @@ def lead_of(result: Mapping[str, Any]) -> list[str]:
 
 
 def _resolution(result: Mapping[str, Any]) -> str:
-    twin: Mapping[str, Any] = next((row for row in result["bench"]["rows"] if row["role"] == "twin"), {})
-    if not twin.get("throughput_speedup"):
-        return "(not measured)"
-    low, high = twin["throughput_speedup_low"], twin["throughput_speedup_high"]
-    return f"({format_ratio(twin['throughput_speedup'], low, high)})"
+    """What the verdicts rest on, in words: FP32 against a second copy of itself."""
+    widths = [entry["half_width"] for entry in result["bench"]["aa"] if entry["half_width"] is not None]
+    return f"{100 * max(stats.DELTA, *widths):.0f} %" if widths else "an unknown amount (too few blocks)"
 
 
 def _write(out: Path, result: Mapping[str, Any]) -> None:
@@ -240,8 +238,9 @@ def _write(out: Path, result: Mapping[str, Any]) -> None:
                 f"{shape}; all four side by side in interleaved blocks, the interval over all planned looks is 95 %. "
                 "The published column is of another machine (standard deviation in brackets): compare ratios, not "
                 "seconds.",
-                "Indistinguishable: the whole interval lies within what FP32 differs from a second copy of itself by "
-                f"{_resolution(result)}. Undecided: it does not, nor does it lie outside; more blocks would decide it.",
+                f"A claim is no smaller than {_resolution(result)}: what FP32 differs from a second copy of itself by, "
+                f"at least {stats.DELTA:.0%}. Indistinguishable: the whole interval lies within that. Undecided: it "
+                "lies on both sides; more blocks, or a quieter machine, may decide it.",
                 f"16 bits here are {result['dtype'].upper()}: {result['dtype_reason']}.",
                 "Published, FP16 was called 2.6 % faster with a standard deviation of 13 %: that is indistinguishable.",
             ],

@@ -164,19 +164,23 @@ def run(
     points: dict[str, list[Row]] = {}
     say("over batch sizes")
     batches = [8] if quick else [2, 4, 8, 16, 32]
-    over_batch = measure(folder, swept, 50.0, input_lens=[n_in], output_lens=[n_out], batch_sizes=batches)
+    over_batch = measure(folder, swept, 65.0, input_lens=[n_in], output_lens=[n_out], batch_sizes=batches)
     points["batch"] = [_point(r, r["batch_size"]) for r in [*base["rows"], *over_batch["rows"]] if r["config"] in swept]
     say("over prompt lengths")
-    lengths = [n for n in ((128, 896) if quick else (64, 128, 256, 512, 896)) if n + 16 <= config.n_positions]
+    out_len = n_out if quick else 16
+    lengths = [n for n in ((896,) if quick else (64, 128, 256, 512, 896)) if n + out_len <= config.n_positions]
     lengths = lengths or [config.n_positions // 2]
-    out_len = min(16, config.n_positions - max(lengths))
-    over_length = measure(folder, swept, 60.0, input_lens=lengths, output_lens=[out_len], batch_sizes=[1])
-    points["length"] = [_point(r, r["input_len"]) for r in over_length["rows"]]
-    say("over model sizes (random weights)")
+    out_len = min(out_len, config.n_positions - max(lengths))
+    over_length = measure(folder, swept, 65.0, input_lens=lengths, output_lens=[out_len], batch_sizes=[1])
+    first = [r for r in base["rows"] if r["config"] in swept] if out_len == n_out else []
+    points["length"] = [_point(r, r["input_len"]) for r in [*first, *over_length["rows"]]]
+    say("over model sizes")
     shapes, runs = sizes(quick), [base, over_batch, over_length]
     n_base = bench.n_parameters(config)
-    points["size"] = [_point(r, n_base) for r in base["rows"] if r["config"] in swept]
-    size_rows: list[Row] = []
+    is_new = n_base not in [bench.n_parameters(shape) for _, shape in shapes]
+    known = [r for r in base["rows"] if r["config"] in swept and is_new]
+    points["size"] = [_point(r, n_base) for r in known]
+    size_rows: list[Row] = [{"shape": name, "n_parameters": n_base, **_row(r)} for r in known if r["role"] != "twin"]
     for title, shape in shapes:
         cell = Cell(n_in, min(n_new, shape.n_positions - n_in), 1)
         reason = does_not_fit(shape, cell)
@@ -188,7 +192,7 @@ def run(
             say(f"{title}: drawing {format_count(n)} random weights")
             checkpoint.save(checkpoint.new(shape, seed), Path(scratch))
             grid = {"input_lens": [cell.input_len], "output_lens": [cell.output_len], "batch_sizes": [1]}
-            measured = measure(Path(scratch), swept, 50.0, **grid)
+            measured = measure(Path(scratch), swept, 65.0, **grid)
         runs.append(measured)
         points["size"] += [_point(r, n) for r in measured["rows"]]
         size_rows += [{"shape": title, "n_parameters": n, **_row(r)} for r in measured["rows"] if r["role"] != "twin"]
@@ -215,7 +219,7 @@ def run(
         "sizes": size_rows,
         "mistral": mistral,
         "crossovers": crossovers(points),
-        "advice": advice(methods, points),
+        "advice": advice(methods, points, quick),
         "bench": [{k: v for k, v in run.items() if k != "ceilings"} for run in runs],
         "ceilings": base["ceilings"],
         "elapsed_sec": clock.now() - begun,
@@ -287,7 +291,7 @@ def crossover(line: Sequence[Row], sweep: str) -> str:
     return "; ".join(f"{r['verdict']} at {place(r)} ({shown(r)})" for r in known)
 
 
-def advice(methods: Sequence[Row], points: Mapping[str, Sequence[Row]]) -> list[str]:
+def advice(methods: Sequence[Row], points: Mapping[str, Sequence[Row]], quick: bool = False) -> list[str]:
     """What to do, each sentence with the figures that it rests on."""
     said = []
     known = [m for m in methods if m["config"] != BASELINE and m.get("speedup") is not None]
@@ -296,8 +300,12 @@ def advice(methods: Sequence[Row], points: Mapping[str, Sequence[Row]]) -> list[
         best = max(winners, key=lambda m: m["speedup_low"] or 0.0)
         ratio = format_ratio(best["speedup"], best["speedup_low"], best["speedup_high"])
         said.append(f"For one user take {best['config']}: {ratio} over fp32 with attention by the formula.")
-    elif any(m["verdict"] == "undecided" for m in known):
-        said.append("For one user nothing is decided: too few blocks were measured; give it more time (without --quick).")
+    elif open_ := [m["config"] for m in known if m["verdict"] == "undecided"]:
+        longer = ", or the full form," if quick else ""
+        said.append(
+            f"For one user nothing is shown to be faster; undecided: {', '.join(open_)}. A quieter machine{longer} may "
+            "decide them."
+        )
     elif known:
         said.append("For one user stay with the baseline: nothing measured here is faster beyond noise.")
     for m in known:
