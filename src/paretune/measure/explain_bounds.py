@@ -240,10 +240,10 @@ def _allocation(result: Result) -> Iterator[Explanation]:
 
 def _kept_buffers(result: Result) -> str:
     """What allocates less than the present recipe."""
-    transforms = (result.get("recipe") or {}).get("transforms") or ()
+    recipe = result.get("recipe")
     said = []
     # Without a transform of its own, attention is the formula, scores and all.
-    if all(t.get("form") == "eager" for t in transforms if t["name"] == "attention"):
+    if recipe and all(t.get("form") == "eager" for t in recipe["transforms"] if t["name"] == "attention"):
         said.append("attention without a score matrix (--config baseline)")
     if is_training(result):
         said.append("fewer sequences at once (--batch-size, with --grad-accumulation in `paretune train`)")
