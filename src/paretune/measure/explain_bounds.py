@@ -243,7 +243,7 @@ def _kept_buffers(result: Result) -> str:
     recipe = result.get("recipe")
     said = []
     # Without a transform of its own, attention is the formula, scores and all.
-    if recipe and all(t.get("form") == "eager" for t in recipe["transforms"] if t["name"] == "attention"):
+    if recipe and all(t.get("form") == "eager" for t in recipe.get("transforms") or () if t["name"] == "attention"):
         said.append("attention without a score matrix (--config baseline)")
     if is_training(result):
         said.append("fewer sequences at once (--batch-size, with --grad-accumulation in `paretune train`)")
