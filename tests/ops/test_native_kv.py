@@ -101,7 +101,8 @@ def test_attention_over_the_same_bytes(tiny, shape):
     for runner, cache in zip((eager, native), caches, strict=True):
         cache.stage_([530, 290])
         runner.forward(tokens[:, :530], cache)
-    # Stored by native code on its own: as PyTorch's but where a number lies between two steps. Behind a row's end anything.
+    # Stored by native code on its own: as PyTorch's but where a number lies between two steps. Behind a row's end
+    # anything may stand.
     ours, theirs = (torch.cat([c.layers[0].k[0, :, :530], c.layers[0].k[1, :, :290]], dim=1) for c in caches)
     low, high = (abs((ours >> s & 15).int() - (theirs >> s & 15).int()) for s in (0, 4))
     assert max(low.max(), high.max()) <= 1 and ((low + high) > 0).float().mean() < 1e-3
