@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--weights", default="native,native_bf16,native_int8,native_int4_a8", help="presets")
-    parser.add_argument("--caches", default="fp32,bf16,int8")
+    parser.add_argument("--caches", default="fp32,bf16,int8,int4")
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--threads", type=int, help="default: physical cores")
     parser.add_argument("--seed", type=int, default=0)

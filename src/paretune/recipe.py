@@ -243,6 +243,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "kv8": _preset([], cache_dtype="int8"),
     "kv4": _preset([], cache_dtype="int4"),
     "native_int8_kv8": _preset([{"name": "int8"}], runner="native", cache_dtype="int8"),
+    "native_int8_kv4": _preset([{"name": "int8"}], runner="native", cache_dtype="int4"),
     "native_q8_0": _preset([{"name": "groups", "bits": 8}], runner="native"),
     "native_w8a8": _preset([{"name": "groups", "bits": 8, "group": 128, "activation_bits": 8}], runner="native"),
     "native_w8a7": _preset([{"name": "groups", "bits": 8, "group": 128, "activation_bits": 7}], runner="native"),
@@ -251,6 +252,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "native_int4": _preset([{"name": "groups"}], runner="native"),
     "native_int4_kv8": _preset([{"name": "groups"}], runner="native", cache_dtype="int8"),
+    "native_int4_kv4": _preset([{"name": "groups"}], runner="native", cache_dtype="int4"),
     "native_int4_a8": _preset([{"name": "groups", "activation_bits": 8}], runner="native", cache_dtype="int8"),
     "native_q4_0": _preset([{"name": "groups", "head_bits": 4}], runner="native"),
     "native_q4_0_a8": _preset(

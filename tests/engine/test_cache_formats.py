@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from paretune.engine.cache_formats import dequantize_groups, groups_of, quantize_groups, quantize_heads
+from paretune.engine.cache_formats import dequantize_groups, groups_of, position_bytes, quantize_groups, quantize_heads
 from paretune.engine.load import load_recipe, prove
 from paretune.engine.runners.base import CACHE_DTYPES
 from paretune.engine.runners.eager import EagerRunner
+from paretune.engine.runners.native import NativeRunner
 from paretune.errors import UsageError
 from paretune.evaluate import texts
 from paretune.model.tokenizer import Tokenizer
@@ -129,13 +130,15 @@ def test_bytes_of_a_token(tiny, dtype, bits):
     cache = runner.new_cache(3, 50)
     assert cache.nbytes / (3 * 50) == 2 * c.n_layer * c.n_kv_head * 64 * bits / 8
     assert cache.layers[0].k.dtype == CACHE_DTYPES[dtype]
+    assert 2 * c.n_layer * position_bytes(cache.dtype, c.n_kv_head, 64) * 3 * 50 == cache.nbytes
 
 
-def test_a_recipe_says_what_its_cache_is(tiny, tmp_path):
+def test_a_recipe_says_what_its_cache_is(tiny, monkeypatch):
     folder = tiny("gpt2")[2]
     loaded = load_recipe(folder, preset("kv4"), check=False)
     said, probe = prove(loaded)
     assert "keys and values are kept in int4" in said and probe.runner["cache_dtype"] == "int4"
+    monkeypatch.setattr(NativeRunner, "cache_dtypes", ("fp32", "int8"))
     recipe = Recipe((), EngineOptions(runner="native", cache_dtype="int4"))
     assert recipe.requires("cpu") == "the native runner has no int4 cache"
     with pytest.raises(UsageError, match="native runner has no int4 cache"):

@@ -164,7 +164,7 @@ def test_learned_positions_refuse_to_go_past_their_end(tiny):
 
 
 @pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "int4"])
 @pytest.mark.parametrize("pattern", ["causal", "prefix:5+window:40"])
 def test_native_counters_count_what_a_window_leaves(tiny, pattern, cache_dtype):
     """Bytes and FLOP of attention are those of the dense mask's visible keys and pairs, whatever the cache holds."""
@@ -189,7 +189,8 @@ def test_native_counters_count_what_a_window_leaves(tiny, pattern, cache_dtype):
     seen = [dense[a : a + n] for a, n in cuts]
     n_keys, n_pairs = (2 * sum(int(x) for x in xs) for xs in ([s.any(0).sum() for s in seen], [s.sum() for s in seen]))
     c = runner.config
-    each = 2 * c.n_kv_head * (c.head_dim * 4 if cache_dtype is None else c.head_dim + 4)
+    a_head = {None: c.head_dim * 4, "int8": c.head_dim + 4, "int4": c.head_dim // 2 + 4}  # of 16: one group
+    each = 2 * c.n_kv_head * a_head[cache_dtype]
     assert len(attention) == c.n_layer
     assert {(n_bytes, flops) for *_, n_bytes, flops in attention} == {
         (each * n_keys, 4 * c.n_head * c.head_dim * n_pairs)

@@ -162,24 +162,31 @@ void check_extremes(const Kind& kind) {
 // ---------------------------------------------------------------- attention
 
 struct Keys {
-  std::vector<char> k, v;
-  std::vector<float> k_scale, v_scale;
+  std::vector<char> k, v, k_scale, v_scale;
   HeadCache cache;
 
   Keys(std::int32_t format, int n, int D)
-      : k(static_cast<std::size_t>(n) * D * element_bytes(format)), v(k.size()),
-        k_scale(format == kInt8 ? n : 0), v_scale(k_scale.size()) {
-    const bool has_scales = format == kInt8;
+      : k(n * row_bytes(format, D)), v(k.size()), k_scale(n * scale_bytes(format, D)), v_scale(k_scale.size()) {
+    point(format);
+  }
+  void point(std::int32_t format) {
+    const bool has_scales = !k_scale.empty();
     cache = {k.data(), v.data(), has_scales ? k_scale.data() : nullptr, has_scales ? v_scale.data() : nullptr, format};
   }
-  static double at(const std::vector<char>& data, const std::vector<float>& scale, std::int32_t format, int D, int p,
+  static double at(const std::vector<char>& data, const std::vector<char>& scale, std::int32_t format, int D, int p,
                    int d) {
     const std::int64_t i = static_cast<std::int64_t>(p) * D + d;
+    if (format == kInt4) {
+      const int byte = static_cast<unsigned char>(data[i / 2]), G = kv_groups(D);
+      const std::int64_t group = static_cast<std::int64_t>(p) * G + d / (D / G);
+      return static_cast<double>(i % 2 ? byte >> 4 : byte & 15) * load_one<kFp16>(scale.data(), 2 * group) +
+             load_one<kFp16>(scale.data(), 2 * group + 1);
+    }
     switch (format) {
       case kFp32: return load_one<kFp32>(data.data(), i);
       case kBf16: return load_one<kBf16>(data.data(), i);
       case kFp16: return load_one<kFp16>(data.data(), i);
-      default: return static_cast<double>(load_one<kInt8>(data.data(), i)) * scale[p];
+      default: return static_cast<double>(load_one<kInt8>(data.data(), i)) * load_one<kFp32>(scale.data(), p);
     }
   }
   double key(int D, int p, int d) const { return at(k, k_scale, cache.format, D, p, d); }
@@ -197,9 +204,14 @@ void check_parts(const Keys& keys, const std::vector<std::vector<float>>& querie
     q[i] = queries[i].data(), scores[i] = found[i].data(), outs[i] = out[i].data();
     for (int p = 0; p < n; ++p) weights[i][p] = static_cast<float>((p * 7 + i * 3) % 11) / 11.0f;
   }
-  scores_of<F, T>(q, keys.cache.k, keys.cache.k_scale, n, D, 0.25f, scores);
+  const std::size_t n_scales = F == kInt4 ? keys.k_scale.size() / 2 : 0;
+  std::vector<float> k_scales(n_scales), v_scales(n_scales);
+  widen(keys.cache.k_scale, k_scales.data(), static_cast<int>(n_scales));
+  widen(keys.cache.v_scale, v_scales.data(), static_cast<int>(n_scales));
+  const Rows<F> k_rows(keys.cache.k, k_scales.data(), D), v_rows(keys.cache.v, v_scales.data(), D);
+  scores_of<F, T>(q, k_rows, reinterpret_cast<const float*>(keys.cache.k_scale), n, D, 0.25f, scores);
   const int from = n / 3;
-  add_values<F, T>(keys.cache.v, from, n, D, weights, outs);
+  add_values<F, T>(v_rows, from, n, D, weights, outs);
   for (int i = 0; i < T; ++i) {
     for (int p = 0; p < n; ++p) {
       double exact = 0.0;
@@ -217,14 +229,6 @@ void check_parts(const Keys& keys, const std::vector<std::vector<float>>& querie
             "value %g for %g, D %d, format %d", out[i][d], exact, D, F);
     }
   }
-}
-
-// A head's keys and values from position `start` on.
-HeadCache from_position(HeadCache c, std::int64_t start, int D) {
-  const std::int64_t bytes = start * D * static_cast<std::int64_t>(element_bytes(c.format));
-  c.k += bytes, c.v += bytes;
-  if (c.format == kInt8) c.k_scale += start, c.v_scale += start;
-  return c;
 }
 
 void check_attention(std::int32_t format, int D, int length, int n_queries) {
@@ -248,15 +252,15 @@ void check_attention(std::int32_t format, int D, int length, int n_queries) {
   for (int i = 0; i < n_queries; ++i) q.push_back(queries[i].data()), outs.push_back(out[i].data());
   const float scale = 1.0f / std::sqrt(static_cast<float>(D));
   std::vector<Gathered> gathered(n_queries);
-  PackedChunk packed;
-  packed.reserve(D);
+  ChunkMemory memory;
+  memory.reserve(D), memory.packed.reserve(D);
   std::vector<float> spare(D);
   // ALiBi from far behind, on every other shape.
   std::vector<Bias> bias(n_queries);
   for (int i = 0; i < n_queries; ++i) bias[i] = {1.0f / static_cast<float>(2 + i % 5), length + i};
   const Bias* const biases = D % 3 == 1 ? bias.data() : nullptr;
-  attend_chunk(n_queries, q.data(), from_position(keys.cache, start, D), start, n, begin.data(), end.data(), D, scale,
-               biases, gathered.data(), outs.data(), packed, spare.data());
+  attend_chunk(n_queries, q.data(), keys.cache.from(start, D), start, n, begin.data(), end.data(), D, scale,
+               biases, gathered.data(), outs.data(), memory, spare.data());
   for (int i = 0; i < n_queries; ++i) {
     std::vector<double> weight(n), exact(D);
     double total = 0.0;
@@ -276,19 +280,17 @@ void check_attention(std::int32_t format, int D, int length, int n_queries) {
             i, n_queries);
     // Alone the same bits, and what lies behind its end is not read.
     Keys poisoned = keys;
-    poisoned.cache.k = poisoned.k.data(), poisoned.cache.v = poisoned.v.data();
-    if (format == kInt8)
-      poisoned.cache.k_scale = poisoned.k_scale.data(), poisoned.cache.v_scale = poisoned.v_scale.data();
-    const std::size_t seen = static_cast<std::size_t>(start + end[i]) * D * element_bytes(format);
-    std::memset(poisoned.k.data() + seen, 0xff, poisoned.k.size() - seen);  // NaN in all float formats
-    std::memset(poisoned.v.data() + seen, 0xff, poisoned.v.size() - seen);
-    for (std::size_t p = start + end[i]; p < poisoned.k_scale.size(); ++p)
-      poisoned.k_scale[p] = poisoned.v_scale[p] = NAN;
+    poisoned.point(format);
+    const std::int64_t n_seen = start + end[i];
+    for (auto* each : {&poisoned.k, &poisoned.v})  // NaN in all float formats
+      std::fill(each->begin() + n_seen * row_bytes(format, D), each->end(), static_cast<char>(0xff));
+    for (auto* each : {&poisoned.k_scale, &poisoned.v_scale})
+      std::fill(each->begin() + n_seen * scale_bytes(format, D), each->end(), static_cast<char>(0xff));
     std::vector<float> own(D);
     float* const own_out = own.data();
     Gathered found_alone;
-    attend_chunk(1, &q[i], from_position(poisoned.cache, start, D), start, end[i], &begin[i], &end[i], D, scale,
-                 biases == nullptr ? nullptr : &bias[i], &found_alone, &own_out, packed, spare.data());
+    attend_chunk(1, &q[i], poisoned.cache.from(start, D), start, end[i], &begin[i], &end[i], D, scale,
+                 biases == nullptr ? nullptr : &bias[i], &found_alone, &own_out, memory, spare.data());
     CHECK(are_same(own.data(), out[i].data(), D) && are_same(&found_alone.total, &gathered[i].total, 1) &&
               are_same(&found_alone.largest, &gathered[i].largest, 1),
           "query %d of %d, D %d, format %d", i, n_queries, D, format);
@@ -303,6 +305,7 @@ void check_attention(std::int32_t format, int D, int length, int n_queries) {
       case kBf16: check.template operator()<kBf16>(); break;
       case kFp16: check.template operator()<kFp16>(); break;
       case kInt8: check.template operator()<kInt8>(); break;
+      case kInt4: check.template operator()<kInt4>(); break;
     }
   }
 }
@@ -354,10 +357,11 @@ int main() {
     check_poison(kind);
     check_extremes(kind);
   }
-  for (std::int32_t format : {kFp32, kBf16, kFp16, kInt8})
-    for (int D : {1, 13, 16, 40, 64, 80, 128})
+  for (std::int32_t format : {kFp32, kBf16, kFp16, kInt8, kInt4})
+    for (int D : {1, 2, 6, 13, 16, 40, 64, 80, 96, 128})
       for (int length : {1, 5, 100, 131, 256, 277, 400})
-        for (int n : {1, 2, 5, 16, 29}) check_attention(format, D, length, n);
+        for (int n : {1, 2, 5, 8, 16, 29})
+          if (format != kInt4 || D % 2 == 0) check_attention(format, D, length, n);
   for (int C : {1, 15, 16, 63, 768}) check_rows(C);
   std::fprintf(stderr, "%s%s%s: %d failures\n", kIsa, kHasBf16Dot ? " + bf16" : "", kHasByteDot ? " + vnni" : "",
                n_failures);

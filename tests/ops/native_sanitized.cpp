@@ -32,6 +32,7 @@ constexpr Shape kShapes[] = {
     {"llama, more heads a key than fit", true, 20, 1, 6, 64, 0, 280},
     {"mistral, window, chunks", true, 2, 1, 32, 64, 300, 560},
     {"mistral, short window", true, 4, 2, 8, 33, 7, 64},
+    {"llama, heads of two groups", true, 2, 1, 64, 64, 0, 280},
 };
 
 class Model {
@@ -141,8 +142,7 @@ class Model {
 };
 
 struct Cache {
-  std::vector<std::vector<char>> k, v;
-  std::vector<std::vector<float>> k_scale, v_scale;
+  std::vector<std::vector<char>> k, v, k_scale, v_scale;
   std::vector<void*> k_at, v_at, k_scale_at, v_scale_at;
   std::vector<std::int64_t> lengths;
   std::int32_t format;
@@ -151,9 +151,8 @@ struct Cache {
   Cache(const Shape& s, int B, int n, std::int32_t f) : lengths(B), format(f), capacity(n) {
     const std::size_t rows = static_cast<std::size_t>(B) * s.n_kv_head * n;
     for (int layer = 0; layer < kLayers; ++layer) {
-      k.emplace_back(rows * s.head_dim * element_bytes(f), static_cast<char>(0xff));  // NaN, unless it was written
-      v.emplace_back(rows * s.head_dim * element_bytes(f), static_cast<char>(0xff));
-      k_scale.emplace_back(f == kInt8 ? rows : 0, NAN), v_scale.emplace_back(f == kInt8 ? rows : 0, NAN);
+      for (auto* each : {&k, &v}) each->emplace_back(rows * row_bytes(f, s.head_dim), static_cast<char>(0xff));  // NaN, unless it was written
+      for (auto* each : {&k_scale, &v_scale}) each->emplace_back(rows * scale_bytes(f, s.head_dim), static_cast<char>(0xff));
     }
     for (int layer = 0; layer < kLayers; ++layer) {
       k_at.push_back(k[layer].data()), v_at.push_back(v[layer].data());
@@ -173,7 +172,7 @@ std::vector<float> stepped(void* program, const Model& model, Cache& cache, cons
   Step s{};
   s.tokens = tokens.data(), s.lengths = cache.lengths.data(), s.last = last.data();
   s.k = cache.k_at.data(), s.v = cache.v_at.data();
-  if (cache.format == kInt8) s.k_scale = cache.k_scale_at.data(), s.v_scale = cache.v_scale_at.data();
+  if (!cache.k_scale[0].empty()) s.k_scale = cache.k_scale_at.data(), s.v_scale = cache.v_scale_at.data();
   s.logits = logits.data(), s.best = all_logits ? nullptr : best.data(), s.op_ns = K % 2 ? op_ns.data() : nullptr;
   s.B = B, s.K = K, s.capacity = cache.capacity, s.cache_format = cache.format, s.all_logits = all_logits;
   REQUIRE(paretune_step(program, &s) == 0);
@@ -306,8 +305,9 @@ int main() {
   int seed = 0;
   for (const Shape& shape : kShapes) {
     const Model mixed(shape, all, ++seed);
-    for (std::int32_t format : {kBf16, kInt8, kFp32, kFp16}) {
-      if (kOnlyRaces && format != (shape.n_head % 2 ? kBf16 : kInt8)) continue;
+    for (std::int32_t format : {kBf16, kInt8, kFp32, kFp16, kInt4}) {
+      if (format == kInt4 && shape.head_dim % 2 != 0) continue;
+      if (kOnlyRaces && format != (shape.n_head % 2 ? kBf16 : kInt8) && format != kInt4) continue;
       check_pieces(mixed, format);
       if (shape.window == 0) check_batches(mixed, format, 3);
     }

@@ -25,7 +25,7 @@ NATIVE_QUANTIZE = [
     {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
     {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
 ]
-CACHES = [None, "bf16", "int8"]
+CACHES = [None, "bf16", "int8", "int4"]
 ENGINES = [
     {"runner": "eager"},
     {"runner": "native"},
@@ -67,7 +67,7 @@ def test_every_legal_combination_once(machine):
     space = spaces.build("cpu")
     expected = {r.hash for r in all_recipes()} - {preset("baseline").hash}
     ids = [c.id for c in space.legal]
-    assert len(expected) == 2 * 3 * 3 * 4 + (6 + 3) * 3 - 1
+    assert len(expected) == 2 * 3 * 3 * 4 + (6 + 3) * 4 - 1
     assert len(ids) == len(set(ids)) == len(expected)
     assert set(ids) == expected
     assert {reason for _, reason in space.illegal} == {spaces.SAME_ATTENTION, spaces.ALL_QUANTISED}
@@ -94,7 +94,7 @@ def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, mo
 def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
     machine["fp16"] = DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here: no such kernel")
     space = spaces.build("cpu")
-    assert len(space.legal) == 2 * 2 * 3 * 4 + (4 + 3) * 3 - 1
+    assert len(space.legal) == 2 * 2 * 3 * 4 + (4 + 3) * 4 - 1
     known = (spaces.SAME_ATTENTION, spaces.ALL_QUANTISED)
     without = [(name, reason) for name, reason in space.illegal if reason not in known]
     assert len(without) >= 2 * 3 * 4
@@ -104,7 +104,15 @@ def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
 
 def test_an_emulated_dtype_is_legal(machine):
     machine["bf16"] = DtypeSupport(True, True, 0.3, 0.3, "bf16 is emulated here")
-    assert len(spaces.build("cpu").legal) == 98
+    assert len(spaces.build("cpu").legal) == 107
+
+
+def test_a_cache_that_the_heads_do_not_fill_is_illegal_with_the_reason(machine):
+    odd = SimpleNamespace(**vars(GPT2) | {"head_dim": 13})
+    space = spaces.build("cpu", odd, 160)
+    assert len(space.legal) == 107 - 9 and all(c.choice[4] != "int4" for c in space.legal)
+    own = [name for name, reason in space.illegal if reason == "a 4-bit cache needs an even head size, not 13"]
+    assert len(own) == 2 * 3 * 5 and all("int4 cache" in name for name in own)
 
 
 # -- the order
@@ -116,12 +124,12 @@ def wave(space, tried=(), singles=None, start=None, budget=1e9, size=5):
 
 def test_cheap_changes_alone_come_first(machine):
     space = spaces.build("cpu")
-    order = wave(space, size=89)
+    order = wave(space, size=98)
     assert sum(len(c.changes) == 1 for c in space.legal) == 1 + 2 + 2 + 4
-    # What only native code runs fast is looked at with the native runner: int4, w8a8 and two caches.
+    # What only native code runs fast is looked at with the native runner: int4, w8a8 and three caches.
     cheap = [c for c in space.legal if c.single and c.choice[3] in ("eager", "native")]
-    assert len(cheap) == 1 + 2 + 2 + 1 + 4
-    assert order[:10] == sorted(cheap, key=order.index)
+    assert len(cheap) == 1 + 2 + 2 + 1 + 5
+    assert order[:11] == sorted(cheap, key=order.index)
 
 
 def test_a_runner_is_looked_at_beside_the_combinations_of_cheap_changes(machine):
@@ -153,7 +161,7 @@ def test_what_was_measured_decides_which_combination_is_next(machine):
     first = wave(space, tried, singles, size=1)[0]
     assert first.changes == {"precision": "fp16", "quantize": "int8-linear"}
     # Gains that are predicted to be losses wait until nothing better is left.
-    promising = wave(space, tried, singles, size=89)
+    promising = wave(space, tried, singles, size=98)
     assert all(spaces.predicted_log_gain(c, singles) > 0 for c in promising)
 
 
@@ -175,8 +183,8 @@ def test_what_is_measured_for_want_of_better_respects_the_budget_too(machine):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tried=st.sets(st.integers(0, 97)),
-    gains=st.lists(st.floats(-2, 2), min_size=13, max_size=13),
+    tried=st.sets(st.integers(0, 106)),
+    gains=st.lists(st.floats(-2, 2), min_size=14, max_size=14),
     starts=st.lists(st.floats(0.5, 200), min_size=5, max_size=5),
     budget=st.floats(0, 400),
     size=st.integers(1, 8),
@@ -197,7 +205,7 @@ def test_a_wave_repeats_nothing_and_respects_size_and_budget(tried, gains, start
 
 
 @settings(max_examples=25, deadline=None)
-@given(gains=st.lists(st.floats(-3, 3), min_size=13, max_size=13), size=st.integers(1, 8))
+@given(gains=st.lists(st.floats(-3, 3), min_size=14, max_size=14), size=st.integers(1, 8))
 def test_with_time_enough_every_candidate_has_its_turn(gains, size):
     space = full_space()
     changes = sorted({change for c in space.legal for change in c.changes.items()})
@@ -236,14 +244,14 @@ def full_space():
 # -- mechanisms: what attention computes
 
 
-GPT2 = SimpleNamespace(alibi=False, attention_pattern=SimpleNamespace(is_dense=True))
+GPT2 = SimpleNamespace(alibi=False, attention_pattern=SimpleNamespace(is_dense=True), head_dim=64)
 
 
 def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
     plain, space = spaces.build("cpu"), spaces.build("cpu", GPT2, 640)
     added = [c for c in space.legal if c.id not in {p.id for p in plain.legal}]
     # Each of three alone through PyTorch, and in native code with each quantisation or none.
-    assert len(added) == 3 * (1 + 5) and len(space.legal) == 98 + 18
+    assert len(added) == 3 * (1 + 5) and len(space.legal) == 107 + 18
     assert len({c.id for c in space.legal}) == len(space.legal)
     for c in added:
         mechanism, attention = c.recipe.transforms[:2]
@@ -262,13 +270,17 @@ def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
     [
         (GPT2, 160, "a window of 256 skips nothing in a request of 160 tokens"),
         (GPT2, 256, "skips nothing"),
-        (SimpleNamespace(alibi=True, attention_pattern=GPT2.attention_pattern), 640, "mechanism of its own"),
-        (SimpleNamespace(alibi=False, attention_pattern=SimpleNamespace(is_dense=False)), 640, "mechanism of its own"),
+        (SimpleNamespace(**vars(GPT2) | {"alibi": True}), 640, "mechanism of its own"),
+        (
+            SimpleNamespace(**vars(GPT2) | {"attention_pattern": SimpleNamespace(is_dense=False)}),
+            640,
+            "mechanism of its own",
+        ),
     ],
 )
 def test_where_mechanisms_are_of_no_use_they_are_illegal_with_the_reason(machine, config, n_tokens, words):
     space = spaces.build("cpu", config, n_tokens)
-    assert len(space.legal) == 98
+    assert len(space.legal) == 107
     own = [(name, reason) for name, reason in space.illegal if any(m in name for m in spaces.MECHANISMS)]
     assert len(own) == 18 and all(words in reason for _, reason in own)
 

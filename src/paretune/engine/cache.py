@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from paretune.engine import cache_formats
+from paretune.engine.cache_formats import INT4
 from paretune.errors import UsageError
 from paretune.ops.attention.pattern import Kept, Pattern
 from paretune.ops.attention.spec import Visible
 
 RING_STEP = 256  # tokens a step may have on a ring; longer ones go in pieces
-INT4 = torch.uint8  # what a 4-bit cache is stored as
 RING_UNIT = 256  # rings are multiples of it: native code reads so many positions in one stretch
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from paretune.errors import UsageError
 
+INT4 = torch.uint8  # what a 4-bit cache is stored as
 GROUP = 32  # neighbouring dimensions of a head that share a scale and a minimum in 4 bits
 
 
@@ -19,15 +20,27 @@ def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.nan_to_num().clamp(-127, 127).to(torch.int8), scale
 
 
+def int4_reason(head_dim: int) -> str | None:
+    """Why heads of this size have no 4-bit cache, or None: two numbers a byte have to fill a head."""
+    return f"a 4-bit cache needs an even head size, not {head_dim}" if head_dim % 2 else None
+
+
 def check_int4(head_dim: int) -> None:
-    """Raises `UsageError` where two numbers a byte do not fill a head."""
-    if head_dim % 2:
-        raise UsageError(f"a 4-bit cache needs an even head size, not {head_dim}", "Use cache_dtype int8")
+    """Raises `UsageError` with `int4_reason`."""
+    if reason := int4_reason(head_dim):
+        raise UsageError(reason, "Use cache_dtype int8")
 
 
 def groups_of(head_dim: int) -> int:
     """Groups of a head in 4 bits; a head that 32 does not divide is one."""
     return head_dim // GROUP if head_dim % GROUP == 0 else 1
+
+
+def position_bytes(dtype: torch.dtype, n_kv_head: int, head_dim: int) -> int:
+    """Bytes of one position's keys (values have as many) in a layer, with what stands beside them."""
+    if dtype == INT4:
+        return n_kv_head * (head_dim // 2 + 4 * groups_of(head_dim))
+    return n_kv_head * (head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
 
 
 def quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:

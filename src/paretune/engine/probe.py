@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from paretune.engine.cache import INT4
+from paretune.engine.cache_formats import INT4
 from paretune.engine.runners.base import Runner
 from paretune.errors import ParetuneError
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from paretune.engine.cache_formats import int4_reason
 from paretune.model.config import ModelConfig
 from paretune.ops.quantized_linear import op
 from paretune.recipe import Recipe, preset
@@ -18,11 +19,11 @@ RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-
 # On a GPU the way to a kernel costs more than a short kernel: graphs of them are a choice of their own.
 GPU_QUANTIZE = (*QUANTIZE[:4], "nf4", "w8a8")
 GPU_RUNNERS = ("eager", "compile:default", "compile:reduce-overhead")
-CACHE = (None, "bf16", "int8")  # what the native runner keeps keys and values in; None follows the model
+CACHE = (None, "bf16", "int8", "int4")  # what the native runner keeps keys and values in; None follows the model
 FAMILIES = ("attention", "precision", "quantize", "runner", "cache")
 Choice = tuple[str, str | None, str | None, str, str | None]
 # What has a fast form in native code alone: elsewhere every call would dequantise, or convert the cache.
-NATIVE_ONLY = {("quantize", "int4"), ("quantize", "w8a8"), ("cache", "bf16"), ("cache", "int8")}
+NATIVE_ONLY = {("quantize", "int4"), ("quantize", "w8a8"), *(("cache", c) for c in CACHE if c)}
 GROUPS = {
     "int4": {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
     "w8a8": {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
@@ -109,7 +110,8 @@ def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> 
     """All combinations; those that cannot run on `device`, or cannot win there, go aside with the reason.
 
     Args:
-        config, n_tokens: the model and the longest sequence of the request, for mechanisms; None: without them.
+        config, n_tokens: the model and the longest sequence of the request, for mechanisms and caches that it may not
+            have; None: without mechanisms.
     """
     space = Space()
     reasons: dict[tuple[str, str | None], str | None] = {}
@@ -128,6 +130,8 @@ def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> 
             if is_gpu and family == "quantize" and option:
                 cannot_win = NOT_ON_GPU.get(option) or (fused and f"dequantised at every call: {fused}")
                 reasons[family, option] = reasons[family, option] or cannot_win
+    if config is not None and not is_gpu:
+        reasons["cache", "int4"] = reasons["cache", "int4"] or int4_reason(config.head_dim)
     for choice in itertools.product(*families):
         a, p, q, r, cache = choice
         if choice == BASELINE or (r != "native" and cache):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from paretune.engine import cache_formats
-from paretune.engine.cache import INT4, KVCache
+from paretune.engine.cache import KVCache
+from paretune.engine.cache_formats import INT4
 from paretune.engine.sampling import argmax
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from paretune import native_build
 from paretune.engine.cache import KVCache
+from paretune.engine.cache_formats import position_bytes
 from paretune.engine.runners.base import Logits, Runner
 from paretune.model.base import CannotLower, LanguageModel
 from paretune.model.layers import Embedding, Linear
@@ -71,7 +72,6 @@ class NativeRunner(Runner):
 
     name = "native"
     chooses = True
-    cache_dtypes = ("fp32", "bf16", "fp16", "int8")
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
@@ -224,9 +224,7 @@ class NativeRunner(Runner):
                 n_rows = c.head_rows if info.parts.endswith("head") else c.rows
                 flops = 2 * info.weight.out_features * info.weight.in_features * n_rows
             elif info.q_width:
-                each = info.kv_width * self.cache_dtype.itemsize
-                if self.cache_dtype == torch.int8:  # and a scale for each head
-                    each += 4 * self.config.n_kv_head
+                each = position_bytes(self.cache_dtype, self.config.n_kv_head, self.config.head_dim)
                 n_bytes = 2 * each * c.kv_positions
                 flops = 4 * info.q_width * c.pairs
             out.append((info.parts, info.layer, c.calls, ns / 1e9, n_bytes, flops))

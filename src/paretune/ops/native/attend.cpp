@@ -42,8 +42,20 @@ extern "C" struct Attend {
   float scale;
 };
 
+// Rows that lie anywhere, to be packed.
+template <Format F> struct Scattered {
+  struct Factors {};
+  const char* const* rows;
+
+  Factors factors(int, int) const { return {}; }
+  Vec at(int p, int d, Factors) const { return load<F>(rows[p], d); }
+  float one(int p, int d) const { return load_one<F>(rows[p], d); }
+};
+
 struct Memory {
   PackedChunk chunk;
+  const char* k_rows[kChunkPositions];  // where each position of it is
+  const char* v_rows[kChunkPositions];
   std::vector<float> q, out, part, spare;
   std::vector<Gathered> all;
   std::vector<char> has_some;
@@ -108,8 +120,8 @@ struct Attention {
         for (int i = 0; i < take; ++i, ++p) {
           at[n_held + i] = static_cast<std::int32_t>(p);
           const std::int64_t slot = a.ring == 0 || p < a.prefix ? p : a.prefix + p % a.ring;
-          m.chunk.k_rows[n_held + i] = k + slot * a.k_stride[2] * size;
-          m.chunk.v_rows[n_held + i] = v + slot * a.v_stride[2] * size;
+          m.k_rows[n_held + i] = k + slot * a.k_stride[2] * size;
+          m.v_rows[n_held + i] = v + slot * a.v_stride[2] * size;
         }
         n_held += take;
         if (n_held == kChunkPositions) {
@@ -153,7 +165,8 @@ struct Attention {
       which[n_seen++] = i;
     }
     if (n_seen == 0) return;
-    pack_chunk<F, Sums::kChain>(m.chunk, *std::min_element(begin, begin + n_seen), n_held, a.D);
+    pack_chunk<Sums::kChain>(m.chunk, Scattered<F>{m.k_rows}, Scattered<F>{m.v_rows}, *std::min_element(begin, begin + n_seen),
+                             n_held, a.D);
     float where[kChunkPositions];
     if (a.slopes != nullptr)
       for (int p = 0; p < n_held; ++p) where[p] = static_cast<float>(at[p]);

@@ -12,73 +12,46 @@
 
 #include <vector>
 
-#include "vec.h"
+#include "kv.h"
 
 constexpr int kChunkPositions = 256;
 constexpr int kQueryTile = kLanes == 16 ? 4 : 2;
-
-// Keys and values of one head, side by side; int8 has a scale for each position.
-struct HeadCache {
-  char* k;
-  char* v;
-  float* k_scale;
-  float* v_scale;
-  std::int32_t format;
-};
 
 // What a query has gathered: sums relative to the largest score.
 struct Gathered {
   float largest, total;
 };
 
-inline void quantize_head(const float* x, std::int8_t* to, float* scale, int D) {
-  Vec absmaxes = {}, poisons = {};
-  int d = 0;
-  for (; d + kLanes <= D; d += kLanes) {
-    const Vec v = load_floats(x + d), size = v < 0.0f ? -v : v;
-    absmaxes = size > absmaxes ? size : absmaxes;
-    poisons += v * 0.0f;
-  }
-  float absmax = 0.0f, poison = sum(poisons);
-  for (int i = 0; i < kLanes; ++i) absmax = std::max(absmax, absmaxes[i]);
-  for (int c = d; c < D; ++c) absmax = std::max(absmax, std::fabs(x[c])), poison += x[c] * 0.0f;
-  const bool is_zero = !(absmax > 1e-30f) || poison != 0.0f;
-  *scale = is_zero ? poison : absmax / 127.0f;
-  if (is_zero) {
-    std::memset(to, 0, D);
-    return;
-  }
-  const Vec magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-  for (d = 0; d + kLanes <= D; d += kLanes) {
-    const IntVec q = __builtin_convertvector((load_floats(x + d) / *scale + magic) - magic, IntVec);
-    for (int i = 0; i < kLanes; ++i) to[d + i] = static_cast<std::int8_t>(q[i]);
-  }
-  for (; d < D; ++d) to[d] = static_cast<std::int8_t>(std::nearbyint(x[d] / *scale));
-}
-
-inline void append(const HeadCache& c, std::int64_t position, const float* k, const float* v, int D) {
-  if (c.format == kInt8) {
-    quantize_head(k, reinterpret_cast<std::int8_t*>(c.k) + position * D, c.k_scale + position, D);
-    quantize_head(v, reinterpret_cast<std::int8_t*>(c.v) + position * D, c.v_scale + position, D);
-    return;
-  }
-  const std::int64_t at = position * D * static_cast<std::int64_t>(element_bytes(c.format));
-  store(k, c.k + at, c.format, D);
-  store(v, c.v + at, c.format, D);
-}
-
 // scores[i][p] = q[i] . k[p] * scale for n positions.
 template <Format F, int T>
-inline void scores_of(const float* const* q, const char* keys, const float* k_scale, int n, int D, float scale,
+inline void scores_of(const float* const* q, const Rows<F>& keys, const float* k_scale, int n, int D, float scale,
                       float* const* scores) {
   int p = 0;
   for (; p + 4 <= n; p += 4) {
     Vec acc[T][4] = {};
     int d = 0;
+    if constexpr (F == kInt4) {
+      // Two positions at a time: factors of four would leave no registers for the sums.
+      for (; d + kKvGroup <= D; d += kKvGroup) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 4; j += 2) {
+          const auto first = keys.factors(p + j, d), second = keys.factors(p + j + 1, d);
+#pragma GCC unroll 8
+          for (int n = d; n < d + kKvGroup; n += kLanes) {
+            const Vec row = keys.at(p + j, n, first), other = keys.at(p + j + 1, n, second);
+#pragma GCC unroll 4
+            for (int i = 0; i < T; ++i) {
+              const Vec x = load_floats(q[i] + n);
+              acc[i][j] = multiply_add(row, x, acc[i][j]), acc[i][j + 1] = multiply_add(other, x, acc[i][j + 1]);
+            }
+          }
+        }
+      }
+    }
     for (; d + kLanes <= D; d += kLanes) {
       Vec rows[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) rows[j] = load<F>(keys, static_cast<std::int64_t>(p + j) * D + d);
+      for (int j = 0; j < 4; ++j) rows[j] = keys.at(p + j, d, keys.factors(p + j, d));
 #pragma GCC unroll 4
       for (int i = 0; i < T; ++i) {
         const Vec x = load_floats(q[i] + d);
@@ -90,7 +63,7 @@ inline void scores_of(const float* const* q, const char* keys, const float* k_sc
       sums_of_four(acc[i][0], acc[i][1], acc[i][2], acc[i][3], scores[i] + p);
       for (int c = d; c < D; ++c)
         for (int j = 0; j < 4; ++j)
-          scores[i][p + j] = multiply_add(load_one<F>(keys, static_cast<std::int64_t>(p + j) * D + c), q[i][c], scores[i][p + j]);
+          scores[i][p + j] = multiply_add(keys.one(p + j, c), q[i][c], scores[i][p + j]);
     }
   }
   for (; p < n; ++p) {
@@ -98,9 +71,9 @@ inline void scores_of(const float* const* q, const char* keys, const float* k_sc
       Vec acc = {};
       int d = 0;
       for (; d + kLanes <= D; d += kLanes)
-        acc = multiply_add(load<F>(keys, static_cast<std::int64_t>(p) * D + d), load_floats(q[i] + d), acc);
+        acc = multiply_add(keys.at(p, d, keys.factors(p, d)), load_floats(q[i] + d), acc);
       float dot = sum(acc);
-      for (; d < D; ++d) dot = multiply_add(load_one<F>(keys, static_cast<std::int64_t>(p) * D + d), q[i][d], dot);
+      for (; d < D; ++d) dot = multiply_add(keys.one(p, d), q[i][d], dot);
       scores[i][p] = dot;
     }
   }
@@ -110,7 +83,7 @@ inline void scores_of(const float* const* q, const char* keys, const float* k_sc
 
 // out[i] += sum over the positions `from` to `to` of weights[i][p] * v[p].
 template <Format F, int T>
-inline void add_values(const char* values, int from, int to, int D, const float (*weights)[kChunkPositions], float* const* out) {
+inline void add_values(const Rows<F>& values, int from, int to, int D, const float (*weights)[kChunkPositions], float* const* out) {
   constexpr int kWide = 4;
   int d = 0;
   for (; d + kWide * kLanes <= D; d += kWide * kLanes) {
@@ -118,9 +91,13 @@ inline void add_values(const char* values, int from, int to, int D, const float 
     for (int i = 0; i < T; ++i)
       for (int j = 0; j < kWide; ++j) acc[i][j] = load_floats(out[i] + d + j * kLanes);
     for (int p = from; p < to; ++p) {
+      typename Rows<F>::Factors factors;
       Vec rows[kWide];
 #pragma GCC unroll 4
-      for (int j = 0; j < kWide; ++j) rows[j] = load<F>(values, static_cast<std::int64_t>(p) * D + d + j * kLanes);
+      for (int j = 0; j < kWide; ++j) {
+        if (j * kLanes % kKvGroup == 0) factors = values.factors(p, d + j * kLanes);
+        rows[j] = values.at(p, d + j * kLanes, factors);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < T; ++i) {
         const Vec x = fill(weights[i][p]);
@@ -136,12 +113,12 @@ inline void add_values(const char* values, int from, int to, int D, const float 
     for (; c + kLanes <= D; c += kLanes) {
       Vec acc = load_floats(out[i] + c);
       for (int p = from; p < to; ++p)
-        acc = multiply_add(load<F>(values, static_cast<std::int64_t>(p) * D + c), fill(weights[i][p]), acc);
+        acc = multiply_add(values.at(p, c, values.factors(p, c)), fill(weights[i][p]), acc);
       store_floats(out[i] + c, acc);
     }
     for (; c < D; ++c)
       for (int p = from; p < to; ++p)
-        out[i][c] = multiply_add(load_one<F>(values, static_cast<std::int64_t>(p) * D + c), weights[i][p], out[i][c]);
+        out[i][c] = multiply_add(values.one(p, c), weights[i][p], out[i][c]);
   }
 }
 
@@ -221,37 +198,39 @@ inline Extent extent_of(const int* begin, const int* end, int T) {
 }
 
 // One chunk for T queries; query i sees the positions begin[i] to end[i] of it (relative, end > begin for all).
-// out[i]: [D], written. The values behind a query's end are never read for it: they may be garbage.
+// k_scale, v_scale: of each position of int8. out[i]: [D], written. The values behind a query's end are never read for it:
+// they may be garbage.
 template <Format F, int T>
-inline void chunk_as(const float* const* q, const HeadCache& c, std::int64_t start, const int* begin, const int* end,
-                     int D, float scale, const Bias* bias, Gathered* gathered, float* const* out) {
+inline void chunk_as(const float* const* q, const Rows<F>& keys, const Rows<F>& values, const float* k_scale,
+                     const float* v_scale, std::int64_t start, const int* begin, const int* end, int D, float scale,
+                     const Bias* bias, Gathered* gathered, float* const* out) {
   alignas(64) float scores[T][kChunkPositions];
   const Extent e = extent_of(begin, end, T);
-  const char* keys = c.k + e.first * D * static_cast<std::int64_t>(element_bytes(F));
   float* at[T];
   for (int i = 0; i < T; ++i) at[i] = scores[i] + e.first;
-  scores_of<F, T>(q, keys, c.k_scale == nullptr ? nullptr : c.k_scale + e.first, e.last - e.first, D, scale, at);
+  scores_of<F, T>(q, keys.from(e.first), F == kInt8 ? k_scale + e.first : nullptr, e.last - e.first, D, scale, at);
   for (int i = 0; i < T; ++i) {
     if (bias != nullptr) add_bias(bias[i], start, scores[i], begin[i], end[i]);
     gathered[i] = soften(scores[i], begin[i], end[i]);
     if constexpr (F == kInt8)
-      for (int p = begin[i]; p < end[i]; ++p) scores[i][p] *= c.v_scale[p];
+      for (int p = begin[i]; p < end[i]; ++p) scores[i][p] *= v_scale[p];
     std::memset(out[i], 0, sizeof(float) * D);
   }
   if (e.common_from >= e.common_to) {
-    for (int i = 0; i < T; ++i) add_values<F, 1>(c.v, begin[i], end[i], D, scores + i, out + i);
+    for (int i = 0; i < T; ++i) add_values<F, 1>(values, begin[i], end[i], D, scores + i, out + i);
     return;
   }
-  for (int i = 0; i < T; ++i) add_values<F, 1>(c.v, begin[i], e.common_from, D, scores + i, out + i);
-  add_values<F, T>(c.v, e.common_from, e.common_to, D, scores, out);
-  for (int i = 0; i < T; ++i) add_values<F, 1>(c.v, e.common_to, end[i], D, scores + i, out + i);
+  for (int i = 0; i < T; ++i) add_values<F, 1>(values, begin[i], e.common_from, D, scores + i, out + i);
+  add_values<F, T>(values, e.common_from, e.common_to, D, scores, out);
+  for (int i = 0; i < T; ++i) add_values<F, 1>(values, e.common_to, end[i], D, scores + i, out + i);
 }
 
 // ---------------------------------------------------------------- many queries on one chunk
 
 constexpr int kKeyPanel = 2 * kLanes;  // positions, or dimensions of values, that lie side by side
 constexpr int kQueries = 6;            // queries at once: 12 vectors of sums, which fill the pipes of every processor here
-constexpr int kPackFrom = 12;       // queries that pay for packing
+constexpr int kPackFrom = 12;          // queries that pay for packing
+constexpr int pack_from(std::int32_t format) { return format == kInt4 ? kQueries : kPackFrom; }  // 4 bits are slow to read
 
 // `sum` adds the lanes of a vector as a tree. Leaf u of it, left to right, is this lane.
 inline int leaf_lane(int u) { return kLanes == 16 ? u / 2 + u % 2 * 8 : u; }
@@ -266,8 +245,6 @@ enum class Sums {
 // [D / kKeyPanel, rounded up][position][kKeyPanel].
 struct PackedChunk {
   std::vector<float> keys, values;
-  const char* k_rows[kChunkPositions];  // where each position is; `pack_chunk` reads them
-  const char* v_rows[kChunkPositions];
 
   void reserve(int D) {
     keys.resize(static_cast<std::size_t>(kChunkPositions) * D);
@@ -276,13 +253,13 @@ struct PackedChunk {
   std::size_t bytes() const { return 4 * (keys.size() + values.size()); }
 };
 
-// rows[i][0..8) -> to[j * stride + i]: eight positions' eight dimensions, the other way round.
-template <Format F>
-inline void transpose_eight(const char* const* rows, int d, float* to, std::int64_t stride) {
+// Row p + i, dimension d + j -> to[j * stride + i]: eight positions' eight dimensions, the other way round.
+template <class Rows>
+inline void transpose_eight(const Rows& rows, int p, int d, float* to, std::int64_t stride) {
 #if defined(PARETUNE_AVX2)
   __m256 r[8], s[8];
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) r[i] = (__m256)load<F>(rows[i], d);
+  for (int i = 0; i < 8; ++i) r[i] = (__m256)rows.at(p + i, d, rows.factors(p + i, d));
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     s[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -302,13 +279,13 @@ inline void transpose_eight(const char* const* rows, int d, float* to, std::int6
   }
 #else
   for (int i = 0; i < 8; ++i)
-    for (int j = 0; j < 8; ++j) to[j * stride + i] = load_one<F>(rows[i], d + j);
+    for (int j = 0; j < 8; ++j) to[j * stride + i] = rows.one(p + i, d + j);
 #endif
 }
 
-// Packs the positions `from` to n (their rows are in `c`); what is left of the last panel is zero.
-template <Format F, Sums S = Sums::kTree>
-inline void pack_chunk(PackedChunk& c, int from, int n, int D) {
+// Packs the positions `from` to n; what is left of the last panel is zero. Rows: as in kv.h.
+template <Sums S, class Rows>
+inline void pack_chunk(PackedChunk& c, const Rows& k_rows, const Rows& v_rows, int from, int n, int D) {
   const int J = D / kLanes, wide = J * kLanes, panels = (n + kKeyPanel - 1) / kKeyPanel;
   // Dimension d lies in row key_row(d).
   const auto key_row = [&](int d) {
@@ -326,23 +303,24 @@ inline void pack_chunk(PackedChunk& c, int from, int n, int D) {
       const std::int64_t stride = static_cast<std::int64_t>(S == Sums::kChain ? 1 : kLanes == 16 ? 2 * J : J) * kKeyPanel;
       for (; d + 8 <= wide; d += 8)
         for (int p = 0; p < kKeyPanel; p += 8)
-          transpose_eight<F>(c.k_rows + first + p, d, keys + static_cast<std::int64_t>(key_row(d)) * kKeyPanel + p, stride);
+          transpose_eight(k_rows, first + p, d, keys + static_cast<std::int64_t>(key_row(d)) * kKeyPanel + p, stride);
     }
     for (; d < D; ++d) {
       float* to = keys + static_cast<std::int64_t>(key_row(d)) * kKeyPanel;
-      for (int p = 0; p < kKeyPanel; ++p) to[p] = p < held ? load_one<F>(c.k_rows[first + p], d) : 0.0f;
+      for (int p = 0; p < kKeyPanel; ++p) to[p] = p < held ? k_rows.one(first + p, d) : 0.0f;
     }
   }
   for (int d = 0; d < D; d += kKeyPanel) {
     float* to = c.values.data() + static_cast<std::size_t>(d) * kChunkPositions;
     if (d + kKeyPanel <= D) {
       for (int p = from; p < n; ++p) {
-        store_floats(to + p * kKeyPanel, load<F>(c.v_rows[p], d));
-        store_floats(to + p * kKeyPanel + kLanes, load<F>(c.v_rows[p], d + kLanes));
+        const auto factors = v_rows.factors(p, d);  // kKeyPanel divides kKvGroup
+        store_floats(to + p * kKeyPanel, v_rows.at(p, d, factors));
+        store_floats(to + p * kKeyPanel + kLanes, v_rows.at(p, d + kLanes, factors));
       }
     } else {
       for (int p = from; p < n; ++p)
-        for (int j = 0; j < kKeyPanel; ++j) to[p * kKeyPanel + j] = d + j < D ? load_one<F>(c.v_rows[p], d + j) : 0.0f;
+        for (int j = 0; j < kKeyPanel; ++j) to[p * kKeyPanel + j] = d + j < D ? v_rows.one(p, d + j) : 0.0f;
     }
   }
 }
@@ -499,33 +477,56 @@ inline void in_tiles(int n, const float* const* q, const int* begin, const int* 
   }
 }
 
+// What a thread needs for a chunk.
+struct ChunkMemory {
+  PackedChunk packed;                    // of many queries
+  std::vector<float> k_scales, v_scales;  // of a 4-bit cache: scales and minima of each position
+
+  void reserve(int D) {
+    k_scales.resize(static_cast<std::size_t>(kChunkPositions) * 2 * std::max(1, D / kKvGroup));
+    v_scales.resize(k_scales.size());
+  }
+  std::size_t bytes() const { return packed.bytes() + 4 * (k_scales.size() + v_scales.size()); }
+};
+
 // One chunk for n queries. c: of the chunk's first position, `start`. n_held: positions of it that are stored.
-// spare: [D].
+// memory: reserved, its packed part too where n is pack_from(format) or more. spare: [D].
 inline void attend_chunk(int n, const float* const* q, const HeadCache& c, std::int64_t start, int n_held, const int* begin,
                          const int* end, int D, float scale, const Bias* bias, Gathered* gathered, float* const* out,
-                         PackedChunk& packed, float* spare) {
+                         ChunkMemory& memory, float* spare) {
   const auto run = [&]<Format F>() {
-    if (n >= kPackFrom) {
-      const std::int64_t row_bytes = D * static_cast<std::int64_t>(element_bytes(F));
-      for (int p = 0; p < n_held; ++p) packed.k_rows[p] = c.k + p * row_bytes, packed.v_rows[p] = c.v + p * row_bytes;
-      pack_chunk<F>(packed, *std::min_element(begin, begin + n), n_held, D);
+    const int from = *std::min_element(begin, begin + n) / kKeyPanel * kKeyPanel;
+    if constexpr (F == kInt4) {
+      const HeadCache seen = c.from(from, D);
+      const int each = 2 * kv_groups(D), n_seen = (n_held - from) * each;
+      widen(seen.k_scale, memory.k_scales.data() + from * each, n_seen);
+      widen(seen.v_scale, memory.v_scales.data() + from * each, n_seen);
+    }
+    const Rows<F> keys(c.k, memory.k_scales.data(), D), values(c.v, memory.v_scales.data(), D);
+    const float* const k_scale = F == kInt8 ? reinterpret_cast<const float*>(c.k_scale) : nullptr;
+    const float* const v_scale = F == kInt8 ? reinterpret_cast<const float*>(c.v_scale) : nullptr;
+    if (n >= pack_from(F)) {
+      pack_chunk<Sums::kTree>(memory.packed, keys, values, from, n_held, D);
       in_tiles(n, q, begin, end, bias, gathered, out, spare,
                [&](int, const float* const* tq, const int* b, const int* e, const Bias* tb, Gathered* found, float* const* to) {
-                 tile_on_chunk<Sums::kTree>(packed, tq, start, b, e, D, scale, c.k_scale, c.v_scale, tb, found, to, [](int, float*) {});
+                 tile_on_chunk<Sums::kTree>(memory.packed, tq, start, b, e, D, scale, k_scale, v_scale, tb, found, to, [](int, float*) {});
                });
       return;
     }
     int i = 0;
     for (; i + kQueryTile <= n; i += kQueryTile)
-      chunk_as<F, kQueryTile>(q + i, c, start, begin + i, end + i, D, scale, bias == nullptr ? nullptr : bias + i, gathered + i, out + i);
+      chunk_as<F, kQueryTile>(q + i, keys, values, k_scale, v_scale, start, begin + i, end + i, D, scale,
+                              bias == nullptr ? nullptr : bias + i, gathered + i, out + i);
     for (; i < n; ++i)
-      chunk_as<F, 1>(q + i, c, start, begin + i, end + i, D, scale, bias == nullptr ? nullptr : bias + i, gathered + i, out + i);
+      chunk_as<F, 1>(q + i, keys, values, k_scale, v_scale, start, begin + i, end + i, D, scale,
+                     bias == nullptr ? nullptr : bias + i, gathered + i, out + i);
   };
   switch (c.format) {
     case kFp32: run.template operator()<kFp32>(); break;
     case kBf16: run.template operator()<kBf16>(); break;
     case kFp16: run.template operator()<kFp16>(); break;
     case kInt8: run.template operator()<kInt8>(); break;
+    case kInt4: run.template operator()<kInt4>(); break;
   }
 }
 

@@ -25,7 +25,7 @@ from paretune.ops.native.packed import Matrix, PackedWeight
 from paretune.ops.weights.base import Weight
 from paretune.registry import ATTENTION
 
-CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+CACHE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 ACTIVATIONS = {"gelu_tanh": 1, "gelu": 2, "quick_gelu": 3, "relu": 4, "silu": 5}
 EXACT_ATTENTION = ("eager", "sdpa", "native", "flex", "flash_attn")  # the native form computes the same sums
 LOGITS = "logits"
@@ -80,6 +80,8 @@ def library() -> Any:
         lib.paretune_program_free.argtypes, lib.paretune_program_free.restype = [c_void_p], None
         lib.paretune_program_bytes.argtypes, lib.paretune_program_bytes.restype = [c_void_p], ctypes.c_int64
         lib.paretune_step.argtypes = [c_void_p, POINTER(Step)]
+        lib.paretune_keep.argtypes = [c_int32, c_void_p, ctypes.c_int64, c_int32, c_void_p, c_void_p]
+        lib.paretune_keep.restype = None
         for which, ours in ((0, _Op), (2, Step)):
             assert lib.paretune_sizes(which) == ctypes.sizeof(ours), f"{ours.__name__} differs from step.cpp"
         lib.programs_are_declared = True

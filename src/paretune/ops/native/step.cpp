@@ -48,9 +48,9 @@ extern "C" struct Step {
   const std::int64_t* tokens;   // [B, K]
   const std::int64_t* lengths;  // [B] tokens held before this step
   const std::int64_t* last;     // [B] index of the last valid token of this step
-  void* const* k;               // by layer, [B, n_kv_head, capacity, D]
+  void* const* k;               // by layer, [B, n_kv_head, capacity, D], in 4 bits two a byte
   void* const* v;
-  void* const* k_scale;         // by layer, fp32 [B, n_kv_head, capacity]; null unless the cache is int8
+  void* const* k_scale;         // by layer, [B, n_kv_head, capacity] of scales as in kv.h; null where there are none
   void* const* v_scale;
   float* logits;                // [B, V] or [B, K, V]
   std::int64_t* best;           // [B] index of the largest of the last token's logits, or null
@@ -93,7 +93,7 @@ struct Scratch {
   std::vector<Best> best;       // [rows]
   std::vector<Gathered> state;  // of the queries at hand
   std::vector<char> has_some;
-  PackedChunk chunk;            // of steps with many rows
+  ChunkMemory chunk;
 };
 
 // What is left to do for a linear layer's input: the layer before may have read the same.
@@ -159,6 +159,7 @@ struct Program {
       s.prepared.reserve(kFewRows, widest, has_integers, has_bytes, has_pairs);
       s.queries.resize(static_cast<std::size_t>(kMaxQueries) * head_dim);
       s.out.resize(static_cast<std::size_t>(kMaxQueries + 1) * head_dim);  // and one to throw away
+      s.chunk.reserve(head_dim);
     }
     reserve(1);
   }
@@ -180,13 +181,14 @@ struct Program {
     for (Scratch& s : scratch) {
       s.sums.resize(static_cast<std::size_t>(kHasTiles ? std::min(M + kMaxTile, kMostTiled) : std::min(M, kPanelInputs)) * kPanelRows);
       s.best.resize(M);
-      if (M * group >= kPackFrom) s.chunk.reserve(head_dim);
     }
     rows = M;
   }
 
   void run(const Step& s) {
     reserve(s.B * s.K);
+    if (s.B * s.K * group >= pack_from(s.cache_format))
+      for (Scratch& each : scratch) each.chunk.packed.reserve(head_dim);
     plan_attention(s);
     step = &s;
     team.run();
@@ -443,15 +445,9 @@ struct Program {
   // Keys and values of a head from a slot on.
   HeadCache head_cache(const Op& op, int b, int h, std::int64_t slot) const {
     const Step& s = *step;
-    const std::size_t rows_before = static_cast<std::size_t>(b * op.n_kv_head + h) * s.capacity + slot;
-    const std::size_t at = rows_before * op.head_dim * element_bytes(s.cache_format);
-    HeadCache out{static_cast<char*>(s.k[op.layer]) + at, static_cast<char*>(s.v[op.layer]) + at, nullptr, nullptr,
-                  s.cache_format};
-    if (s.cache_format == kInt8) {
-      out.k_scale = static_cast<float*>(s.k_scale[op.layer]) + rows_before;
-      out.v_scale = static_cast<float*>(s.v_scale[op.layer]) + rows_before;
-    }
-    return out;
+    const std::int64_t rows_before = static_cast<std::int64_t>(b * op.n_kv_head + h) * s.capacity + slot;
+    const auto start = [&](void* const* layers) { return layers == nullptr ? nullptr : static_cast<char*>(layers[op.layer]); };
+    return HeadCache{start(s.k), start(s.v), start(s.k_scale), start(s.v_scale), s.cache_format}.from(rows_before, op.head_dim);
   }
 
   void append_all(const Op& op, int t, int b, int h) {
@@ -533,8 +529,11 @@ struct Program {
     const std::int64_t from = op.prefix > 0 ? 0 : first_seen(op, s.lengths[b]) / kChunkPositions * kChunkPositions;
     const std::int64_t n = std::min<std::int64_t>(s.lengths[b] - from, kChunkPositions);
     const HeadCache cache = head_cache(op, b, task % op.n_kv_head, slot_of(from));
-    const std::int64_t bytes = n * op.head_dim * static_cast<std::int64_t>(element_bytes(s.cache_format));
-    for (std::int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(cache.k + at, 0, 2), __builtin_prefetch(cache.v + at, 0, 2);
+    const auto fetch = [n](const char* first, const char* second, std::int64_t each) {
+      for (std::int64_t at = 0; at < n * each; at += 64) __builtin_prefetch(first + at, 0, 2), __builtin_prefetch(second + at, 0, 2);
+    };
+    fetch(cache.k, cache.v, row_bytes(s.cache_format, op.head_dim));
+    fetch(cache.k_scale, cache.v_scale, scale_bytes(s.cache_format, op.head_dim));
   }
 
   void finish(float* out, float total, int D) {
@@ -642,6 +641,12 @@ void paretune_unpack(const Matrix* w, float* out) {
 }
 // Row `row` as numbers, [C] fp32.
 void paretune_row(const Matrix* w, std::int64_t row, float* out) { matrix_row(*w, row, out); }
+
+// Without a program: x [n, D] as a cache of this format keeps them; scales as in kv.h, or null.
+void paretune_keep(std::int32_t format, const float* x, std::int64_t n, int D, char* rows, char* scales) {
+  for (std::int64_t i = 0; i < n; ++i)
+    append_row(format, x + i * D, rows + i * row_bytes(format, D), scales == nullptr ? nullptr : scales + i * scale_bytes(format, D), D);
+}
 
 // Null where memory or threads are not to be had.
 void* paretune_program(const Op* ops, int n_ops, const Matrix* matrices, int n_matrices, const std::int32_t* widths,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -139,8 +140,31 @@ template <> inline Vec load<kInt8>(const void* data, std::int64_t at) {
 #endif
 }
 
+// Two a byte, the even one in the low half; numbers from 0 to 15. at: even.
+template <> inline Vec load<kInt4>(const void* data, std::int64_t at) {
+  const std::uint8_t* p = static_cast<const std::uint8_t*>(data) + (at >> 1);
+#if defined(PARETUNE_AVX512) || defined(PARETUNE_AVX2)
+  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  std::int32_t words[kLanes / 8];
+  std::memcpy(words, p, sizeof words);
+#endif
+#if defined(PARETUNE_AVX512)
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32(words[0])), _mm256_set1_epi32(words[1]), 1);
+  const __m512i all_shifts = _mm512_inserti64x4(_mm512_castsi256_si512(shifts), shifts, 1);
+  return (Vec)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(both, all_shifts), _mm512_set1_epi32(15)));
+#elif defined(PARETUNE_AVX2)
+  const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(words[0]), shifts);
+  return (Vec)_mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+#else
+  Vec out;
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<float>(p[i / 2] >> i % 2 * 4 & 15);
+  return out;
+#endif
+}
+
 template <Format F> inline float load_one(const void* data, std::int64_t at) {
-  if constexpr (F == kFp32) return static_cast<const float*>(data)[at];
+  if constexpr (F == kInt4) return static_cast<float>(static_cast<const std::uint8_t*>(data)[at >> 1] >> (at & 1) * 4 & 15);
+  else if constexpr (F == kFp32) return static_cast<const float*>(data)[at];
   else if constexpr (F == kBf16) return from_bf16(static_cast<const std::uint16_t*>(data)[at]);
   else if constexpr (F == kFp16) return from_fp16(static_cast<const std::uint16_t*>(data)[at]);
   else return static_cast<const std::int8_t*>(data)[at];
