@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune import clock, files, hardware, stats
+from paretune import clock, files, hardware, process, stats
 from paretune.engine.cache import KVCache
 from paretune.engine.runners.native import NativeRunner
 from paretune.errors import ParetuneError
-from paretune.measure import environment, memory
+from paretune.measure import environment
 from paretune.measure.interleave import block_order
 from paretune.model import checkpoint
 from paretune.ops.attention import alibi, native, sdpa
@@ -77,11 +77,11 @@ def interleaved(
 def peak_bytes(call: Callable[[], Any]) -> int | None:
     """What the process grew by at most during one call; None where the system does not tell."""
     call()
-    if not memory.reset_peak_rss():
+    if not process.reset_peak_rss():
         return None
-    before = memory.rss_bytes()
+    before = process.rss_bytes()
     call()
-    return max(0, memory.peak_rss_bytes() - before)
+    return max(0, process.peak_rss_bytes() - before)
 
 
 def operator(length: int, args: argparse.Namespace) -> dict[str, Any]:
