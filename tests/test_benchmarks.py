@@ -24,8 +24,9 @@ def missing(source: str) -> list[str]:
                     if not hasattr(home, alias.name):
                         out.append(f"{node.module}.{alias.name}")
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            if not hasattr(modules[node.value.id], node.attr):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            if module is not None and not hasattr(module, node.attr):
                 out.append(f"{node.value.id}.{node.attr}")
     return out
 
