@@ -58,6 +58,7 @@ def bars(
             say_empty(figure, figure.add_subplot(), "Nothing was measured.")
             return save(figure, fmt, f"{title}: nothing measured")
         panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+        tilt = 90 if len(names) * len(drawn) > 12 else 0  # side by side the numbers of many bars run into each other
         for axes, (group, series) in zip(panels, drawn.items(), strict=True):
             top = max(b.high or b.value or 0.0 for b in series.values())
             for i, name in enumerate(names):
@@ -68,8 +69,9 @@ def bars(
                 axes.bar(i, bar.value, width=0.8, label=short(name, 34), **look)
                 if bar.low is not None and bar.high is not None:
                     axes.plot([i, i], [bar.low, bar.high], color=GREY, lw=1.6, solid_capstyle="butt")
-                axes.text(i, (bar.high or bar.value) + 0.02 * top, show(bar.value), ha="center", fontsize=8)
-            axes.set_ylim(0, 1.16 * top or 1)
+                at = (bar.high or bar.value) + 0.02 * top
+                axes.text(i, at, show(bar.value), ha="center", fontsize=8, rotation=tilt, va="bottom")
+            axes.set_ylim(0, (1.3 if tilt else 1.16) * top or 1)
             axes.set_xticks([])
             axes.set_title(group, fontsize=11)
             axes.tick_params(axis="y", labelsize=9)

@@ -334,4 +334,4 @@ def _write(out: Path, result: Mapping[str, Any], threads: int) -> None:
         ),
     ]
     tables = {"quality and memory": result["rows"], "sizes": result["sizes"]}
-    common.write_results(out, result, tables, sections, result["summary"], threads)
+    common.write_results(out, result, tables, sections, result["summary"][:2], threads)
