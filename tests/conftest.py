@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 
@@ -20,6 +21,7 @@ import torch
 # Before Triton is imported, which asks once: without a GPU its kernels are interpreted.
 os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
+from paretune import native_build
 from paretune.model import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -50,6 +52,14 @@ TINY_CONFIGS = {
 
 def pytest_configure(config):
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _native_code():
+    """Compiled before the first test: a command says when it compiles, and tests look at what commands say."""
+    with contextlib.suppress(native_build.NativeUnavailable):
+        for name in ("probe", "step", "attend"):
+            native_build.load(name)
 
 
 @pytest.fixture(autouse=True)

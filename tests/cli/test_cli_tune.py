@@ -58,9 +58,9 @@ def test_dry_run_shows_the_space_and_measures_nothing(tune, tmp_path):
     code, out, err = tune("pocket", "--dry-run", "-o", tmp_path / "plan")
     lines = out.splitlines()
     assert code == 0 and not err
-    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "98 candidates:"
-    names = [line.strip() for line in lines[2:100]]
-    assert len(set(names)) == 98 and "sdpa + bf16 + int8, compile(default)" in names
+    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "107 candidates:"
+    names = [line.strip() for line in lines[2:109]]
+    assert len(set(names)) == 107 and "sdpa + bf16 + int8, compile(default)" in names
     assert "Nothing was measured" in lines[-1] and "300 s" in lines[-1]
     assert not (tmp_path / "plan").exists()
 
@@ -69,14 +69,14 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
-    assert out.count("cannot run here") == 144 + 18 and "needs a C++ compiler" in out
+    assert out.count("cannot run here") == 174 + 18 and "needs a C++ compiler" in out
 
 
 def test_dry_run_counts_mechanisms_for_long_requests(tune):
     code, out, _ = tune("pocket", "--dry-run", "--input-len", "480")
-    assert code == 0 and "116 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
+    assert code == 0 and "125 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
     code, out, _ = tune("pocket", "--dry-run")
-    assert "98 candidates:" in out and "skips nothing in a request of 160 tokens" in out
+    assert "107 candidates:" in out and "skips nothing in a request of 160 tokens" in out
 
 
 def test_dry_run_announces_the_peers_and_their_time(tune):
