@@ -258,9 +258,7 @@ class _Run:
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of kept processes
     kept: dict[str, TrialProcess] = field(default_factory=dict)
     asked: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)  # requirement and notes by recipe
-    checked: set[tuple[int, str, str]] = field(
-        default_factory=set
-    )  # cell, recipe and folder that are known to be exact
+    checked: set[tuple[int, str, str]] = field(default_factory=set)  # cell, recipe and folder that are exact
     failed: dict[str, Trial] = field(default_factory=dict)  # what failed once is not started again for each cell
     rows: list[dict[str, Any]] = field(default_factory=list)
     aa: list[dict[str, Any]] = field(default_factory=list)

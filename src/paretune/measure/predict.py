@@ -76,7 +76,8 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
                 launch = sizes.n_operators * each
                 # An emulated format is converted before it is used: no gain, unless one call reads it as it is.
                 converted = dtype in device.emulated and not (device.reads_narrow and form != "eager")
-                memory = (wide_bytes if converted else n_bytes) / bandwidth
+                read_bytes = wide_bytes if converted else n_bytes
+                memory = read_bytes / bandwidth
                 # Launches run beside the kernels: the longer of the two is what is waited for.
                 predicted = max(memory, compute, launch)
                 first = first or predicted
@@ -86,7 +87,7 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
                         "phase": phase,
                         "dtype": dtype,
                         "form": form,
-                        "bytes": wide_bytes if converted else n_bytes,
+                        "bytes": read_bytes,
                         "flops": flops,
                         "roofline_sec": max(memory, compute),
                         "launch_sec": launch,

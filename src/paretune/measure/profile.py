@@ -86,10 +86,10 @@ def profile(
     check_memory(config, phase, input_len, batch_size, recipe)
     threads_read = hardware.set_threads(recipe.engine.threads or threads)
     header = environment.header(seed=seed)
-    first = None
+    are_given = ceilings is not None
     if ceilings is None:
         say("measuring the ceilings of this machine")
-        first = hardware.ceilings(device, quick=True)
+        ceilings = hardware.ceilings(device, quick=True)
     say(f"loading {recipe.name}")
     with _named_kernels(recipe, device):
         loaded = load_recipe(folder, recipe, device)
@@ -99,9 +99,8 @@ def profile(
         for _ in range(2):
             step.prepare()
             step.run()
-    if ceilings is None:  # twice, some seconds apart: another program may have taken the machine in one of them
-        assert first is not None
-        ceilings = first.or_better(hardware.ceilings(device, quick=True))
+    if not are_given:  # again, some seconds later: another program may have taken the machine the first time
+        ceilings = ceilings.or_better(hardware.ceilings(device, quick=True))
     result = {
         **header,
         "model": {"name": folder.name, "family": config.family},

@@ -18,6 +18,7 @@ from paretune.measure.profile_steps import Step
 
 N_STEPS = 20
 OUTSIDE = "outside the operations"
+_NO_COUNTERS = "the native runner of this version has no counters"
 
 
 class Counter(NamedTuple):
@@ -42,27 +43,10 @@ def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) 
     """
     if runner.name != "native":
         return None
-    if not hasattr(runner, "count_"):
-        return {
-            "available": False,
-            "reason": "the native runner of this version has no counters",
-            "rows": [],
-            "sum_sec": 0.0,
-            "step_sec": 0.0,
-        }
-    runner.count_(True)
-    spent = 0.0
-    try:
-        for _ in range(N_STEPS):
-            step.prepare()
-            started = clock.now()
-            step.run()
-            spent += clock.now() - started
-        counted = [Counter(*entry) for entry in runner.counters or ()]
-    finally:
-        runner.count_(False)
+    counted, spent = _counted(runner, step, N_STEPS)
     if not counted:
-        reason = "this step does not run in native code"
+        has_counters = hasattr(runner, "count_")
+        reason = "this step does not run in native code" if has_counters else _NO_COUNTERS
         return {"available": False, "reason": reason, "rows": [], "sum_sec": 0.0, "step_sec": 0.0}
     sums: dict[str, list[float]] = {}
     for entry in counted:
@@ -90,13 +74,24 @@ def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) 
 
 def spans(runner: Any, step: Step) -> list[tuple[str, float]]:
     """(operation with its layer, seconds) of one step in the order in which they ran; empty for other runners."""
-    if runner.name != "native" or not hasattr(runner, "count_"):
+    if runner.name != "native":
         return []
+    counted, _ = _counted(runner, step, 1)
+    return [(f"layer {c.layer}: {c.operation}" if c.layer >= 0 else c.operation, c.sec) for c in counted if c.calls]
+
+
+def _counted(runner: Any, step: Step, n_steps: int) -> tuple[list[Counter], float]:
+    """Counters of the native runner over so many steps, and the seconds of these; none where it has no counters."""
+    if not hasattr(runner, "count_"):
+        return [], 0.0
     runner.count_(True)
+    spent = 0.0
     try:
-        step.prepare()
-        step.run()
-        counted = [Counter(*entry) for entry in runner.counters or ()]
+        for _ in range(n_steps):
+            step.prepare()
+            started = clock.now()
+            step.run()
+            spent += clock.now() - started
+        return [Counter(*entry) for entry in runner.counters or ()], spent
     finally:
         runner.count_(False)
-    return [(f"layer {c.layer}: {c.operation}" if c.layer >= 0 else c.operation, c.sec) for c in counted if c.calls]

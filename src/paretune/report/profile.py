@@ -32,6 +32,10 @@ def _percent(share: Any) -> str:
     return "-" if number(share) is None else format_percent(share)
 
 
+def _longer(change: float) -> str:
+    return f"{_percent(abs(change))} {'longer' if change >= 0 else 'shorter'}"
+
+
 def _ceiling_cell(row: Row) -> str:
     if number(row.get("ceiling_share")) is None:
         return "-"
@@ -126,8 +130,7 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
             how = f"from steps that were read twice, within one to three times the {format_sec(alone)} around an empty "
             how += "module; taken off each part"
         out.append(
-            f"Readings: the marked step took {_percent(abs(overhead['share']))} "
-            f"{'longer' if overhead['share'] >= 0 else 'shorter'} than the plain one ({reading}, {how}). "
+            f"Readings: the marked step took {_longer(overhead['share'])} than the plain one ({reading}, {how}). "
             f"The parts add up to {format_percent(closing['share'])} of the plain step; the difference is a row of its "
             "own."
         )
@@ -136,14 +139,14 @@ def measured_of(result: Mapping[str, Any]) -> list[str]:
         other = native["step_sec"] / result["whole"]["sec"] - 1
         out.append(
             f"Operations: the native runner's own counters over {N_STEPS} steps, switched on for them; such a step "
-            f"took {_percent(abs(other))} {'longer' if other >= 0 else 'shorter'} than the plain one, and shares are "
-            f"of it. Operations are {format_percent(native['sum_sec'] / native['step_sec'])} of it; the rest, the call "
-            "from Python and the waking of threads, is a row of its own."
+            f"took {_longer(other)} than the plain one, and shares are of it. Operations are "
+            f"{format_percent(native['sum_sec'] / native['step_sec'])} of it; the rest, the call from Python and the "
+            "waking of threads, is a row of its own."
         )
     longer = result["profiled_sec"] / result["whole"]["sec"] - 1
     out.append(
-        f"Kernels: seen by PyTorch's profiler, under which a step takes {_percent(abs(longer))} "
-        f"{'longer' if longer >= 0 else 'shorter'}; their shares are of that step."
+        f"Kernels: seen by PyTorch's profiler, under which a step takes {_longer(longer)}; "
+        "their shares are of that step."
         + (" Over half of it is the profiler's or a disturbance: take these shares as rough." if longer > 1 else "")
     )
     return out + [f"{note[:1].upper()}{note[1:]}." for note in result["notes"]]

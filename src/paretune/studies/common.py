@@ -34,6 +34,11 @@ def header(study: str, name: str, config: ModelConfig, *, quick: bool, seed: int
     return {**environment.header(seed=seed), **about}
 
 
+def blocks(quick: bool) -> dict[str, Any]:
+    """`min_blocks` and `max_blocks` of a bench: one look when `quick`, so that few blocks decide."""
+    return {"min_blocks": 7, "max_blocks": 7} if quick else {"min_blocks": 8, "max_blocks": 27}
+
+
 def sixteen_bits(device: str) -> tuple[str, str]:
     """The 16-bit format of a study here, and why: the one that is not emulated, where there is one."""
     support = hardware.dtype_support(device)

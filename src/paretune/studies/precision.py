@@ -144,8 +144,7 @@ def run(
     settings: dict[str, Any] = {
         "baseline": BASELINE,
         "kinds": ["throughput"],
-        "min_blocks": 7 if quick else 8,
-        "max_blocks": 7 if quick else 27,
+        **common.blocks(quick),
         "min_time_sec": 1.0 if quick else 3.0,
         "seed": seed,
         "device": device,

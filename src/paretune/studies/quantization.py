@@ -112,8 +112,7 @@ def run(
             batch_sizes=list(BATCHES),
             baseline=PLAIN,
             kinds=["ttft", "tpot"],
-            min_blocks=7 if quick else 8,
-            max_blocks=7 if quick else 27,
+            **common.blocks(quick),
             min_time_sec=0.5 if quick else 3.0,
             budget_sec=150.0 if quick else None,
             loading_counts=False,  # a minute, whatever the budget
