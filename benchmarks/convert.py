@@ -3,12 +3,13 @@
     python benchmarks/convert.py --books ../shared/data/books.tar.xz -o benchmarks/results/convert.json
 
 Two runs of `paretune train` see the same batches in the same order: the original as it is, and the original without
-positions and with ALiBi, pulled towards the original (`--distill-weight`). Then both are scored on held-out books,
-token by token: in the context of the model (paired, bootstrap over blocks of 128 tokens), and the converted one in
-windows of four contexts beside the original on the very same tokens in windows of its own context.
+positions and with ALiBi, which learns what the original says (`--distill-weight`) rather than the text. Then they are
+scored on held-out books, token by token: in the context of the model (paired, bootstrap over blocks of 128 tokens), and
+the converted one in windows of four contexts beside the original on the very same tokens in windows of its own context.
 
 Goals: in the context at most 5 % above the original given the same tokens; over the last quarter of four contexts at
-most 10 % above it. The whole takes about ten minutes for `pocket` on two quiet cores with the default of 120 updates.
+most 10 % above it. A rate that converts fast spoils a model that needs no conversion, so the original is trained at a
+lower one, and what the goals are held against is the better of it with and without the extra tokens.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ def unpack(archive: Path, folder: Path, n_train: int, n_heldout: int) -> list[Pa
     return heldout
 
 
-def train(model: str, text: Path, out: Path, args: argparse.Namespace, *more: str) -> float:
+def train(model: str, text: Path, out: Path, args: argparse.Namespace, *more: Any) -> float:
     """Seconds of one run of `paretune train`."""
-    flags = ["--steps", args.steps, "--batch-size", args.batch_size, "--learning-rate", args.learning_rate]
+    flags = ["--steps", args.steps, "--batch-size", args.batch_size]
     flags += ["--block-size", args.block_size, "--seed", args.seed, "--heldout-fraction", 0, "--save-dtype", "fp32"]
     flags += ["--threads", args.threads] if args.threads else []
     command = [sys.executable, "-m", "paretune", "train", model, "--text", text, "-o", out, *flags, *more]
@@ -91,13 +92,15 @@ def main() -> int:
     parser.add_argument("--model", default="pocket")
     parser.add_argument("--books", type=Path, required=True, help="archive of *.txt")
     parser.add_argument("--train-books", type=int, default=24)
-    parser.add_argument("--heldout-books", type=int, default=3)
+    parser.add_argument("--heldout-books", type=int, default=6)
     parser.add_argument("--heldout-tokens", type=int, default=65536)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=1, help="small: updates convert, tokens do not")
     parser.add_argument("--block-size", type=int, default=1024)
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--distill-weight", type=float, default=0.5, help="0: no teacher")
+    parser.add_argument("--learning-rate", type=float, default=7e-4, help="of the conversion")
+    parser.add_argument("--original-learning-rate", type=float, default=1e-4, help="of the original's extra tokens")
+    parser.add_argument("--distill-weight", type=float, default=1.0, help="0: no teacher")
+    parser.add_argument("--distill-temperature", type=float, default=1.0)
     parser.add_argument("--threads", type=int, help="default: physical cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=Path("convert.json"))
@@ -118,25 +121,31 @@ def main() -> int:
             if n == 0:
                 raise ParetuneError(f"{len(ids)} held-out tokens give no window", "Raise --heldout-books or -tokens")
             heldout = torch.tensor(ids[:n])
-            spent = {"original": train(args.model, folder / "train", folder / "original", args)}
-            teacher = ["--distill", args.model, "--distill-weight", args.distill_weight] if args.distill_weight else []
-            spent["alibi"] = train(
-                args.model, folder / "train", folder / "alibi", args, "--config", "alibi", *map(str, teacher)
-            )
+            books, rate = folder / "train", "--learning-rate"
+            more: list[Any] = [rate, args.learning_rate, "--config", "alibi"]
+            if args.distill_weight:
+                more += ["--distill", args.model, "--distill-weight", args.distill_weight]
+                more += ["--distill-temperature", args.distill_temperature]
+            spent = {"alibi": train(args.model, books, folder / "alibi", args, *more)}
+            spent["original"] = train(args.model, books, folder / "original", args, rate, args.original_learning_rate)
             runners = {
-                "before": load_recipe(source, preset("alibi")).runner,
-                "original": load_recipe(folder / "original", preset("baseline")).runner,
+                "untrained": load_recipe(source, preset("alibi")).runner,
+                "as it was": load_recipe(source, preset("baseline")).runner,
+                "with the same tokens": load_recipe(folder / "original", preset("baseline")).runner,
                 "alibi": load_recipe(folder / "alibi", preset("baseline")).runner,
             }
             near = {k: in_windows(r, heldout, context) for k, r in runners.items()}
+            originals = ("as it was", "with the same tokens")
+            best = min(originals, key=lambda k: float(near[k].mean()))
         far = in_windows(runners["alibi"], heldout, FACTOR * context)
         # Stretch by stretch: token 1 + i of a long window stands at i; the first of each short window has no loss.
         stretches = []
         for i in range(FACTOR):
             ours = far[:, i * context : (i + 1) * context - 1]
-            theirs = near["original"][i::FACTOR]
+            theirs = near[best][i::FACTOR]
             stretches.append({"begin": i * context, "end": (i + 1) * context, **increase(ours, theirs)})
-        inside = increase(near["alibi"], near["original"])
+        inside = increase(near["alibi"], near[best])
+        untrained = increase(near["untrained"], near[best])
         header = environment.header(seed=args.seed)
         result = {
             **header,
@@ -145,7 +154,9 @@ def main() -> int:
             "settings": {k: v for k, v in vars(args).items() if isinstance(v, int | float)},
             "trained_tokens": args.steps * args.batch_size * args.block_size,
             "training_sec": spent,
-            "converted_untrained": increase(near["before"], near["original"]),
+            "held_against": f"the original {best}",
+            "original_perplexity": {k: math.exp(float(near[k].mean())) for k in originals},
+            "converted_untrained": untrained,
             "in_context": {**inside, "limit": IN_CONTEXT_LIMIT, "holds": inside["high"] <= IN_CONTEXT_LIMIT},
             "at_4x": {**stretches[-1], "limit": LONG_LIMIT, "holds": stretches[-1]["high"] <= LONG_LIMIT},
             "by_position": stretches,
@@ -154,7 +165,8 @@ def main() -> int:
     except ParetuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    for title, row in (("untrained", result["converted_untrained"]), ("in context", inside), ("at 4x", stretches[-1])):
+    print("original: " + ", ".join(f"{v:.2f} {k}" for k, v in result["original_perplexity"].items()))
+    for title, row in (("untrained", untrained), ("in context", inside), ("at 4x", stretches[-1])):
         print(
             f"{title:<12}{row['ours']:9.2f} beside {row['original']:.2f} of the original: {row['value']:+.2%} "
             f"[{row['low']:+.2%}, {row['high']:+.2%}]"
