@@ -42,7 +42,7 @@ def written(*n_words: int):
 
 
 def test_the_published_rows_all_have_a_mechanism(tmp_path):
-    found = data.mechanisms(config(), "cpu")
+    found = data.mechanisms(config(), data.fast_form("cpu")[0])
     assert {m.name for m in found} >= set(data.PUBLISHED_QUALITY) | set(data.PUBLISHED_SPEED)
     shared = [m.weights for m in found if m.name in (data.STANDARD, data.FLASH)]
     assert len(set(shared)) == 1  # exact variants run on the same weights

@@ -29,6 +29,7 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts():
 
 def test_which_forms_keep_their_scores():
     assert cost.keeps_scores(preset("eager_attn"))
+    assert cost.keeps_scores(Recipe.from_dict({"transforms": [{"name": "attention", "form": "eager"}]}))
     assert not cost.keeps_scores(recipe())
     assert cost.keeps_scores(recipe({"name": "mechanism", "alibi": True}))
 

@@ -76,21 +76,21 @@ QUICK = Plan(
 FULL = Plan(
     max_len=MAX_LEN,
     max_new_tokens=MAX_LEN // 4,
-    n_train=600,
+    n_train=400,
     n_heldout=200,
     seeds=3,
     epochs=1.0,
     bench_sec=300.0,
-    cost_length=MAX_LEN,
-    cost_blocks=3,
-    cost_sec=660.0,
+    cost_length=MAX_LEN // 2,
+    cost_blocks=6,  # fewer give no interval
+    cost_sec=720.0,
     n_noise=48,
-    n_attack=12,
+    n_attack=8,
     n_shift=16,
     n_windows=6,
     stream_lengths=tuple(1024 * 2**i for i in range(6)),
     stream_repeats=2,
-    stream_sec=420.0,
+    stream_sec=360.0,
 )
 
 
@@ -125,7 +125,8 @@ def run(
     source = pair_source(train_set, held, folder, form)
     form = replace(source.format, max_new_tokens=min(source.format.max_new_tokens, plan.max_new_tokens))
     options = _options(plan, len(source.examples), device)
-    chosen = data.mechanisms(config, device)
+    fast, no_fast = data.fast_form(device)
+    chosen = data.mechanisms(config, fast)
     seeds = list(range(seed, seed + plan.seeds))
     own = held.name.startswith("paretune")
     foreign = robust.code_pairs(plan.n_noise) if own else own_pairs("confirm").take(plan.n_noise)
@@ -143,7 +144,8 @@ def run(
         "prompt": form.to_json(),
         "seeds": seeds,
         "pattern": data.pattern_of(config),
-        "fast_form": data.fast_form(device),
+        "fast_form": fast,
+        "fast_form_cause": no_fast,
         "options": {"learning_rate": options.learning_rate, "updates": options.steps, "pairs_per_update": ROWS},
     }
     with Sampler(device) as sampler, tempfile.TemporaryDirectory(prefix="paretune-study-") as scratch:

@@ -132,11 +132,11 @@ def under_attack(
 
 
 def _random_edits(net: Any, tokenizer: Tokenizer, form: PromptFormat, pair: Pair, n: int, seed: int) -> float:
-    """The loss after `n` random word changes: what an edit costs that nobody searched for."""
+    """The loss after `n` random word changes to what the model is shown: an edit that nobody searched for."""
     draw = random.Random(f"{seed}{pair.id}")
-    words = pair.article.split(" ")
+    words = adversarial.attack(net, tokenizer, form, pair, n_edits=0).article.split(" ")
     vocabulary = adversarial.word_tokens(tokenizer).tolist()
-    for i in draw.sample(range(len(words) // 2), min(n, len(words) // 2)):
+    for i in draw.sample(range(len(words)), min(n, len(words))):
         words[i] = tokenizer.decode([draw.choice(vocabulary)]).strip()
     changed = Pair(pair.id, " ".join(words), pair.summary)
     return adversarial.attack(net, tokenizer, form, changed, n_edits=0).loss_before

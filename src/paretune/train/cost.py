@@ -24,6 +24,7 @@ from paretune.recipe import Recipe
 
 BATCH_SIZES = (16, 32, 64, 128)
 WORKER = "paretune.train.worker"
+FUSED = {"sdpa", "flex", "flash_attn"}  # attention functions whose backward pass computes the scores again
 _INTERPRETER_BYTES = 450 << 20  # a process with PyTorch
 _MEMORY_SHARE = 0.85
 _LOAD_SEC, _STEP_SEC = 600.0, 3600.0  # time-outs
@@ -78,7 +79,7 @@ def training_costs(
 
     Args:
         length: tokens in a window.
-        n_blocks: timed updates of each; the smallest size has one more, which warms up.
+        n_blocks: timed updates of each; one more before them warms up, at every size (a larger one touches new memory).
         budget_sec: for all; what is not reached then says so.
     """
     config = checkpoint.read_config(folder)
@@ -92,15 +93,14 @@ def training_costs(
         ]
         for batch_size in sorted(batch_sizes):  # ascending: the peak of a process is that of the size at hand
             say(f"training step of {batch_size} x {length} tokens")
-            is_first = batch_size == min(batch_sizes)
-            rows += _cell(subjects, config, n_params, batch_size, length, n_blocks, until, device, seed, is_first)
+            rows += _cell(subjects, config, n_params, batch_size, length, n_blocks, until, device, seed)
     return rows
 
 
 def keeps_scores(recipe: Recipe) -> bool:
     """Whether the form of a recipe holds `[T, T]` numbers for the backward pass: all but a plain fused one."""
-    forms = [getattr(t, "form", "") for t in recipe.transforms]
-    return not any(forms) or any(t.name == "mechanism" for t in recipe.transforms)
+    forms = {getattr(t, "form", "") for t in recipe.transforms}
+    return not forms & FUSED or any(t.name == "mechanism" for t in recipe.transforms)
 
 
 def _start(
@@ -137,9 +137,8 @@ def _cell(
     until: float,
     device: str,
     seed: int,
-    warms_up: bool,
 ) -> list[dict[str, Any]]:
-    """One batch size: blocks in random order; the first size has one more before them, which warms up."""
+    """One batch size: blocks in random order, after one that warms up."""
     free = hardware.memory_left(device)
     micro = {s.name: micro_batch(config, n_params, batch_size, length, free, s.keeps_scores) for s in subjects}
     taken: dict[str, list[float]] = {s.name: [] for s in subjects}
@@ -150,7 +149,7 @@ def _cell(
             needed = step_bytes(config, n_params, 1, length, s.keeps_scores)
             cause[s.name] = f"out of memory: one window needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     by_name = {s.name: s for s in subjects}
-    for block in range(-1 if warms_up else 0, n_blocks):
+    for block in range(-1, n_blocks):
         for name in block_order(list(by_name), seed, block):
             s = by_name[name]
             if cause[name] or s.process is None:

@@ -38,7 +38,9 @@ def kept_logits(forward: Forward, inputs: Tensor, kept: Tensor, dtype: str) -> T
     The head, a third of a small model's work and the largest tensor of a step, runs on those alone. (A compiled model
     computes all: a hook would break its graph.)
     """
-    if not isinstance(forward, LanguageModel) or bool(kept.all()):
+    if bool(kept.all()):
+        return logits_of(forward, inputs, dtype).flatten(0, 1)  # picking all would copy them, and their gradients
+    if not isinstance(forward, LanguageModel):
         return logits_of(forward, inputs, dtype)[kept]
     handle = forward.head.register_forward_pre_hook(lambda module, given: (given[0][kept],))
     try:

@@ -56,12 +56,14 @@ def requires(device: str) -> str | None:
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Arguments and result as in `reference.attention`; exact up to the order of additions.
 
-    Rows of unequal length, and single tokens on a ring cache, which sees its window and no more, go through `sdpa` with
-    a mask. Gradients are those of the reference, computed again in the backward pass with every score in memory.
+    Rows of unequal length go through `sdpa` with a mask, and so do single tokens whose cache holds no more than the
+    pattern sees (dense, or a ring): nothing is left to skip, and one call of PyTorch is the quicker one. Gradients are
+    those of the reference, computed again in the backward pass with every score in memory.
     """
     start = 0 if layer_cache is None else getattr(layer_cache, "common_start", None)
     prefix, ring = getattr(layer_cache, "prefix_and_ring", (0, 0))
-    if start is None or (ring and q.size(2) == 1):
+    is_one = layer_cache is not None and q.size(2) == 1
+    if start is None or (is_one and (ring or spec.pattern.is_dense)):
         return sdpa.attention(q, k_new, v_new, layer_cache, spec)
     if layer_cache is None:
         k, v = k_new, v_new
