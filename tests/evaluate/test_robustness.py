@@ -177,3 +177,45 @@ def test_perplexity_by_position_is_that_of_one_forward_pass(monkeypatch):
     losses = F.cross_entropy(logits, tokens[1:], reduction="none")
     expected = [losses[:31].mean().exp().item(), losses[31:].mean().exp().item()]
     assert [s.perplexity for s in found] == pytest.approx(expected, rel=1e-4)
+
+
+def test_beyond_holds_the_same_tokens_against_each_other():
+    """A token of the last quarter: with all of its long window before it, and with its own quarter alone."""
+    model = tiny(32, (ALIBI,))
+    tokens = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(3))
+    found = length.beyond(EagerRunner(model), tokens.tolist(), 32, max_windows=5)
+    differences = []
+    for window in tokens[:256].view(2, 128):  # 300 tokens hold two
+        far, near = (
+            F.cross_entropy(model(x[None, :-1], None, "all")[0], x[1:], reduction="none") for x in (window, window[96:])
+        )
+        differences.append(far[96:] - near)
+    wanted = torch.cat(differences)
+    assert found["change"] == pytest.approx(math.expm1(wanted.mean().item()), rel=1e-3)
+    assert abs(found["change"]) > 1e-3 and found["n_tokens"] == len(wanted) == 62
+    assert found["low"] is None and found["high"] is None  # 62 tokens are one block
+
+
+def test_beyond_is_not_moved_by_another_text():
+    """A model that sees one token does as well far out as near, whatever the stretches hold."""
+    alone = {"name": "mechanism", "alibi": True, "pattern": "window:1"}
+    runner = EagerRunner(tiny(32, (alone,)))
+    easy, hard = torch.full((96,), 5), torch.randint(0, 97, (32,), generator=torch.Generator().manual_seed(3))
+    tokens = torch.cat([easy, hard]).repeat(9).tolist()
+    stretches = length.by_position(runner, tokens, 32, per_context=1)
+    assert abs(stretches[-1].perplexity / stretches[0].perplexity - 1) > 0.1
+    found = length.beyond(runner, tokens, 32)
+    assert found["n_tokens"] == 8 * 31
+    assert all(found[name] == pytest.approx(0, abs=1e-5) for name in ("change", "low", "high"))
+
+
+def test_beyond_needs_such_positions_and_a_window_of_text():
+    tokens = [1] * 256
+    assert length.beyond(EagerRunner(tiny(32)), tokens, 32) is None
+    assert length.beyond(EagerRunner(tiny(32, (ALIBI,))), tokens[:127], 32) is None
+    runner = EagerRunner(tiny(32, (ALIBI,)))
+    seen = []
+    forward = runner.forward
+    runner.forward = lambda x, *rest: (seen.append(x.numel()), forward(x, *rest))[1]
+    assert length.beyond(runner, tokens, 32, max_windows=1)["n_tokens"] == 31
+    assert sum(seen) == 127 + 31  # one window and its last quarter, whatever more text there is

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from paretune import stats
 from paretune.engine.runners.base import Runner
+from paretune.evaluate.perplexity import block_means
 
 STEP_TOKENS = 512  # tokens in one forward step: bounds the scores that a masked form holds
 
@@ -58,7 +59,7 @@ def by_position(
     those that it has, in windows of the same beginnings; the others say that it refuses.
     """
     length = factor * trained_len
-    longest = min(int(getattr(runner.config, "longest", runner.config.n_positions)), length)
+    longest = min(_longest(runner), length)
     n_windows = min(max_windows, len(tokens) // length)
     edges = [i * trained_len // per_context for i in range(factor * per_context + 1)]
     losses = np.full((n_windows, length - 1), np.nan)
@@ -80,6 +81,42 @@ def by_position(
         low, high = (math.exp(interval.low), math.exp(interval.high)) if interval else (None, None)
         out.append(Stretch(begin, end, math.exp(float(means.mean())), low, high, part.size))
     return out
+
+
+def beyond(
+    runner: Runner, tokens: Sequence[int], trained_len: int, *, factor: int = 4, max_windows: int = 8
+) -> dict[str, float | None] | None:
+    """What the far positions cost: perplexity of the last `trained_len` tokens of windows of `factor * trained_len`.
+
+    Held against the very same tokens in windows of `trained_len` of their own, which have less before them: stretches
+    of one window hold different texts, so they do not compare. The first token of such a window has no loss. At most
+    `max_windows * (factor + 1) * trained_len` tokens are computed.
+
+    Returns:
+        `change`: relative change of perplexity, far over near (above 0: worse far out); `low`, `high`: 95 %, bootstrap
+        over blocks of about 128 tokens, paired, None with a single block; `n_tokens` compared. None where the model
+        refuses such positions or the text is shorter than one window.
+    """
+    assert factor >= 2 and trained_len >= 2
+    length = factor * trained_len
+    n_windows = min(max_windows, len(tokens) // length)
+    if _longest(runner) < length or n_windows < 1:
+        return None
+    rows = []
+    for w in range(n_windows):
+        window = torch.tensor(tokens[w * length : (w + 1) * length])
+        far = losses_of(runner, window)[1 - trained_len :]
+        rows.append(far - losses_of(runner, window[-trained_len:]))
+    blocks = block_means(np.stack(rows))
+    interval = stats.bootstrap(blocks, np.mean)
+    low, high = (math.expm1(x) if len(blocks) > 1 else None for x in (interval.low, interval.high))
+    change = math.expm1(float(np.mean(rows, dtype=np.float64)))
+    return {"change": change, "low": low, "high": high, "n_tokens": n_windows * (trained_len - 1)}
+
+
+def _longest(runner: Runner) -> int:
+    """Positions that the model has."""
+    return int(getattr(runner.config, "longest", runner.config.n_positions))
 
 
 def losses_of(runner: Runner, window: torch.Tensor) -> np.ndarray:
