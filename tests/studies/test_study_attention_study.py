@@ -127,6 +127,7 @@ def test_the_whole_study(tmp_path, monkeypatch, capsys):
     assert quality[data.STANDARD]["verdict"].startswith("identical texts")
     refused = {r["mechanism"] for r in result["length"] if r["cause"]}
     assert refused == {data.FLASH, data.SPARSE}
+    assert {r["mechanism"] for r in result["far"]} == {data.ALIBI, data.HYBRID}
     assert {"schema_version", "command", "seed", "versions", "hardware"} <= set(result)
     rows = list(csv.DictReader((out / "results.csv").open(encoding="utf-8")))
     flash = next(r for r in rows if r["table"] == "quality" and r["row"] == data.FLASH)

@@ -192,7 +192,7 @@ def run(
         flash = next(m for m in chosen if m.name == data.FLASH)
         result["heads"] = robust.head_shift(distinct, flash, tuned, held, seed=seed, n_documents=plan.n_shift, say=say)
         phase("longer inputs")
-        result["length"] = robust.beyond_length(
+        result["length"], result["far"] = robust.beyond_length(
             distinct, tuned, config.n_positions, max_windows=plan.n_windows, **shape
         )
         phase("streaming")

@@ -192,9 +192,13 @@ def beyond_length(
     device: str,
     max_windows: int,
     say: Say,
-) -> list[Row]:
-    """Perplexity by position up to four times the trained context, on the project's own text."""
+) -> tuple[list[Row], list[Row]]:
+    """Perplexity by position up to four times the trained context, on the project's own text.
+
+    And what the far positions cost against the same tokens in windows of that context, of mechanisms that go so far.
+    """
     rows: list[Row] = []
+    far: list[Row] = []
     text = texts.text_of("confirm")
     for m in chosen:
         say(f"beyond the trained length: {m.name}")
@@ -203,7 +207,10 @@ def beyond_length(
         tokens = Tokenizer(folder).encode(text)
         for stretch in length.by_position(runner, tokens, trained_len, max_windows=max_windows):
             rows.append({"mechanism": m.name, "positions": f"{stretch.begin}-{stretch.end}", **stretch.to_json()})
-    return rows
+        change = length.beyond(runner, tokens, trained_len, max_windows=max_windows)
+        if change is not None:
+            far.append({"mechanism": m.name, **change})
+    return rows, far
 
 
 def stream_documents(
