@@ -79,7 +79,8 @@ def training_costs(
 
     Args:
         length: tokens in a window.
-        n_blocks: timed updates of each; one more before them warms up, at every size (a larger one touches new memory).
+        n_blocks: timed updates of each. One more before them warms up, at every size (a larger one touches new memory);
+            with a single one, of which nothing is claimed, at the smallest size alone.
         budget_sec: for all; what is not reached then says so.
     """
     config = checkpoint.read_config(folder)
@@ -93,7 +94,8 @@ def training_costs(
         ]
         for batch_size in sorted(batch_sizes):  # ascending: the peak of a process is that of the size at hand
             say(f"training step of {batch_size} x {length} tokens")
-            rows += _cell(subjects, config, n_params, batch_size, length, n_blocks, until, device, seed)
+            warms_up = n_blocks > 1 or batch_size == min(batch_sizes)
+            rows += _cell(subjects, config, n_params, batch_size, length, n_blocks, until, device, seed, warms_up)
     return rows
 
 
@@ -137,8 +139,9 @@ def _cell(
     until: float,
     device: str,
     seed: int,
+    warms_up: bool,
 ) -> list[dict[str, Any]]:
-    """One batch size: blocks in random order, after one that warms up."""
+    """One batch size: blocks in random order, where asked after one that warms up."""
     free = hardware.memory_left(device)
     micro = {s.name: micro_batch(config, n_params, batch_size, length, free, s.keeps_scores) for s in subjects}
     taken: dict[str, list[float]] = {s.name: [] for s in subjects}
@@ -149,7 +152,7 @@ def _cell(
             needed = step_bytes(config, n_params, 1, length, s.keeps_scores)
             cause[s.name] = f"out of memory: one window needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
     by_name = {s.name: s for s in subjects}
-    for block in range(-1, n_blocks):
+    for block in range(-1 if warms_up else 0, n_blocks):
         for name in block_order(list(by_name), seed, block):
             s = by_name[name]
             if cause[name] or s.process is None:
