@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paretune import clock
-from paretune.errors import ParetuneError, UsageError
+from paretune.errors import ParetuneError
 from paretune.files import ensure_folder, whole_folder, write_json
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
@@ -37,6 +37,7 @@ from paretune.train.schedule import (
     TrainResult,
     auto_dtype,
     check_same,
+    check_same_model,
     learning_rate,
     parameter_groups,
     plain_options,
@@ -279,21 +280,17 @@ class _Run:
         """Puts the run where the checkpoint is.
 
         Raises:
-            UsageError: other options, another text or another model.
+            UsageError: other options, another text, teacher or model, or a model that attends in another way.
             CheckpointError: a file is missing or damaged.
         """
         try:
             check_same(self.options, self.data_key, state, folder)
             tensors = load_file(folder / "optimizer.safetensors")
-            stored = dict(checkpoint.load(folder).named_parameters())
-            ours = dict(self.model.named_parameters())
-            if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in ours.items()}:
-                raise UsageError(
-                    f"{folder} holds a model of another shape",
-                    "Resume with the MODEL that the run began with",
-                )
+            began = checkpoint.load(folder)
+            check_same_model(self.model, began, folder)
+            stored = dict(began.named_parameters())
             with torch.no_grad():
-                for name, p in ours.items():
+                for name, p in self.model.named_parameters():
                     p.copy_(stored[name])
                     for part in OPTIMIZER_PARTS if state["step"] else ():
                         self.optimizer.state[p][part] = tensors[f"{name}.{part}"].to(p.device)

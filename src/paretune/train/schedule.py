@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,30 @@ def check_same(options: TrainOptions, text_key: str, state: Mapping[str, Any], f
         raise UsageError(
             f"cannot resume {folder}: the training text or the tokenizer is not the same",
             "Pass the text of the first run, or start in a new folder",
+        )
+
+
+def check_same_model(model: LanguageModel, stored: LanguageModel, folder: Path) -> None:
+    """Proves that a checkpoint's model is the one that is to go on: its shapes, and what it computes with them.
+
+    A sparse pattern, or ALiBi beside positions, leaves every name and shape as it was: only the config tells.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (model, stored)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"{folder} holds a model of another shape", "Resume with the MODEL and the --config that the run began with"
+        )
+    changed = [
+        f"{f.name} was {getattr(stored.config, f.name)!r} and is {getattr(model.config, f.name)!r}"
+        for f in fields(model.config)
+        if f.compare and getattr(stored.config, f.name) != getattr(model.config, f.name)
+    ]
+    if changed:
+        raise UsageError(
+            f"cannot resume {folder}: {', '.join(changed)}", "Resume with the MODEL and the --config of the first run"
         )
 
 
