@@ -124,6 +124,31 @@ def test_early_stop_keeps_the_best_weights(source, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "a" / "train.json").read_text())["finished"] is True
 
 
+def test_resume_is_held_to_the_teacher(source, tmp_path):
+    def teacher(key="key", weight=0.5, temperature=2.0):
+        return Teacher(tiny(seed=7).eval().requires_grad_(False), key, weight, temperature)
+
+    def go(resume, teacher, progress=None):
+        return loop.fit(tiny(), POCKET, source, OPTIONS, tmp_path / "a", resume, progress, teacher=teacher)
+
+    def stop(p):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(False, teacher(), stop)
+    for other, words in (
+        (teacher(weight=0.75), "weight 0.5, temperature 2, and is .* weight 0.75, temperature 2"),
+        (teacher(temperature=1.0), "temperature 2, and is .* temperature 1"),
+        (teacher(key="other"), "the teacher was key at .* and is other at"),
+        (None, "and is none"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            go(True, other)
+    go(True, teacher())
+    history = json.loads((tmp_path / "a" / "train.json").read_text())
+    assert history["teacher"] == {"key": "key", "weight": 0.5, "temperature": 2.0}
+
+
 def test_distillation_pulls_towards_the_teacher(source, tmp_path):
     teacher = Teacher(tiny(seed=7).eval().requires_grad_(False), "key", weight=1.0)
     inputs, targets = collate(source.examples)

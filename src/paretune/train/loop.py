@@ -143,7 +143,7 @@ class _Run:
     ) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.source, self.out_dir, self.command, self.teacher = source, out_dir, command, teacher
-        self.data_key = source.key if teacher is None else f"{source.key}-{teacher.key}"
+        self.distilled = None if teacher is None else teacher.settings
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, options.weight_decay), lr=0.0, betas=options.betas, fused=True
         )
@@ -260,7 +260,8 @@ class _Run:
                 "schema_version": data.SCHEMA_VERSION,
                 "step": self.step,
                 "options": plain_options(self.options),
-                "text": self.data_key,
+                "text": self.source.key,
+                "teacher": self.distilled,
                 "sampler": self.sampler_state,
                 "scaler": self.scaler.state_dict(),
                 "n_tokens": self.n_tokens,
@@ -284,7 +285,7 @@ class _Run:
             CheckpointError: a file is missing or damaged.
         """
         try:
-            check_same(self.options, self.data_key, state, folder)
+            check_same(self.options, self.source.key, self.distilled, state, folder)
             tensors = load_file(folder / "optimizer.safetensors")
             began = checkpoint.load(folder)
             check_same_model(self.model, began, folder)
@@ -358,7 +359,7 @@ class _Run:
             "stopped_early": self.stopped_early,
             "elapsed_sec": self.elapsed_sec,
             "heldout": list(self.source.heldout_names),
-            "teacher": self.teacher and {"key": self.teacher.key, "weight": self.teacher.weight},
+            "teacher": self.distilled,
             "points": self.points,
         }
         write_json(self.out_dir / "train.json", history)

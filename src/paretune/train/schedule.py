@@ -131,8 +131,13 @@ def plain_options(options: TrainOptions) -> dict[str, Any]:
     return asdict(options) | {"betas": list(options.betas)}
 
 
-def check_same(options: TrainOptions, text_key: str, state: Mapping[str, Any], folder: Path) -> None:
+def check_same(
+    options: TrainOptions, text_key: str, teacher: Mapping[str, Any] | None, state: Mapping[str, Any], folder: Path
+) -> None:
     """Proves that a checkpoint's run is the one that goes on: the same updates on the same text.
+
+    Args:
+        teacher: key, weight and temperature; None where nothing is distilled.
 
     Raises:
         UsageError: names what differs.
@@ -144,11 +149,22 @@ def check_same(options: TrainOptions, text_key: str, state: Mapping[str, Any], f
         raise UsageError(
             f"cannot resume {folder}: {differ}", "Pass the options of the first run, or start in a new folder"
         )
+    if state.get("teacher") != teacher:
+        raise UsageError(
+            f"cannot resume {folder}: the teacher was {_named(state.get('teacher'))}, and is {_named(teacher)}",
+            "Pass --distill, --distill-weight and --distill-temperature of the first run, or start in a new folder",
+        )
     if state["text"] != text_key:
         raise UsageError(
             f"cannot resume {folder}: the training text or the tokenizer is not the same",
             "Pass the text of the first run, or start in a new folder",
         )
+
+
+def _named(teacher: Mapping[str, Any] | None) -> str:
+    if teacher is None:
+        return "none"
+    return f"{teacher['key']} at weight {teacher['weight']:g}, temperature {teacher['temperature']:g}"
 
 
 def check_same_model(model: LanguageModel, stored: LanguageModel, folder: Path) -> None:
