@@ -150,7 +150,7 @@ class _Run:
         self.forward = torch.compile(model) if options.compile else model
         self.sampler = source.sampler(options)
         self.scaler = torch.amp.GradScaler(torch.device(options.device).type, enabled=options.dtype == "fp16")
-        self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, where the run may stop early
+        self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, with `patience`
         torch.manual_seed(options.seed)
         self.step, self.saved_step = 0, -1
         self.points: list[dict[str, Any]] = [{"step": 0}]
@@ -235,6 +235,11 @@ class _Run:
         n_since = len(scored) - 1 - scored.index(min(scored)) if scored else 0
         return 0 < self.options.patience <= n_since
 
+    @property
+    def kept_step(self) -> int:
+        """The update whose weights a run that ends here leaves: the best evaluation's, or the last."""
+        return self.step if self.best is None else min(self._scored)[1]
+
     def _keep_best(self) -> None:
         if self.options.patience and self._scored and min(self._scored)[1] == self.step:
             self.best = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
@@ -312,9 +317,7 @@ class _Run:
 
     def finish(self, save_dtype: str) -> TrainResult:
         self.optimizer.zero_grad(set_to_none=True)  # not to be copied with the model
-        kept = self.step
-        if self.best is not None and self.stopped_early:
-            kept = min(self._scored)[1]
+        if self.best is not None:  # also at the last update, which may come before patience is at its end
             with torch.no_grad():
                 for name, p in self.model.named_parameters():
                     p.copy_(self.best[name])
@@ -326,20 +329,21 @@ class _Run:
         self._write_history()
         shutil.rmtree(self.out_dir / "checkpoints", ignore_errors=True)
         last, first = self.points[-1], self.points[0]
+        kept = next(p for p in self.points if p["step"] == self.kept_step)
         return TrainResult(
             folder=self.out_dir,
             steps=self.step,
             loss=last["loss"],
-            heldout_bits_per_byte=last.get(BITS),
+            heldout_bits_per_byte=kept.get(BITS),
             first_heldout_bits_per_byte=first.get(BITS),
             dtype=self.options.dtype,
             tokens_per_sec=self.n_tokens / self.update_sec if self.update_sec > 0 else math.nan,
             elapsed_sec=self.elapsed_sec,
             points=tuple(self.points),
-            heldout_loss=next((loss for loss, step in self._scored if step == kept), None),
+            heldout_loss=kept.get("heldout_loss"),
             first_heldout_loss=first.get("heldout_loss"),
             stopped_early=self.stopped_early,
-            kept_step=kept,
+            kept_step=self.kept_step,
         )
 
     def _write_history(self) -> None:
@@ -357,6 +361,7 @@ class _Run:
             "options": plain_options(self.options),
             "finished": self.step == self.options.steps or self.stopped_early,
             "stopped_early": self.stopped_early,
+            "kept_step": self.kept_step,
             "elapsed_sec": self.elapsed_sec,
             "heldout": list(self.source.heldout_names),
             "teacher": self.distilled,

@@ -22,11 +22,12 @@ from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 
 FREE_ON_RESUME = ("eval_every", "eval_windows", "checkpoint_every")  # they do not touch the weights
+FREE_WITH_PATIENCE = ("checkpoint_every",)  # evaluations decide there which weights are kept
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. A run resumes only under the options it began with, `FREE_ON_RESUME` apart."""
+    """How to train. A run resumes only under its own options, `FREE_ON_RESUME` (`FREE_WITH_PATIENCE`) apart."""
 
     learning_rate: float = 3e-4  # the peak
     min_learning_rate: float = 0.05  # the last update's rate, as a fraction of the peak
@@ -74,10 +75,11 @@ class TrainResult:
     Attributes:
         folder: the model folder; `train.json` lies in it.
         loss: of the last update's batch, nats per token.
-        heldout_bits_per_byte: after the last update, and before the first; None without held-out text.
+        heldout_bits_per_byte: of the weights that were kept, and before the first update; None without held-out text.
         heldout_loss: nats per token that counts, of the weights that were kept; None without held-out data.
         first_heldout_loss: before the first update.
-        stopped_early: the held-out loss got no better for `patience` evaluations; `kept_step` is the best one's.
+        stopped_early: the held-out loss got no better for `patience` evaluations.
+        kept_step: the update whose weights were written: with `patience` the best evaluation's, else the last.
         tokens_per_sec: over all updates, evaluation and saving left out.
         elapsed_sec: of all sessions of the run, evaluation and saving included.
         points: one dict per update (and one for step 0), as in `train.json`.
@@ -143,7 +145,8 @@ def check_same(
         UsageError: names what differs.
     """
     then, now = dict(state["options"]), plain_options(options)
-    changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
+    free = FREE_WITH_PATIENCE if options.patience else FREE_ON_RESUME
+    changed = [k for k in now if k not in free and then.get(k) != now[k]]
     if changed:
         differ = ", ".join(f"{k} was {then.get(k)} and is {now[k]}" for k in changed)
         raise UsageError(
