@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from paretune.cli.app import run
+from paretune.evaluate import summaries
 from paretune.evaluate.pairs import own_pairs
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.model.prompt import PromptFormat
+from paretune.train.pairs import PairSource
 
 
 @pytest.fixture
@@ -88,6 +90,33 @@ def test_eval_compares_two_configurations_on_the_same_articles(command, tiny):
     assert [r["system"] for r in result["rows"]] == ["baseline", "eager_attn", "lead-3", "copy"]
     assert all(gap["value"] == gap["low"] == gap["high"] == 0 for gap in result["difference"].values())  # exact
     assert any("records no prompt format" in note for note in result["notes"])
+
+
+def test_eval_shows_the_worst_summaries_of_the_configuration(command, tiny, monkeypatch):
+    """Not those of the baseline, which is scored first."""
+    texts = iter(["of the baseline", "of the configuration"])
+
+    def summarize(runner, tokenizer, form, articles, **_):
+        text = next(texts)
+        return [summaries.Summary(text, 4, True) for _ in articles]
+
+    monkeypatch.setattr(summaries, "summarize", summarize)
+    code, text, err = command("eval", tiny, "--task", "summarization", "--limit", 2, "--config", "eager_attn")
+    assert code == 0, err
+    shown = text.partition("Worst by ROUGE-L, eager_attn:")[2]
+    assert shown.count("of the configuration") == 2 and "of the baseline" not in shown
+
+
+def test_train_says_which_weights_are_kept(command, tiny, pairs_file, tmp_path, monkeypatch):
+    losses = iter([5.0, 1.0, 3.0])
+    monkeypatch.setattr(PairSource, "evaluate", lambda self, model, options: {"heldout_loss": next(losses)})
+    code, text, err = command(
+        "train", tiny, "--task", "summarization", "--pairs", pairs_file, "--article-column", "body",
+        "--summary-column", "gist", "--steps", 2, "--eval-every", 1, "--patience", 5, "-o", tmp_path / "k", "-q",
+        "--dtype", "fp32", "--heldout-pairs", 3,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "5.0000 -> 1.0000" in text and "the weights of step 1 are kept" in text and "stopped early" not in text
 
 
 def test_seeds_have_folders_of_their_own(command, tiny, pairs_file, tmp_path):

@@ -39,6 +39,33 @@ def test_what_cannot_be_used_is_counted(tmp_path):
     assert "1 pairs; skipped: 1 without article, 2 without summary" in found.said
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_row_ends_at_a_newline_alone(tmp_path, end):
+    """JSON allows the other line ends of Unicode inside a string."""
+    rows = [{"article": f"one{c}two", "summary": f"x{c}y"} for c in "\u2028\u2029\u0085"]
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(end.join(json.dumps(r, ensure_ascii=False) for r in rows).encode())
+    assert [(p.article, p.summary) for p in pairs.read_pairs(path).pairs] == [
+        (r["article"], r["summary"]) for r in rows
+    ]
+
+
+def test_half_of_a_character_is_counted(tmp_path):
+    """An emoji that was cut in the middle: valid JSON, and no text that could be written or hashed."""
+    rows = [
+        {"article": "a", "summary": "b"},
+        {"article": "cut \ud83d", "summary": "b"},
+        {"article": "c", "summary": "cut \ude00"},
+        {"article": "d", "summary": "b", "id": "cut \ud83d"},
+        {"article": "whole \U0001f600", "summary": "b"},
+    ]
+    found = pairs.read_pairs(write(tmp_path, rows))
+    assert [p.article for p in found.pairs] == ["a", "whole \U0001f600"]
+    assert found.skipped == {"with half a character": 3}
+    train, held = found.split(1)
+    assert len(train) == len(held) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "options", "words"),
     [

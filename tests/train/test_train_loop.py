@@ -17,6 +17,8 @@ from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.train import loop
 from paretune.train.data import TokenStream, load_stream
+from paretune.transforms.base import Context
+from paretune.transforms.mechanism import Mechanism
 
 POCKET = checkpoint.resolve("pocket")
 OPTIONS = loop.TrainOptions(
@@ -204,6 +206,36 @@ def test_resume_refuses_what_changed(stopped):
         run(stopped, model=tiny(vocab_size=80), resume=True)
     with pytest.raises(UsageError, match="unfinished run"):
         run(stopped)
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "words"),
+    [
+        ({"pattern": "window:8"}, "pattern was None and is 'window:8'"),
+        ({"alibi": True, "positions": "kept"}, "alibi was False and is True"),
+    ],
+)
+def test_resume_refuses_another_attention(stopped, mechanism, words):
+    """Neither changes the name or the shape of a weight."""
+    converted = Mechanism(**mechanism).apply(tiny(), Context())
+    with pytest.raises(UsageError, match=words) as refused:
+        run(stopped, model=converted, resume=True)
+    assert "--config" in str(refused.value)
+
+
+def test_resume_goes_on_with_the_converted_attention(tmp_path):
+    """A checkpoint's config.json says all of the mechanism: the same one is not refused."""
+
+    def converted():
+        return Mechanism(alibi=True, pattern="prefix:2+window:8").apply(tiny(), Context())
+
+    straight, _ = run(tmp_path / "a", model=converted())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", model=converted(), progress=stop_at(2))
+    with pytest.raises(UsageError, match="another shape"):  # ALiBi took the positions out
+        run(tmp_path / "b", resume=True)
+    model, _ = run(tmp_path / "b", model=converted(), resume=True)
+    assert_same(weights(model), weights(straight))
 
 
 def test_auto_dtype_stays_what_it_was(stopped, straight):

@@ -124,6 +124,70 @@ def test_early_stop_keeps_the_best_weights(source, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "a" / "train.json").read_text())["finished"] is True
 
 
+def test_a_run_to_its_last_step_keeps_the_best_weights_too(source, tmp_path, monkeypatch):
+    losses = iter([5.0, 2.0, 3.0, 2.5, 2.25])
+    best = {}
+
+    def evaluate(self, model, options):
+        loss = next(losses)
+        if loss == 2.0:
+            best.update(weights(model))
+        return {"heldout_loss": loss, "heldout_bits_per_byte": 10 * loss}
+
+    monkeypatch.setattr(type(source), "evaluate", evaluate)
+    model = tiny()
+    result = loop.fit(model, POCKET, source, replace(OPTIONS, eval_every=1, patience=9), tmp_path / "a")
+    assert not result.stopped_early and (result.steps, result.kept_step) == (4, 1)
+    assert (result.heldout_loss, result.heldout_bits_per_byte) == (2.0, 20.0)  # of what was written, not of step 4
+    assert all(torch.equal(v, best[k]) for k, v in weights(model).items())
+    assert json.loads((tmp_path / "a" / "train.json").read_text())["kept_step"] == 1
+
+
+def test_with_patience_a_resume_is_held_to_the_evaluations(source, tmp_path):
+    """They decide which weights are the best: losses of other windows do not compare."""
+
+    def stop(p):
+        raise KeyboardInterrupt
+
+    options = replace(OPTIONS, eval_every=1, patience=9)
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(tiny(), POCKET, source, options, tmp_path / "a", progress=stop)
+    with pytest.raises(UsageError, match="eval_windows was 0 and is 2"):
+        loop.fit(tiny(), POCKET, source, replace(options, eval_windows=2), tmp_path / "a", True)
+
+
+def test_without_patience_the_last_weights_are_kept(source, tmp_path, monkeypatch):
+    losses = iter([1.0, 2.0, 3.0, 4.0, 5.0])
+    monkeypatch.setattr(type(source), "evaluate", lambda self, model, options: {"heldout_loss": next(losses)})
+    result = loop.fit(tiny(), POCKET, source, replace(OPTIONS, eval_every=1), tmp_path / "a")
+    assert (result.kept_step, result.heldout_loss, result.stopped_early) == (4, 5.0, False)
+
+
+def test_resume_is_held_to_the_teacher(source, tmp_path):
+    def teacher(key="key", weight=0.5, temperature=2.0):
+        return Teacher(tiny(seed=7).eval().requires_grad_(False), key, weight, temperature)
+
+    def go(resume, teacher, progress=None):
+        return loop.fit(tiny(), POCKET, source, OPTIONS, tmp_path / "a", resume, progress, teacher=teacher)
+
+    def stop(p):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(False, teacher(), stop)
+    for other, words in (
+        (teacher(weight=0.75), "weight 0.5, temperature 2, and is .* weight 0.75, temperature 2"),
+        (teacher(temperature=1.0), "temperature 2, and is .* temperature 1"),
+        (teacher(key="other"), "the teacher was key at .* and is other at"),
+        (None, "and is none"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            go(True, other)
+    go(True, teacher())
+    history = json.loads((tmp_path / "a" / "train.json").read_text())
+    assert history["teacher"] == {"key": "key", "weight": 0.5, "temperature": 2.0}
+
+
 def test_distillation_pulls_towards_the_teacher(source, tmp_path):
     teacher = Teacher(tiny(seed=7).eval().requires_grad_(False), "key", weight=1.0)
     inputs, targets = collate(source.examples)

@@ -102,7 +102,7 @@ def eval_summaries(
         "notes": notes,
         "definitions": summaries.DEFINITIONS,
     }
-    page = _page(result)
+    page = _page(result, result["scores"][len(sides) - 1])
     if out is not None:
         write_json(out / "eval.json", result)
         write_text(out / "eval.md", page)
@@ -132,19 +132,22 @@ def _default(n_positions: int) -> Any:
     return PromptFormat(max_len=limit, max_new_tokens=max(1, min(64, limit // 4)))
 
 
-def _page(result: dict[str, Any]) -> str:
-    """The result for people, as Markdown that reads well as plain text."""
+def _page(result: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The result for people, as Markdown that reads well as plain text.
+
+    Args:
+        ours: scores of the configuration; those of the baseline, lead-3 and copying stand beside them in the table.
+    """
     from paretune.report.summaries import COLUMNS, TITLES
     from paretune.report.tables import to_markdown
     from paretune.report.units import format_number, plain
 
-    signature = result["scores"][0]["bleu_signature"]
     lines = [
         f"# {result['model']['name']}, {result['config']}: summaries of {result['pairs']['n']} articles",
         "",
         to_markdown(result["rows"], COLUMNS).rstrip(),
         "",
-        f"- BLEU signature: `{signature}`",
+        f"- BLEU signature: `{ours['bleu_signature']}`",
         f"- At most {result['max_new_tokens']} new tokens, greedy; pairs: {result['pairs']['name']}",
     ]
     lines += [f"- Skipped: {n} {reason}" for reason, n in result["pairs"]["skipped"].items()]
@@ -154,8 +157,8 @@ def _page(result: dict[str, Any]) -> str:
         lines.append(f"- {TITLES[key]}, {against}, paired: {format_number(gap['value'])} [{ends}]")
     lines += [f"- Checked: {sentence}" for sentence in result["proof"]]
     lines += [f"- Note: {note}" for note in result["notes"]]
-    lines += ["", "Worst by ROUGE-L:", ""]
-    for entry in result["scores"][0]["worst"]:
+    lines += ["", f"Worst by ROUGE-L, {result['config']}:", ""]
+    for entry in ours["worst"]:
         lines.append(f"- {entry['id']} ({entry['rougeL']:.3f}): {plain(entry['summary'])[:300] or '(nothing)'}")
         lines.append(f"  reference: {plain(entry['reference'])[:300]}")
     lines += ["", *(f"- **{term}**: {text}" for term, text in result["definitions"].items())]

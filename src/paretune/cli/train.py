@@ -86,7 +86,7 @@ def train(
     eval_every: Annotated[int, typer.Option(help="Score held-out text every so many updates; 0: first and last.")] = 0,
     eval_windows: Annotated[int, typer.Option(help="Held-out windows or pairs to score; 0: all.")] = 64,
     patience: Annotated[
-        int, typer.Option(help="Stop after so many evaluations without a gain and keep the best weights; 0: never.")
+        int, typer.Option(help="Keep the best weights, and stop after so many evaluations without a gain; 0: neither.")
     ] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Checkpoint every so many updates; 0: on Ctrl-C only.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in -o.")] = False,
@@ -342,8 +342,9 @@ def _summary(result: Any, net: nn.Module) -> str:
     elif result.heldout_loss is not None:
         first = result.first_heldout_loss
         lines.append(f"held-out summaries: {first:.4f} -> {result.heldout_loss:.4f} nats per token")
-    if result.stopped_early:
-        lines.append(f"stopped early: the weights of step {result.kept_step} are kept")
+    if result.kept_step != result.steps:
+        why = "stopped early" if result.stopped_early else "the last update was not the best"
+        lines.append(f"{why}: the weights of step {result.kept_step} are kept")
     return "\n".join(lines)
 
 

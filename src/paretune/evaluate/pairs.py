@@ -92,7 +92,8 @@ class PairSet:
 def read_pairs(path: str | Path, article_column: str | None = None, summary_column: str | None = None) -> PairSet:
     """The pairs of a `.jsonl` or `.csv` file, UTF-8.
 
-    Rows without article or summary, and repeated articles, are skipped and counted.
+    Rows without article or summary, with half a character (a lone surrogate: an emoji cut in the middle), and repeated
+    articles are skipped and counted.
 
     Args:
         article_column, summary_column: their names; default the first known one that the file has.
@@ -114,15 +115,18 @@ def read_pairs(path: str | Path, article_column: str | None = None, summary_colu
             article = _column(article_column, ARTICLE_COLUMNS, row, path, "--article-column")
             summary = _column(summary_column, SUMMARY_COLUMNS, row, path, "--summary-column")
         parts = [_text(row.get(column), column, number, path) for column in (article, summary)]
+        name = str(row.get("id", number))
         if not parts[0]:
             skipped["without article"] += 1
         elif not parts[1]:
             skipped["without summary"] += 1
+        elif not all(map(_is_whole, (name, *parts))):
+            skipped["with half a character"] += 1
         elif parts[0] in seen:
             skipped["repeated article"] += 1
         else:
             seen.add(parts[0])
-            pairs.append(Pair(str(row.get("id", number)), *parts))
+            pairs.append(Pair(name, *parts))
     if not pairs:
         why = ", ".join(f"{n} {reason}" for reason, n in skipped.items()) or "it has no rows"
         raise UsageError(f"{path} has no usable pair: {why}", "Check the file, or name other columns")
@@ -130,7 +134,8 @@ def read_pairs(path: str | Path, article_column: str | None = None, summary_colu
 
 
 def _json_rows(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not `splitlines`: it cuts at U+2028, U+2029 and U+0085 too, which JSON allows inside a string.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -177,6 +182,15 @@ def _text(value: Any, column: str, number: int, path: Path) -> str:
             f"{path}, row {number}: {column} is {type(value).__name__}, not text", "Name another column, or correct it"
         )
     return value.strip()
+
+
+def _is_whole(text: str) -> bool:
+    """Whether it can be written: JSON's escapes can say one half of a surrogate pair, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def own_pairs(split: texts.Split) -> PairSet:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paretune import clock
-from paretune.errors import ParetuneError, UsageError
+from paretune.errors import ParetuneError
 from paretune.files import ensure_folder, whole_folder, write_json
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
@@ -37,6 +37,7 @@ from paretune.train.schedule import (
     TrainResult,
     auto_dtype,
     check_same,
+    check_same_model,
     learning_rate,
     parameter_groups,
     plain_options,
@@ -142,14 +143,14 @@ class _Run:
     ) -> None:
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.source, self.out_dir, self.command, self.teacher = source, out_dir, command, teacher
-        self.data_key = source.key if teacher is None else f"{source.key}-{teacher.key}"
+        self.distilled = None if teacher is None else teacher.settings
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, options.weight_decay), lr=0.0, betas=options.betas, fused=True
         )
         self.forward = torch.compile(model) if options.compile else model
         self.sampler = source.sampler(options)
         self.scaler = torch.amp.GradScaler(torch.device(options.device).type, enabled=options.dtype == "fp16")
-        self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, where the run may stop early
+        self.best: dict[str, Tensor] | None = None  # weights of the best evaluation, with `patience`
         torch.manual_seed(options.seed)
         self.step, self.saved_step = 0, -1
         self.points: list[dict[str, Any]] = [{"step": 0}]
@@ -234,6 +235,11 @@ class _Run:
         n_since = len(scored) - 1 - scored.index(min(scored)) if scored else 0
         return 0 < self.options.patience <= n_since
 
+    @property
+    def kept_step(self) -> int:
+        """The update whose weights a run that ends here leaves: the best evaluation's, or the last."""
+        return self.step if self.best is None else min(self._scored)[1]
+
     def _keep_best(self) -> None:
         if self.options.patience and self._scored and min(self._scored)[1] == self.step:
             self.best = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
@@ -259,7 +265,8 @@ class _Run:
                 "schema_version": data.SCHEMA_VERSION,
                 "step": self.step,
                 "options": plain_options(self.options),
-                "text": self.data_key,
+                "text": self.source.key,
+                "teacher": self.distilled,
                 "sampler": self.sampler_state,
                 "scaler": self.scaler.state_dict(),
                 "n_tokens": self.n_tokens,
@@ -279,21 +286,17 @@ class _Run:
         """Puts the run where the checkpoint is.
 
         Raises:
-            UsageError: other options, another text or another model.
+            UsageError: other options, another text, teacher or model, or a model that attends in another way.
             CheckpointError: a file is missing or damaged.
         """
         try:
-            check_same(self.options, self.data_key, state, folder)
+            check_same(self.options, self.source.key, self.distilled, state, folder)
             tensors = load_file(folder / "optimizer.safetensors")
-            stored = dict(checkpoint.load(folder).named_parameters())
-            ours = dict(self.model.named_parameters())
-            if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in ours.items()}:
-                raise UsageError(
-                    f"{folder} holds a model of another shape",
-                    "Resume with the MODEL that the run began with",
-                )
+            began = checkpoint.load(folder)
+            check_same_model(self.model, began, folder)
+            stored = dict(began.named_parameters())
             with torch.no_grad():
-                for name, p in ours.items():
+                for name, p in self.model.named_parameters():
                     p.copy_(stored[name])
                     for part in OPTIMIZER_PARTS if state["step"] else ():
                         self.optimizer.state[p][part] = tensors[f"{name}.{part}"].to(p.device)
@@ -314,9 +317,7 @@ class _Run:
 
     def finish(self, save_dtype: str) -> TrainResult:
         self.optimizer.zero_grad(set_to_none=True)  # not to be copied with the model
-        kept = self.step
-        if self.best is not None and self.stopped_early:
-            kept = min(self._scored)[1]
+        if self.best is not None:  # also at the last update, which may come before patience is at its end
             with torch.no_grad():
                 for name, p in self.model.named_parameters():
                     p.copy_(self.best[name])
@@ -328,20 +329,21 @@ class _Run:
         self._write_history()
         shutil.rmtree(self.out_dir / "checkpoints", ignore_errors=True)
         last, first = self.points[-1], self.points[0]
+        kept = next(p for p in self.points if p["step"] == self.kept_step)
         return TrainResult(
             folder=self.out_dir,
             steps=self.step,
             loss=last["loss"],
-            heldout_bits_per_byte=last.get(BITS),
+            heldout_bits_per_byte=kept.get(BITS),
             first_heldout_bits_per_byte=first.get(BITS),
             dtype=self.options.dtype,
             tokens_per_sec=self.n_tokens / self.update_sec if self.update_sec > 0 else math.nan,
             elapsed_sec=self.elapsed_sec,
             points=tuple(self.points),
-            heldout_loss=next((loss for loss, step in self._scored if step == kept), None),
+            heldout_loss=kept.get("heldout_loss"),
             first_heldout_loss=first.get("heldout_loss"),
             stopped_early=self.stopped_early,
-            kept_step=kept,
+            kept_step=self.kept_step,
         )
 
     def _write_history(self) -> None:
@@ -359,9 +361,10 @@ class _Run:
             "options": plain_options(self.options),
             "finished": self.step == self.options.steps or self.stopped_early,
             "stopped_early": self.stopped_early,
+            "kept_step": self.kept_step,
             "elapsed_sec": self.elapsed_sec,
             "heldout": list(self.source.heldout_names),
-            "teacher": self.teacher and {"key": self.teacher.key, "weight": self.teacher.weight},
+            "teacher": self.distilled,
             "points": self.points,
         }
         write_json(self.out_dir / "train.json", history)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +62,11 @@ class Teacher:
 
     Args:
         model: in evaluation mode; nothing of it changes.
-        key: names its weights; a run resumes only with the same ones.
+        key: names its weights.
         weight: 0 to 1, of the distance to the teacher; the rest is the cross-entropy.
         temperature: both distributions are softened by it.
+
+    A run resumes only with the same three.
     """
 
     model: LanguageModel
@@ -76,6 +79,11 @@ class Teacher:
             raise UsageError(f"--distill-weight is {self.weight:g}", "Give more than 0 and at most 1")
         if self.temperature <= 0:
             raise UsageError(f"--distill-temperature is {self.temperature:g}", "Give more than 0")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its part of the loss, for `train.json` and the checkpoint."""
+        return {"key": self.key, "weight": self.weight, "temperature": self.temperature}
 
     def check(self, model: LanguageModel) -> None:
         """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 
 FREE_ON_RESUME = ("eval_every", "eval_windows", "checkpoint_every")  # they do not touch the weights
+FREE_WITH_PATIENCE = ("checkpoint_every",)  # evaluations decide there which weights are kept
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train. A run resumes only under the options it began with, `FREE_ON_RESUME` apart."""
+    """How to train. A run resumes only under its own options, `FREE_ON_RESUME` (`FREE_WITH_PATIENCE`) apart."""
 
     learning_rate: float = 3e-4  # the peak
     min_learning_rate: float = 0.05  # the last update's rate, as a fraction of the peak
@@ -74,10 +75,11 @@ class TrainResult:
     Attributes:
         folder: the model folder; `train.json` lies in it.
         loss: of the last update's batch, nats per token.
-        heldout_bits_per_byte: after the last update, and before the first; None without held-out text.
+        heldout_bits_per_byte: of the weights that were kept, and before the first update; None without held-out text.
         heldout_loss: nats per token that counts, of the weights that were kept; None without held-out data.
         first_heldout_loss: before the first update.
-        stopped_early: the held-out loss got no better for `patience` evaluations; `kept_step` is the best one's.
+        stopped_early: the held-out loss got no better for `patience` evaluations.
+        kept_step: the update whose weights were written: with `patience` the best evaluation's, else the last.
         tokens_per_sec: over all updates, evaluation and saving left out.
         elapsed_sec: of all sessions of the run, evaluation and saving included.
         points: one dict per update (and one for step 0), as in `train.json`.
@@ -131,23 +133,64 @@ def plain_options(options: TrainOptions) -> dict[str, Any]:
     return asdict(options) | {"betas": list(options.betas)}
 
 
-def check_same(options: TrainOptions, text_key: str, state: Mapping[str, Any], folder: Path) -> None:
+def check_same(
+    options: TrainOptions, text_key: str, teacher: Mapping[str, Any] | None, state: Mapping[str, Any], folder: Path
+) -> None:
     """Proves that a checkpoint's run is the one that goes on: the same updates on the same text.
+
+    Args:
+        teacher: key, weight and temperature; None where nothing is distilled.
 
     Raises:
         UsageError: names what differs.
     """
     then, now = dict(state["options"]), plain_options(options)
-    changed = [k for k in now if k not in FREE_ON_RESUME and then.get(k) != now[k]]
+    free = FREE_WITH_PATIENCE if options.patience else FREE_ON_RESUME
+    changed = [k for k in now if k not in free and then.get(k) != now[k]]
     if changed:
         differ = ", ".join(f"{k} was {then.get(k)} and is {now[k]}" for k in changed)
         raise UsageError(
             f"cannot resume {folder}: {differ}", "Pass the options of the first run, or start in a new folder"
         )
+    if state.get("teacher") != teacher:
+        raise UsageError(
+            f"cannot resume {folder}: the teacher was {_named(state.get('teacher'))}, and is {_named(teacher)}",
+            "Pass --distill, --distill-weight and --distill-temperature of the first run, or start in a new folder",
+        )
     if state["text"] != text_key:
         raise UsageError(
             f"cannot resume {folder}: the training text or the tokenizer is not the same",
             "Pass the text of the first run, or start in a new folder",
+        )
+
+
+def _named(teacher: Mapping[str, Any] | None) -> str:
+    if teacher is None:
+        return "none"
+    return f"{teacher['key']} at weight {teacher['weight']:g}, temperature {teacher['temperature']:g}"
+
+
+def check_same_model(model: LanguageModel, stored: LanguageModel, folder: Path) -> None:
+    """Proves that a checkpoint's model is the one that is to go on: its shapes, and what it computes with them.
+
+    A sparse pattern, or ALiBi beside positions, leaves every name and shape as it was: only the config tells.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (model, stored)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(
+            f"{folder} holds a model of another shape", "Resume with the MODEL and the --config that the run began with"
+        )
+    changed = [
+        f"{f.name} was {getattr(stored.config, f.name)!r} and is {getattr(model.config, f.name)!r}"
+        for f in fields(model.config)
+        if f.compare and getattr(stored.config, f.name) != getattr(model.config, f.name)
+    ]
+    if changed:
+        raise UsageError(
+            f"cannot resume {folder}: {', '.join(changed)}", "Resume with the MODEL and the --config of the first run"
         )
 
 
