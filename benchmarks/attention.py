@@ -23,7 +23,7 @@ import torch
 from paretune import clock, files, hardware, process, stats
 from paretune.engine.cache import KVCache
 from paretune.engine.runners.native import NativeRunner
-from paretune.errors import ParetuneError
+from paretune.errors import ParetuneError, UsageError
 from paretune.measure import environment
 from paretune.measure.interleave import block_order
 from paretune.model import checkpoint
@@ -34,6 +34,7 @@ from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context
 from paretune.transforms.mechanism import Mechanism
 
+TABLES = ("operator", "decode", "prefill")
 HYBRID = "prefix:16+window:256"
 # (function, pattern, ALiBi); the first is what the others are compared with.
 OPERATORS = {
@@ -74,14 +75,15 @@ def interleaved(
     return taken, rows
 
 
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """What the process grew by at most during one call; None where the system does not tell."""
+def peak_bytes(call: Callable[[], torch.Tensor]) -> int | None:
+    """What the process grew by at most during one call, its result aside; None where the system does not tell."""
     call()
+    process.give_back_free_memory()  # a call that takes what earlier ones freed would seem to need nothing
     if not process.reset_peak_rss():
         return None
     before = process.rss_bytes()
-    call()
-    return max(0, process.peak_rss_bytes() - before)
+    out = call()
+    return max(0, process.peak_rss_bytes() - before - out.nbytes)
 
 
 def operator(length: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -163,6 +165,7 @@ def prefill(length: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(TABLES), help="tables, separated by commas")
     parser.add_argument("--lengths", default="1024,4096,16384", help="of the operator")
     parser.add_argument("--prefill-lengths", default="1024,4096", help="of the whole model; empty: none")
     parser.add_argument("--heads", type=int, default=12)
@@ -176,13 +179,20 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("attention.json"))
     args = parser.parse_args()
     try:
+        only = [name.strip() for name in args.only.split(",")]
+        unknown = [name for name in only if name not in TABLES]
+        if unknown:
+            raise UsageError(f"--only {args.only}: there is no table {unknown[0]!r}", f"Use {', '.join(TABLES)}")
         files.ensure_folder(args.output.resolve().parent)
         threads = hardware.set_threads(args.threads)
         header = environment.header(seed=args.seed)
         tables: list[dict[str, Any]] = []
-        steps = [lambda n=int(n): operator(n, args) for n in args.lengths.split(",")]
-        steps.append(lambda: decode(args))
-        steps += [lambda n=int(n): prefill(n, args) for n in args.prefill_lengths.split(",") if n]
+        each = {
+            "operator": [lambda n=int(n): operator(n, args) for n in args.lengths.split(",")],
+            "decode": [lambda: decode(args)],
+            "prefill": [lambda n=int(n): prefill(n, args) for n in args.prefill_lengths.split(",") if n],
+        }
+        steps = [step for name in TABLES if name in only for step in each[name]]
         with torch.inference_mode():
             for step in steps:
                 tables.append(step())

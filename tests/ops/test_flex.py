@@ -59,7 +59,7 @@ def test_equals_the_reference(calls, pattern, has_alibi):
         with torch.no_grad():
             got = flex.attention(*tensors, None, spec)
         assert_close(got, reference.attention(*tensors, None, spec), atol=2e-5, rtol=1e-5)
-    assert [n for n, _ in calls] == [130, 257, 2]
+    assert [n for n, _ in calls] == [256, 384, 128]  # whole blocks: nearby lengths share a compiled form
     assert all((options["score_mod"] is not None) == has_alibi for _, options in calls)
 
 
@@ -85,13 +85,31 @@ def test_models_prefill_and_decode(calls, tiny, mechanism):
     got = [runner.forward(part, cache, "all") for part in tokens.split([140, 1, 1, 8], dim=1)]
     assert_close(torch.cat(got, dim=1), wanted, atol=3e-5, rtol=1e-4)
     # The prompt alone: later steps, whose few queries skip little, go another way.
-    assert [n for n, _ in calls[before:]] == [140] * model.config.n_layer
+    assert [n for n, _ in calls[before:]] == [256] * model.config.n_layer
 
 
 def test_there_are_no_gradients_on_a_cpu(calls):
     tensors = [t.requires_grad_() for t in inputs(2, 2, 20, 8)]
     with pytest.raises(UsageError, match="no gradients on a CPU"):
         flex.attention(*tensors, None, AttentionSpec(0.3))
+
+
+@torch.no_grad()
+def test_more_shapes_than_the_limit_is_a_refusal(monkeypatch):
+    """PyTorch's own error, from a compiler that does nothing: the message has the cause and the cure."""
+
+    def same(q, k, v, **options):
+        return q + 0
+
+    compiled = torch.compile(same, dynamic=False, backend="eager")
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    monkeypatch.setattr(flex, "MOST_SHAPES", 1)
+    spec = AttentionSpec(0.3)
+    for K in (2, 100, 128):  # one shape
+        tensors = inputs(2, 2, K, 8)
+        assert torch.equal(flex.attention(*tensors, None, spec), tensors[0])
+    with pytest.raises(UsageError, match=r"1 in one process.* 2 with 130 tokens.* Use --attention sdpa or native"):
+        flex.attention(*inputs(2, 2, 130, 8), None, spec)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from paretune import native_build
@@ -21,6 +22,7 @@ from paretune.ops.attention.pattern import Pattern
 from paretune.ops.attention.spec import AttentionSpec, LayerCache
 
 KERNEL = "Torch-Compiled Region"
+BLOCK = 128  # queries and keys that are skipped together
 MOST_SHAPES = 32  # that are compiled for in one process
 
 
@@ -35,11 +37,11 @@ def requires(device: str) -> str | None:
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Arguments and result as in `reference.attention`; exact up to the order of additions.
 
-    Whole sequences and the first prompt on a cache; each new length is compiled for (tens of seconds on a CPU). Later
-    steps, whose few queries skip little, go through `sdpa`.
+    Whole sequences and the first prompt on a cache; each new number of blocks of 128 is compiled for (tens of seconds
+    on a CPU). Later steps, whose few queries skip little, go through `sdpa`.
 
     Raises:
-        UsageError: gradients are asked for on a CPU.
+        UsageError: gradients are asked for on a CPU; more than `MOST_SHAPES` shapes in one process.
     """
     start = 0 if layer_cache is None else getattr(layer_cache, "in_order_from", None)
     if start != 0 or q.size(2) == 1:
@@ -51,7 +53,11 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
         raise UsageError(
             "PyTorch's FlexAttention has no gradients on a CPU", "Train with --attention sdpa, or on a GPU"
         )
+    # Tokens are added at the end up to a whole block, so that nearby lengths share a compiled form. Exact: patterns are
+    # causal, so no real query sees them, and what they give is cut off.
     K = q.size(2)
+    padded = -(-K // BLOCK) * BLOCK
+    q, k, v = (F.pad(t, (0, 0, 0, padded - K)) for t in (q, k, v))
     slopes = None if spec.slopes is None else _slopes(spec.slopes, q.device)
 
     def score(value: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -59,15 +65,23 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
 
     # Beyond the limit PyTorch would run the dense uncompiled form without a word.
     with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, fail_on_recompile_limit_hit=True):
-        return _compiled()(
-            q,
-            k,
-            v,
-            score_mod=None if slopes is None else score,
-            block_mask=_block_mask(spec.pattern, K, str(q.device)),
-            scale=spec.scale,
-            enable_gqa=q.size(1) != k.size(1),
-        )
+        try:
+            out: Tensor = _compiled()(
+                q,
+                k,
+                v,
+                score_mod=None if slopes is None else score,
+                block_mask=_block_mask(spec.pattern, padded, str(q.device)),
+                scale=spec.scale,
+                enable_gqa=q.size(1) != k.size(1),
+            )
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise UsageError(
+                f"FlexAttention is compiled for each shape, and {MOST_SHAPES} in one process is the limit; "
+                f"a batch of {q.size(0)} with {K} tokens would be one more",
+                "Use --attention sdpa or native",
+            ) from error
+    return out[:, :, :K]
 
 
 @functools.cache
@@ -84,12 +98,11 @@ def _slopes(slopes: tuple[float, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _block_mask(pattern: Pattern, n_tokens: int, device: str) -> Any:
-    """Which blocks of 128 x 128 any query sees, and which of them wholly."""
+    """Which blocks of 128 x 128 any query sees; in each of them the pattern decides pair by pair."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    size = 128
-    n = -(-n_tokens // size)
-    any_seen = pattern.block_mask(n_tokens, size)
+    n = -(-n_tokens // BLOCK)
+    any_seen = pattern.block_mask(n_tokens, BLOCK)
     counts, order = any_seen.sum(1, dtype=torch.int32), any_seen.int().argsort(dim=1, descending=True, stable=True)
 
     def seen(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -98,7 +111,7 @@ def _block_mask(pattern: Pattern, n_tokens: int, device: str) -> Any:
     return BlockMask.from_kv_blocks(
         counts.to(device)[None, None],
         order.to(torch.int32).to(device)[None, None, :, :n],
-        BLOCK_SIZE=size,
+        BLOCK_SIZE=BLOCK,
         mask_mod=seen,
         seq_lengths=(n_tokens, n_tokens),
     )
