@@ -76,15 +76,15 @@ QUICK = Plan(
 FULL = Plan(
     max_len=MAX_LEN,
     max_new_tokens=MAX_LEN // 4,
-    n_train=400,
+    n_train=300,
     n_heldout=200,
     seeds=3,
     epochs=1.0,
     bench_sec=300.0,
     cost_length=MAX_LEN // 2,
     cost_blocks=6,  # fewer give no interval
-    cost_sec=720.0,
-    n_noise=48,
+    cost_sec=600.0,
+    n_noise=32,
     n_attack=8,
     n_shift=16,
     n_windows=6,
@@ -225,7 +225,7 @@ def _options(plan: Plan, n_examples: int, device: str) -> TrainOptions:
         warmup_steps=steps // 10,
         batch_size=ROWS,
         dtype=auto_dtype(device, None, None),
-        eval_windows=16 if plan is QUICK else 0,
+        eval_windows=16 if plan is QUICK else 64,
         device=device,
     )
 
