@@ -66,6 +66,7 @@ def calls(monkeypatch):
     package = ModuleType("flash_attn")
     package.__spec__ = ModuleSpec("flash_attn", None)
     package.flash_attn_func = counted
+    package.__version__ = "2.8.3"
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     return seen
 
@@ -153,6 +154,8 @@ def test_keys_out_of_order_go_under_a_mask(calls):
 def test_where_it_runs(calls, monkeypatch):
     assert "for CUDA GPUs" in (flash.requires("cpu") or "")
     assert flash.requires("cuda") is None and flash.requires("cuda:1") is None
+    monkeypatch.setattr(sys.modules["flash_attn"], "__version__", "2.3.6")
+    assert "2.3.6, older than 2.4" in (flash.requires("cuda") or "")
     monkeypatch.delitem(sys.modules, "flash_attn")
     monkeypatch.setattr(sys, "path", [])
     assert "not installed" in (flash.requires("cuda") or "")

@@ -351,3 +351,10 @@ def test_saved_folder_loads_here_and_in_transformers(tmp_path):
         torch.testing.assert_close(ours(shown), net(shown), atol=5e-3, rtol=1e-2)  # fp16 rounding
     decoded = AutoTokenizer.from_pretrained(out).decode(tokens.tokens[:5].tolist())
     assert str(decoded).startswith("A short")
+
+
+def test_patience_without_heldout_data_is_refused(tmp_path):
+    options = replace(OPTIONS, eval_every=1, patience=2)
+    with pytest.raises(UsageError, match="no held-out data"):
+        loop.train(tiny(), None, stream(), None, options, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from paretune import clock
-from paretune.errors import ParetuneError
+from paretune.errors import ParetuneError, UsageError
 from paretune.files import ensure_folder, whole_folder, write_json
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
@@ -103,6 +103,8 @@ def fit(
     """
     checkpoint.dtype_of(save_dtype)  # a wrong name fails now, not after hours
     source.check(model, options)
+    if options.patience and not source.heldout_names:
+        raise UsageError("--patience has no held-out data to go by", "Hold some out, or leave --patience out")
     if teacher is not None:
         teacher.check(model)
     ensure_folder(out_dir)
@@ -163,8 +165,10 @@ class _Run:
         while True:
             due = self.step in (0, o.steps) or (o.eval_every > 0 and self.step % o.eval_every == 0)
             if due and "heldout_loss" not in self.points[-1]:
-                self.points[-1] |= self.source.evaluate(self.model, o)
-                self._keep_best()
+                scores = self.source.evaluate(self.model, o)
+                with interrupts.held_back():  # a checkpoint never has a best loss without its weights
+                    self.points[-1] |= scores
+                    self._keep_best()
             self.elapsed_sec = earlier_sec + clock.now() - start
             if o.checkpoint_every and 0 < self.step < o.steps and self.step % o.checkpoint_every == 0:
                 self.save_checkpoint()

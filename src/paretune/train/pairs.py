@@ -184,7 +184,7 @@ def pair_source(train: PairSet, heldout: PairSet | None, tokenizer_folder: Path,
     form = replace(form, max_new_tokens=min(longest, int(MAX_SUMMARY_SHARE * form.max_len)))
     about = [train.key, heldout.key if heldout else "", tokenizer_hash(tokenizer_folder), form.to_json()]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
-    names = [p.id for p in heldout.pairs] if heldout else []
+    names = [p.id for p in heldout.pairs] if heldout and held else []
     return PairSource(form, examples, held, names, key, said)
 
 

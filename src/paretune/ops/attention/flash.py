@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 
 import torch
 from torch import Tensor
@@ -13,13 +14,20 @@ from paretune.ops.attention.pattern import prefix_and_window
 from paretune.ops.attention.spec import AttentionSpec, LayerCache
 
 KERNEL = "flash_attn"
+FIRST_WITH_SLOPES = (2, 4)  # the version in which its function takes ALiBi's slopes
 
 
 def requires(device: str) -> str | None:
     """Why this form cannot run on `device`, or None."""
     if not device.startswith("cuda"):
         return "the flash-attn package is for CUDA GPUs"
-    return None if importlib.util.find_spec("flash_attn") else "the flash-attn package is not installed"
+    if not importlib.util.find_spec("flash_attn"):
+        return "the flash-attn package is not installed"
+    import flash_attn
+
+    version = getattr(flash_attn, "__version__", "unknown")
+    major, minor, *_ = [*(int(n) for n in re.findall(r"\d+", version)), 0, 0]
+    return None if (major, minor) >= FIRST_WITH_SLOPES else f"the flash-attn package is {version}, older than 2.4"
 
 
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
