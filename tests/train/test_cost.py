@@ -51,3 +51,35 @@ def test_rows_in_processes_of_their_own(tiny_gpt2_folder, tmp_path, monkeypatch)
     monkeypatch.setattr(hardware, "memory_left", lambda device: 1 << 20)
     rows = cost.training_costs(tiny_gpt2_folder, mechanisms, batch_sizes=(2,), length=16, log_folder=tmp_path)
     assert all(r["cause"].startswith("out of memory: one window needs") and r["step_sec"] is None for r in rows)
+
+
+def test_every_size_has_its_share_of_the_budget(tiny_gpt2_folder, tmp_path, monkeypatch):
+    """The clock moves by a second a window: without shares the small sizes would take all of it."""
+    now = [0.0]
+
+    class Process:
+        def __init__(self, *args, **options):
+            pass
+
+        def ask(self, verb, timeout, **request):
+            now[0] += request.get("batch_size", 0)
+            return {"sec": float(request.get("batch_size", 0)), "peak_bytes": 1}
+
+        def pause(self):
+            pass
+
+        resume = close = pause
+
+    monkeypatch.setattr(cost, "TrialProcess", Process)
+    monkeypatch.setattr(cost.clock, "now", lambda: now[0])
+    rows = cost.training_costs(
+        tiny_gpt2_folder,
+        {"a": recipe()},
+        batch_sizes=(2, 4, 8),
+        length=8,
+        n_blocks=6,
+        budget_sec=50,
+        log_folder=tmp_path,
+    )
+    assert [r["batch_size"] for r in rows] == [2, 4, 8]
+    assert all(r["n"] >= 2 for r in rows), [(r["batch_size"], r["n"]) for r in rows]

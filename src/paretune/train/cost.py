@@ -81,20 +81,22 @@ def training_costs(
         length: tokens in a window.
         n_blocks: timed updates of each. One more before them warms up, at every size (a larger one touches new memory);
             with a single one, of which nothing is claimed, at the smallest size alone.
-        budget_sec: for all; what is not reached then says so.
+        budget_sec: for all, shared out by batch size; what is not reached then says so.
     """
     config = checkpoint.read_config(folder)
     n_params = sum(p.numel() for p in checkpoint.build(config).parameters())
-    until = math.inf if budget_sec is None else clock.now() + budget_sec
+    end = math.inf if budget_sec is None else clock.now() + budget_sec
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         subjects = [
             _start(stack, name, recipe, folder, log_folder / f"train-{i}.log", device, dtype, threads)
             for i, (name, recipe) in enumerate(mechanisms.items())
         ]
-        for batch_size in sorted(batch_sizes):  # ascending: the peak of a process is that of the size at hand
+        ascending = sorted(batch_sizes)  # so that the peak of a process is that of the size at hand
+        for i, batch_size in enumerate(ascending):
             say(f"training step of {batch_size} x {length} tokens")
-            warms_up = n_blocks > 1 or batch_size == min(batch_sizes)
+            warms_up = n_blocks > 1 or i == 0
+            until = clock.now() + (end - clock.now()) * batch_size / sum(ascending[i:])
             rows += _cell(subjects, config, n_params, batch_size, length, n_blocks, until, device, seed, warms_up)
     return rows
 
