@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -128,7 +130,7 @@ def test_native_takes_views_and_never_reads_what_is_hidden():
 
 
 @needs_compiler
-def test_native_does_not_depend_on_threads_and_compiles():
+def test_native_does_not_depend_on_threads_and_compiles(monkeypatch):
     spec = AttentionSpec(0.3, parse("prefix:3+window:70"), alibi.slopes(4))
     tensors = inputs(1, 4, 4, 500, 16)
     found, threads = [], torch.get_num_threads()
@@ -139,6 +141,11 @@ def test_native_does_not_depend_on_threads_and_compiles():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    native._parallel.cache_clear()
+    monkeypatch.setattr(native, "_process", -1)  # as in a forked child: a team of our own
+    assert native._parallel(os.getpid()) is None
+    assert torch.equal(found[0], native.attention(*tensors, None, spec))
+    native._parallel.cache_clear()
     torch.library.opcheck(
         native.attend,
         (*(t.requires_grad_() for t in inputs(1, 2, 2, 40, 8)), "window:7", [0.5, 0.25], 0.3, 0),
@@ -224,3 +231,19 @@ def test_alibi_equals_bloom():
         for name in ("eager", "sdpa", *([] if NO_COMPILER else ["native"])):
             got = layer.dense(FUNCTIONS[name](q, k, v, None, spec).transpose(1, 2).reshape(2, T, 48))
             assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_has_threads_of_its_own():
+    """It has lost PyTorch's: the operator must neither wait for them nor for its parent's team."""
+    tensors, spec = inputs(1, 4, 4, 300, 16), AttentionSpec(0.3)
+    wanted = native.attention(*tensors, None, spec)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            status = 0 if torch.equal(native.attention(*tensors, None, spec), wanted) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

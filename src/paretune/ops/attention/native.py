@@ -119,7 +119,9 @@ def attend(
     for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
         getattr(call, f"{name}_stride")[:] = tensor.stride()[:3]
     with _lock:
-        if library().paretune_attend(_workers(torch.get_num_threads(), os.getpid()), ctypes.byref(call)):
+        process = os.getpid()
+        workers = _workers(torch.get_num_threads(), process)
+        if library().paretune_attend(workers, ctypes.byref(call), _parallel(process)):
             raise ParetuneError("native attention ran out of memory", "Free memory")
     return out
 
@@ -177,6 +179,22 @@ def _plan(pattern: str, first: int, n_tokens: int) -> tuple[Any, Any, int, Tenso
 
 
 _lock = threading.Lock()
+_process = os.getpid()
+
+
+@functools.lru_cache(maxsize=4)
+def _parallel(process: int) -> int | None:
+    """Where PyTorch's own threads are to be had (GNU OpenMP's entry), or None: then a team of ours works.
+
+    Theirs spin for a while after each operation, and a second team would wait for their cores. A forked child has lost
+    them.
+    """
+    if process != _process:
+        return None
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p).value
+    except (AttributeError, OSError, TypeError):  # another OpenMP, or a system that has no such look-up
+        return None
 
 
 @functools.lru_cache(maxsize=4)
@@ -197,7 +215,7 @@ def library() -> Any:
     """
     lib = native_build.load("attend")
     lib.paretune_workers.restype = c_void_p
-    lib.paretune_attend.argtypes = [c_void_p, POINTER(_Attend)]
+    lib.paretune_attend.argtypes = [c_void_p, POINTER(_Attend), c_void_p]
     for which, ours in enumerate((_Attend, _Block, _Run)):
         assert lib.paretune_attend_size(which) == ctypes.sizeof(ours), f"{ours.__name__} differs from attend.cpp"
     return lib

@@ -204,14 +204,33 @@ struct Workers {
   Team team;  // last: its threads must not see a half-made object
 
   explicit Workers(int n) : memory(n), team(n, [this](int t) {
+    work(t);
+    team.barrier.wait();
+  }) {}
+
+  void work(int t) {
     switch (job->a.format) {
       case kFp32: job->work<kFp32>(memory[t]); break;
       case kBf16: job->work<kBf16>(memory[t]); break;
       case kFp16: job->work<kFp16>(memory[t]); break;
     }
-    team.barrier.wait();
-  }) {}
+  }
 };
+
+// What a thread of somebody else's team is handed. However many come, each takes a memory of its own or goes.
+struct Borrowed {
+  Workers* workers;
+  std::atomic<int> turn{0};
+
+  static void work(void* self) {
+    Borrowed& b = *static_cast<Borrowed*>(self);
+    const int t = b.turn.fetch_add(1);
+    if (t < static_cast<int>(b.workers->memory.size())) b.workers->work(t);
+  }
+};
+
+// GNU OpenMP's entry: runs a function on that many threads, the caller among them, and returns when all are done.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 }  // namespace
 
@@ -230,8 +249,8 @@ void* paretune_workers(int n) {
 
 void paretune_workers_free(void* workers) { delete static_cast<Workers*>(workers); }
 
-// 0, or 1: no memory. One call at a time on the same workers.
-int paretune_attend(void* workers, const Attend* call) {
+// 0, or 1: no memory. One call at a time on the same workers. With `parallel` it runs on the threads behind that.
+int paretune_attend(void* workers, const Attend* call, Parallel parallel) {
   Workers& w = *static_cast<Workers*>(workers);
   try {
     for (Memory& m : w.memory) {  // here, where a failure can be told
@@ -242,7 +261,12 @@ int paretune_attend(void* workers, const Attend* call) {
     }
     Attention job{*call};
     w.job = &job;
-    w.team.run();
+    if (parallel) {
+      Borrowed borrowed{&w};
+      parallel(Borrowed::work, &borrowed, static_cast<unsigned>(w.memory.size()), 0);
+    } else {
+      w.team.run();
+    }
     return 0;
   } catch (...) {
     return 1;
