@@ -47,13 +47,24 @@ def pairs_file(tmp_path_factory):
     return path
 
 
-def test_train_then_generate_and_evaluate_in_the_recorded_format(command, tiny, pairs_file, tmp_path):
+@pytest.fixture
+def train(command, tiny, pairs_file):
+    """`paretune train` on the pairs, three of them held out."""
+
+    def call(out, *more):
+        columns = ("--article-column", "body", "--summary-column", "gist")
+        given = ("--task", "summarization", "--pairs", pairs_file, *columns, "--heldout-pairs", 3, "--dtype", "fp32")
+        return command("train", tiny, *given, "-o", out, *more)
+
+    return call
+
+
+def test_train_then_generate_and_evaluate_in_the_recorded_format(command, train, tiny, pairs_file, tmp_path):
     out = tmp_path / "tuned"
     columns = ("--article-column", "body", "--summary-column", "gist")
-    code, text, err = command(
-        "train", tiny, "--task", "summarization", "--pairs", pairs_file, *columns, "--heldout-pairs", 3, "-o", out,
-        "--batch-size", 2, "--prompt-suffix", r"\n=>", "--eos", "sentence", "--max-len", 64,
-        "--config", "flash_attn", "--distill", tiny, "--dtype", "fp32",
+    code, text, err = train(
+        out, "--batch-size", 2, "--prompt-suffix", r"\n=>", "--eos", "sentence", "--max-len", 64,
+        "--config", "flash_attn", "--distill", tiny,
     )  # fmt: skip
     assert code == 0, err
     assert "7 pairs; skipped: 1 without summary" in err and "held out: 3 pairs" in err and "4 updates" in text
@@ -107,24 +118,16 @@ def test_eval_shows_the_worst_summaries_of_the_configuration(command, tiny, monk
     assert shown.count("of the configuration") == 2 and "of the baseline" not in shown
 
 
-def test_train_says_which_weights_are_kept(command, tiny, pairs_file, tmp_path, monkeypatch):
+def test_train_says_which_weights_are_kept(train, tmp_path, monkeypatch):
     losses = iter([5.0, 1.0, 3.0])
     monkeypatch.setattr(PairSource, "evaluate", lambda self, model, options: {"heldout_loss": next(losses)})
-    code, text, err = command(
-        "train", tiny, "--task", "summarization", "--pairs", pairs_file, "--article-column", "body",
-        "--summary-column", "gist", "--steps", 2, "--eval-every", 1, "--patience", 5, "-o", tmp_path / "k", "-q",
-        "--dtype", "fp32", "--heldout-pairs", 3,
-    )  # fmt: skip
+    code, text, err = train(tmp_path / "k", "--steps", 2, "--eval-every", 1, "--patience", 5, "-q")
     assert code == 0, err
     assert "5.0000 -> 1.0000" in text and "the weights of step 1 are kept" in text and "stopped early" not in text
 
 
-def test_seeds_have_folders_of_their_own(command, tiny, pairs_file, tmp_path):
-    code, text, err = command(
-        "train", tiny, "--task", "summarization", "--pairs", pairs_file, "--article-column", "body",
-        "--summary-column", "gist", "--seeds", 2, "--steps", 2, "--batch-size", 2, "-o", tmp_path / "s", "-q",
-        "--dtype", "fp32", "--heldout-pairs", 3,
-    )  # fmt: skip
+def test_seeds_have_folders_of_their_own(train, tmp_path):
+    code, text, err = train(tmp_path / "s", "--seeds", 2, "--steps", 2, "--batch-size", 2, "-q")
     assert code == 0, err
     assert "2 seeds: held-out loss" in text
     seeds = [json.loads((tmp_path / "s" / f"seed-{i}" / "train.json").read_text())["seed"] for i in (0, 1)]

@@ -65,9 +65,10 @@ def training_rows(result: Result) -> list[Row]:
     for row in result["training"]:
         sec = data.PUBLISHED_TRAINING.get((row["mechanism"], row["batch_size"]))
         kept = {k: v for k, v in row.items() if k != "samples_sec"}
-        kept["saving"] = 1 - 1 / row["speedup"] if row["speedup"] and row["mechanism"] != data.STANDARD else None
+        is_compared = row["mechanism"] != data.STANDARD
+        kept["saving"] = 1 - 1 / row["speedup"] if row["speedup"] and is_compared else None
         saving = data.PUBLISHED_SAVING.get(row["batch_size"]) if row["mechanism"] == data.FLASH else None
-        if not row["cause"] and row["speedup_low"] is None and row["mechanism"] != data.STANDARD:
+        if not row["cause"] and row["speedup_low"] is None and is_compared:
             kept["cause"] = f"no claim: {row['n']} update{'s' * (row['n'] != 1)}"
         rows.append({**kept, "published_sec": sec, "published_saving": saving})
     return rows
@@ -198,8 +199,8 @@ TRAINING = [
 def _change(row: Row) -> str:
     if row.get("change_rougeL") is None:
         return _NONE
-    ends = f"{row['change_rougeL_low']:+.4f}, {row['change_rougeL_high']:+.4f}"
-    return f"{row['change_rougeL']:+.4f} [{ends}]"
+    low, high = row["change_rougeL_low"], row["change_rougeL_high"]
+    return _interval(row["change_rougeL"], low, high, "{:+.4f}".format)
 
 
 NOISE = [
@@ -264,9 +265,8 @@ UTILIZATION = [
 ]
 
 
-def _interval(value: float, low: float | None, high: float | None) -> str:
-    text = format_number(value)
-    return text if low is None or high is None else f"{text} [{format_number(low)}, {format_number(high)}]"
+def _interval(value: float, low: float | None, high: float | None, show: Callable[[float], str] = format_number) -> str:
+    return show(value) if low is None or high is None else f"{show(value)} [{show(low)}, {show(high)}]"
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -478,8 +478,7 @@ def _forms(result: Result) -> str:
 
 def _change_of(row: Row) -> str:
     """A relative change with its interval."""
-    ends = [_NONE if row[k] is None else format_percent(row[k], signed=True) for k in ("low", "high")]
-    return f"{format_percent(row['change'], signed=True)} [{', '.join(ends)}]"
+    return _interval(row["change"], row["low"], row["high"], partial(format_percent, signed=True))
 
 
 def _worst(result: Result) -> list[str]:
