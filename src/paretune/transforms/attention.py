@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from paretune.model.base import LanguageModel
+from paretune.model.layers import DEFAULT_ATTENTION
 from paretune.registry import ATTENTION
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, kernels_like
 
@@ -41,6 +42,12 @@ class Attention(Transform):
         for module in attention_layers(model):
             module.attention = function
         return model
+
+    def undo_(self, model: LanguageModel) -> bool:
+        function = ATTENTION.get(DEFAULT_ATTENTION)
+        for module in attention_layers(model):
+            module.attention = function
+        return True
 
     def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         function = ATTENTION.get(self.form)
