@@ -224,8 +224,8 @@ class Search:
             ids = [race.add(c.id, c.recipe).id for c in wave]
             stage = f"wave {index}"
             deadline = self.goal.budget_sec - 0.5 * self._reserved_sec()
-            if not race.is_whole(stage) and self.journal.elapsed_sec < deadline:
-                race.start(ids)
+            if not race.is_whole(stage):
+                ids = self._start(ids, deadline)
             self.say(f"racing {len(race.alive(ids))} candidates against the baseline")
             race.blocks(stage, [*self._yardsticks(), *ids], SCREEN_BLOCKS, deadline)
             if race.trials[BASELINE].failure:  # without it no block can be judged
@@ -235,6 +235,17 @@ class Search:
             self._say_leader()
             self._drop_losers()
             index += 1
+
+    def _start(self, ids: Sequence[str], deadline_sec: float) -> list[str]:
+        """Starts a wave one by one, as long as there is time to measure what was started; gives those."""
+        started: list[str] = []
+        for id in ids:
+            blocks_sec = SCREEN_BLOCKS * sum(self._slice_sec(i) for i in [*self._yardsticks(), *started, id])
+            if self.journal.elapsed_sec + blocks_sec > deadline_sec:
+                break
+            self.out.race.start([id])
+            started.append(id)
+        return started
 
     def _yardsticks(self) -> list[str]:
         """The baseline, and its twin while the resolution of this machine is not known well."""
@@ -286,11 +297,12 @@ class Search:
 
     def _start_secs(self) -> dict[str, float]:
         """Start-up seconds by runner as seen here; a runner not seen yet scales with those that were."""
+        known = [(c.choice[3], c.id) for c in self.out.space.legal] + [(spaces.BASELINE[3], BASELINE)]
         seen: dict[str, list[float]] = {}
-        for c in self.out.space.legal:
-            state = self.out.race.trials.get(c.id)
+        for runner, id in known:
+            state = self.out.race.trials.get(id)
             if state and state.start_sec:
-                seen.setdefault(c.choice[3], []).append(state.start_sec)
+                seen.setdefault(runner, []).append(state.start_sec)
         out = {runner: float(np.median(times)) for runner, times in seen.items()}
         scale = max([out[r] / DEFAULT_START_SEC[r] for r in out], default=1.0)
         return {r: out.get(r, DEFAULT_START_SEC[r] * max(1.0, scale)) for r in DEFAULT_START_SEC}
