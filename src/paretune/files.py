@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from paretune.errors import ParetuneError
+from paretune.errors import ParetuneError, WriteError
 
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "Free some space or choose another folder with -o"),
@@ -25,10 +25,23 @@ _CAUSES = {
 }
 
 
-def write_error(path: str | os.PathLike[str], error: OSError) -> ParetuneError:
+def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
     """The one-line form of a failed write."""
     cause, cure = _CAUSES.get(error.errno or 0, (error.strerror or str(error), "Choose another folder with -o"))
-    return ParetuneError(f"cannot write {path}: {cause}", cure)
+    return WriteError(f"cannot write {path}: {cause}", cure)
+
+
+@contextlib.contextmanager
+def into_cache() -> Iterator[None]:
+    """What the body writes lies in the cache: where that fails, the cure is another cache, for there is no `-o`.
+
+    Raises:
+        WriteError: as the body raised it, with that cure.
+    """
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(error.cause, "Free some space or set PARETUNE_CACHE to another folder") from None
 
 
 @contextlib.contextmanager

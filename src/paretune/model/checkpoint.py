@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from paretune.errors import CheckpointError, ParetuneError, UsageError
+from paretune.errors import CheckpointError, UsageError, WriteError
 from paretune.files import write_json
 from paretune.model.base import LanguageModel
 from paretune.model.config import GPT2_SIZES, ModelConfig
@@ -250,7 +250,7 @@ def save(
                     shutil.copyfile(tokenizer_from / file, folder / file)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise ParetuneError(
+        raise WriteError(
             f"cannot write {folder / 'model.safetensors'}: {error}",
             "Free some space or choose another folder with -o",
         ) from None

@@ -1,13 +1,17 @@
 """Weights as the blocks of a GGUF file and back (`ggml-quants.c`, `ggml-common.h`).
 
 Integer weights in groups of 32, 64 or 128 with an fp16 scale are Q8_0 and Q4_0 bit for bit: nothing is rounded again.
+Blocks that have no such form here are read to the numbers they stand for, by llama.cpp's own `gguf` package.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,18 +102,18 @@ def _pack_form(form: NativeForm, n_in: int) -> Tensor:
 
 
 def decode(raw: Tensor, type_name: str, dtype: torch.dtype) -> Weight:
-    """The weight of raw rows; Q8_0 and Q4_0 keep their bits, Q6_K becomes fp16.
+    """The weight of raw rows: Q8_0 and Q4_0 keep their bits, other blocks become dense fp32.
 
     Args:
         raw: uint8 `[out, bytes of a row]`.
+        type_name: one that `is_read`.
         dtype: that integer weights are computed in.
     """
     if type_name in DENSE:
         return Dense(raw.view(DENSE[type_name]))
+    if type_name not in BITS:
+        return Dense(values(raw, type_name))
     n_out = raw.size(0)
-    if type_name == "Q6_K":
-        return Dense(_q6_k(raw.view(n_out, -1, 210)).view(n_out, -1).half())
-    assert type_name in BITS
     blocks = raw.view(n_out, -1, 34 if type_name == "Q8_0" else 18)
     scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
     q = blocks[..., 2:]
@@ -120,20 +124,24 @@ def decode(raw: Tensor, type_name: str, dtype: torch.dtype) -> Weight:
     return IntGroups(packed.reshape(n_out, -1), scale, None, dtype)
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
-    """Values of Q6_K blocks, fp32 `[..., 256]` (`dequantize_row_q6_K`): 6 bits, a scale for 16, one for all 256."""
-    low, high = blocks[..., :128], blocks[..., 128:192]
-    scales = blocks[..., 192:208].contiguous().view(torch.int8).float()
-    d = blocks[..., 208:210].contiguous().view(torch.float16).float()
-    halves = []
-    for half in range(2):
-        l, h = low[..., 64 * half : 64 * half + 64], high[..., 32 * half : 32 * half + 32]
-        parts = [
-            (l[..., :32] & 15) | (h & 3) << 4,
-            (l[..., 32:] & 15) | (h >> 2 & 3) << 4,
-            l[..., :32] >> 4 | (h >> 4 & 3) << 4,
-            l[..., 32:] >> 4 | (h >> 6 & 3) << 4,
-        ]
-        halves.append(torch.cat(parts, dim=-1))
-    q = torch.cat(halves, dim=-1).float() - 32
-    return q * (d * scales).repeat_interleave(16, dim=-1)
+def values(raw: Tensor, type_name: str) -> Tensor:
+    """What raw rows stand for, fp32 `[out, in]`, as the `gguf` package dequantises them.
+
+    Args:
+        raw: uint8 `[out, bytes of a row]`.
+        type_name: one that `is_read`.
+    """
+    with np.errstate(all="ignore"):  # infinities are the caller's to find, not NumPy's to warn about
+        made = gguf.dequantize(raw.numpy(), gguf.GGMLQuantizationType[type_name])
+    return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32)).view(raw.size(0), -1)
+
+
+@functools.cache
+def is_read(type_name: str) -> bool:
+    """Whether tensors of this type can be read; the package is asked by trying, since it keeps no list."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
