@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from paretune.cli.model_help import MODEL
+
 TARGETS = ("gguf",)
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or `pocket`.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, NAME.gguf.")],
     to: Annotated[str, typer.Option("--to", help="gguf.")] = "gguf",
     format_name: Annotated[

@@ -120,7 +120,8 @@ def _build(reader: Reader, config: ModelConfig, dense: bool) -> tuple[LanguageMo
             weight = Dense(blocks.values(raw, entry.type_name)) if dense else blocks.decode(raw, entry.type_name, dtype)
             if not all(bool(torch.isfinite(t).all()) for t in weight.to_tensors().values() if t.is_floating_point()):
                 raise CheckpointError(f"{where}: tensor {theirs} holds NaN or infinity", "Download the file again")
-            widened[entry.type_name] += isinstance(weight, Dense) and entry.type_name not in blocks.DENSE
+            if isinstance(weight, Dense) and entry.type_name not in blocks.DENSE:
+                widened[entry.type_name] += 1
             done[id(old)] = weight
         module.weight = done[id(old)]
     inside = {id(p) for weight in done.values() for p in weight.parameters()}
@@ -138,7 +139,14 @@ def _build(reader: Reader, config: ModelConfig, dense: bool) -> tuple[LanguageMo
         for module in model.modules():
             if isinstance(module, Dense):
                 module.float()
-    notes = [f"{n} {kind} matrices were read as the fp32 numbers they stand for" for kind, n in widened.items() if n]
+    notes = (
+        []
+        if dense
+        else [
+            f"matrices of {kind} were read as the fp32 numbers that the blocks stand for: {n} of them"
+            for kind, n in widened.items()
+        ]
+    )
     return model.eval(), notes
 
 
