@@ -269,27 +269,28 @@ def _pip_download(download: Download, folder: Path, say: Say) -> list[str]:
 
 
 # What stands in pip's words, in lower case, and what it means; the first that is found counts.
+_DISK_FULL = "the disk is full"
 _PIP_CAUSES = (
-    (("no space left", "errno 28", "disk quota"), "the disk is full"),
+    (("no space left", "errno 28", "disk quota"), _DISK_FULL),
     (
-        ("incompleteread", "connection broken", "connection reset", "ended prematurely", "download failed"),
-        "the download broke off",
+        ("incompleteread", "connection broken: ", "connection reset", "not enough bytes", "incomplete-download")
+        + ("is invalid", "badzipfile", "do not match the hashes"),
+        "the download broke off, or is damaged",
     ),
-    (("do not match the hashes", "hash mismatch"), "the index gave a file with another checksum"),
-    (("badzipfile", "invalid wheel", "is not a zip", "has an invalid"), "the index gave a damaged file"),
     (
-        ("connection", "name or service", "name resolution", "timed out", "proxyerror", "ssl", "max retries"),
+        ("newconnectionerror", "nameresolution", "timeouterror", "timed out", "proxyerror", "sslerror", "max retries"),
         "the package index cannot be reached",
     ),
+    (("no matching distribution",), "the package index does not have it, or cannot be reached"),
 )
 
 
 def _pip_error(download: Download, lines: list[str]) -> ParetuneError:
     said = "\n".join(lines).lower()
     what = next((cause for signs, cause in _PIP_CAUSES if any(sign in said for sign in signs)), None)
-    cause = f"pip could not fetch {download.package} {download.version}: " + (f"{what} " if what else "")
-    cause += f"({_last(lines)})" if what else _last(lines)
-    if what == "the disk is full":
+    why = _last(lines) if what is None else f"{what} ({_last(lines)})"
+    cause = f"pip could not fetch {download.package} {download.version}: {why}"
+    if what == _DISK_FULL:
         return WriteError(cause)  # the cure is the cache's
     return ParetuneError(cause, f"Try again, or {download.by_hand}")
 
