@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import hashlib
 import http.server
 import json
@@ -306,7 +305,7 @@ def test_an_interrupt_ends_pip_too(tiny, tmp_path, monkeypatch):
     def interrupt():
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
             threading.Event().wait(0.05)
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     watcher = threading.Thread(target=interrupt)
     watcher.start()

@@ -20,7 +20,7 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="Q8_0, Q4_0, F16, BF16 or F32 for what is not in blocks yet. [default: the stored numbers]",
+            help="Q8_0, Q4_0, Q4_1, F16, BF16 or F32 for what is not in blocks yet. [default: the stored numbers]",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,

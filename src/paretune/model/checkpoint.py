@@ -384,7 +384,10 @@ def _swap_formats_(
         if not parts:
             raise CheckpointError(f"tensor {stem}* is missing", "Save the model again")
         old = holder.weight
-        weight = FORMATS.get(format_name).from_tensors(parts)
+        try:
+            weight = FORMATS.get(format_name).from_tensors(parts)
+        except CheckpointError as error:
+            raise CheckpointError(f"{stem}*: {error.cause}", error.cure) from None
         if (weight.out_features, weight.in_features) != (old.out_features, old.in_features):
             raise CheckpointError(
                 f"{stem}* is {weight.out_features}x{weight.in_features}, config.json asks for "

@@ -273,8 +273,10 @@ _DISK_FULL = "the disk is full"
 _PIP_CAUSES = (
     (("no space left", "errno 28", "disk quota"), _DISK_FULL),
     (
-        ("incompleteread", "connection broken: ", "connection reset", "not enough bytes", "incomplete-download")
-        + ("is invalid", "badzipfile", "do not match the hashes"),
+        (
+            *("incompleteread", "connection broken: ", "connection reset", "not enough bytes", "incomplete-download"),
+            *("is invalid", "badzipfile", "do not match the hashes"),
+        ),
         "the download broke off, or is damaged",
     ),
     (
