@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from paretune.cli import app as cli
 from paretune.model import downloads
+
+SOME_TEXT = Path(__file__).parent.parent / "conftest.py"
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +77,7 @@ def test_a_wheel_that_was_cut_off(command, tmp_path):
         ["quantize", "smollm2", "--format", "int8", "-o", "out"],
         ["export", "smollm2", "-o", "out.gguf"],
         ["new", "smollm2", "-o", "out", "--random"],
-        ["train", "smollm2", "-o", "out"],
+        ["train", "smollm2", "--text", str(SOME_TEXT), "-o", "out"],
         ["doctor", "--quick", "--model", "smollm2"],
     ],
 )
