@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from paretune.cli.model_help import MODEL
+
 
 def tune(
-    model: Annotated[str, typer.Argument(help="Folder, hub id or `pocket`.")] = "pocket",
+    model: Annotated[str, typer.Argument(help=MODEL)] = "pocket",
     objective: Annotated[str, typer.Option(help="tpot, ttft, throughput, memory or size.")] = "tpot",
     max_ppl_increase: Annotated[
         str, typer.Option(help="Largest relative increase of perplexity, its upper bound: 1% or 0.01.")
