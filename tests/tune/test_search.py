@@ -785,7 +785,7 @@ def test_memory_for_few_makes_waves_small_and_reaches_all(monkeypatch, tmp_path,
     from paretune import hardware
 
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}))
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 600 * MB)
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: (1900 - 450 * len(machine.alive)) * MB)
     out = run(machine, tmp_path / "plan", budget_sec=600.0)
     waves = out.race.journal.all("wave")
     assert max(len(w["trials"]) for w in waves) == 1 and len(waves) == 6
@@ -861,3 +861,30 @@ def test_quality_is_measured_at_the_length_of_a_request_that_a_window_shortens(
     assert len(one.out.race.check_prompt) == n_check
     assert sum(c.choice[0] in spaces.MECHANISMS for c in one.out.space.legal) == (0 if length == 257 else 21)
     assert not machine.started
+
+
+# -- memory
+
+
+def test_a_model_that_does_not_fit_twice_is_refused_in_one_line(monkeypatch, tmp_path, six):
+    machine = install(monkeypatch, Machine())
+    monkeypatch.setattr("paretune.hardware.available_memory_bytes", lambda: 600 << 20)
+    with pytest.raises(ParetuneError) as caught:
+        run(machine, tmp_path / "plan")
+    assert "side by side" in str(caught.value) and "0.6 GB are free" in str(caught.value)
+    assert not machine.started and not list((tmp_path / "plan").iterdir())
+
+
+def test_where_two_fit_the_twin_makes_room_and_the_resolution_is_known_all_the_same(monkeypatch, tmp_path):
+    only(monkeypatch, INT8, BF16)
+    machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}))
+    monkeypatch.setattr("paretune.hardware.available_memory_bytes", lambda: (1300 - 450 * len(machine.alive)) << 20)
+    most = [0]
+
+    def on_sample(trial, n):
+        most[0] = max(most[0], len(machine.alive))
+
+    machine.on_sample = on_sample
+    out = run(machine, tmp_path / "plan")
+    assert (out.kind, out.winner) == ("winner", id_of(INT8))
+    assert most[0] <= 2 and math.isfinite(out.resolution)

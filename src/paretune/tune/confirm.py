@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from paretune import stats
-from paretune.evaluate.fidelity import Fidelity, compare
+from paretune.evaluate.fidelity import Fidelity, Scores, compare
 from paretune.tune.gate import Gate
 from paretune.tune.outcome import Outcome
 from paretune.tune.race import BASELINE
@@ -44,9 +44,9 @@ class Confirmer:
         out = self.out
         left = [f for f in finalists if f != winner]
         while winner is not None:
-            for id in list(out.race.trials):
-                if id != out.scorer:
-                    out.race.stop(id)
+            if out.race.trials[winner].recipe.changes_numbers:  # now, while the process that scores is there
+                self._reference()
+            out.race.stop_all()
             confirmation, cause = self._confirmed(winner)
             name = out.race.trials[winner].recipe.name
             if confirmation is not None:
@@ -145,9 +145,12 @@ class Confirmer:
 
     def _quality(self, ours: str) -> Fidelity | None:
         n = self.windows.size(0)
-        base = self.gate.reference("confirm", self.windows, 0, n)
         scores = self.out.race.score(ours, "confirm", self.windows, f"{self.text_name}/confirm", 0, n)
-        return None if scores is None else compare(base, scores, self.out.goal.max_ppl_increase)
+        return None if scores is None else compare(self._reference(), scores, self.out.goal.max_ppl_increase)
+
+    def _reference(self) -> Scores:
+        """The baseline's scores on the text of the confirmation."""
+        return self.gate.reference("confirm", self.windows, 0, self.windows.size(0))
 
     def _explain(self, id: str, process: str) -> None:
         """Why a trial is as fast as it is, from a profile in the process of its twin `process`, if time is left."""

@@ -31,10 +31,21 @@ class Gate:
         windows: int64 `[N, T]`.
         text_name: of the protocol, without the split.
         say: progress, a line at a time.
+        any_scorer: whether a lossless candidate may score the baseline's text; else the baseline does it itself, and
+            no third process is needed.
     """
 
-    def __init__(self, out: Outcome, windows: torch.Tensor, text_name: str, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        out: Outcome,
+        windows: torch.Tensor,
+        text_name: str,
+        say: Callable[[str], None],
+        *,
+        any_scorer: bool = True,
+    ) -> None:
         self.out, self.windows, self.text_name, self.say = out, windows, text_name, say
+        self.any_scorer = any_scorer
 
     @property
     def parts(self) -> list[tuple[int, int]]:
@@ -99,7 +110,7 @@ class Gate:
         blocks = race.measured()
         speeds = {i: blocks.ratio(BASELINE, i).value for i in self.out.rows()}
         equal = [i for i, gain in speeds.items() if gain > 1 and not race.trials[i].recipe.changes_numbers]
-        fastest = max(equal, key=lambda i: speeds[i], default=BASELINE)
+        fastest = max(equal, key=lambda i: speeds[i], default=BASELINE) if self.any_scorer else BASELINE
         race.journal.record("scorer", trial=fastest)
         return fastest
 

@@ -23,6 +23,8 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import windows_of
 from paretune.evaluate.perplexity import MIN_BLOCKS, count_blocks
 from paretune.evaluate.texts import read_text, text_of
+from paretune.measure.bench import n_parameters, trial_bytes
+from paretune.measure.bench_rows import Cell
 from paretune.measure.environment import versions
 from paretune.measure.interleave import Blocks
 from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload
@@ -98,6 +100,7 @@ class Search:
             "machine": hardware.fingerprint_id(hardware.fingerprint()),
             "versions": versions(),
         }
+        self.has_room_for_twin = _check_memory(config, goal)
         space = spaces.build(goal.device, config, n_tokens)  # before the clock of the budget runs
         prepare()
         self.journal = Journal(folder, key, resume)
@@ -107,7 +110,7 @@ class Search:
         race.check_prompt = self.windows["search"][0, :n_check].tolist()
         self.out = Outcome(goal, str(model), model_folder, config, space, race)
         self.out.quality_len = self.windows["search"].size(1)
-        self.gate = Gate(self.out, self.windows["search"], self.text_name, say)
+        self.gate = Gate(self.out, self.windows["search"], self.text_name, say, any_scorer=self.has_room_for_twin)
 
     def _windows(self, config: ModelConfig, text: Path | None) -> dict[str, torch.Tensor]:
         """Disjoint windows for search and confirmation.
@@ -170,6 +173,9 @@ class Search:
         if failure:
             raise ParetuneError(f"the baseline itself does not run: {failure}", "Try `paretune generate` on the model")
         self.journal.start_clock()
+        if not self.has_room_for_twin:  # what the machine resolves is measured first, and the twin's place is free then
+            race.blocks("twin", [BASELINE, TWIN], TWIN_BLOCKS, 0.25 * goal.budget_sec)
+            race.stop(TWIN)
         confirmer = Confirmer(self.out, self.gate, self.windows["confirm"], self.text_name, self.say)
         index = 0
         while True:
@@ -251,7 +257,7 @@ class Search:
         """The baseline, and its twin while the resolution of this machine is not known well."""
         blocks = self.out.race.measured()
         n = len(blocks.paired(BASELINE, TWIN)[0]) if TWIN in blocks.subjects else 0
-        return [BASELINE, TWIN] if n < TWIN_BLOCKS else [BASELINE]
+        return [BASELINE, TWIN] if n < TWIN_BLOCKS and self.has_room_for_twin else [BASELINE]
 
     def _wave(self, index: int) -> list[spaces.Candidate]:
         """The candidates of a wave: those of the journal, or the next ones that the time is enough for."""
@@ -291,7 +297,7 @@ class Search:
         least = max(1.0, scores[leader].low) if leader else 1.0
         ranked = sorted((i for i in scores if i not in out.rejected), key=lambda i: -scores[i].value)
         for id, score in scores.items():
-            kept = id in ranked[: 2 * N_FINALISTS] and score.high >= least
+            kept = self.has_room_for_twin and id in ranked[: 2 * N_FINALISTS] and score.high >= least
             if not kept and id != out.scorer:
                 out.race.stop(id)
 
@@ -374,7 +380,8 @@ class Search:
             for i, n in enumerate(FINAL_LOOKS):
                 level = stats.look_level(i, len(FINAL_LOOKS))
                 self.say(f"finals: {len(race.alive(finalists))} candidates, {n} blocks")
-                whole = race.blocks(f"final {index} {i}", [BASELINE, TWIN, *finalists], n - done, deadline)
+                yardsticks = [BASELINE, TWIN] if self.has_room_for_twin else [BASELINE]
+                whole = race.blocks(f"final {index} {i}", [*yardsticks, *finalists], n - done, deadline)
                 done = n
                 if not whole or all(out.verdict(f, level) != "undecided" for f in race.alive(finalists)):
                     break
@@ -422,6 +429,25 @@ def check_device(device: str) -> None:
     """Raises UsageError where there is no such device."""
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+
+
+def _check_memory(config: ModelConfig, goal: Goal) -> bool:
+    """Whether the baseline, its twin and a candidate fit into memory side by side.
+
+    Raises:
+        ParetuneError: not even the baseline and a candidate do.
+    """
+    if goal.device != "cpu":
+        return True  # what a GPU holds is its own affair: a trial that does not fit is a row with its cause
+    each = trial_bytes(config, n_parameters(config), Cell(goal.input_len, goal.output_len, goal.batch_size))
+    free = hardware.available_memory_bytes()
+    if 2 * each > free:
+        raise ParetuneError(
+            f"the model takes {each / 1e9:.1f} GB in fp32, and the baseline and a candidate have to fit side by side; "
+            f"{free / 1e9:.1f} GB are free",
+            "Free memory, or use a machine with more",
+        )
+    return 3 * each <= free
 
 
 def _surely_better(blocks: Blocks, best: str, other: str) -> bool:
