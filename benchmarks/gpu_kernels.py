@@ -57,8 +57,8 @@ def random_weight(name: str, n_out: int, n_in: int, dtype: torch.dtype) -> Weigh
     group = int(name.split()[1].removeprefix("g"))
     scale = torch.rand(n_out, n_in // group, **on).half() * (small if name.startswith("int8") else 0.005)
     if name.startswith("int8"):
-        return IntGroups(codes.view(torch.int8).repeat(1, 2), scale, None, dtype)
-    return IntGroups(codes, scale, scale * 0.1 if "min" in name else None, dtype)
+        return IntGroups(codes.view(torch.int8).repeat(1, 2), scale, None, dtype, group=group)
+    return IntGroups(codes, scale, scale * 0.1 if "min" in name else None, dtype, group=group)
 
 
 CASES = (

@@ -40,6 +40,10 @@ class CheckpointError(ParetuneError):
     """A model folder that cannot be loaded as it is."""
 
 
+class WriteError(ParetuneError):
+    """A file or folder that cannot be written."""
+
+
 class NoEffectError(ParetuneError):
     """A transform that did not do what it states (`Transform.verify`): never a row in a table."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from paretune.errors import ParetuneError
+from paretune.errors import ParetuneError, WriteError
 
 _CAUSES = {
     errno.ENOSPC: ("the disk is full", "Free some space or choose another folder with -o"),
@@ -25,10 +26,23 @@ _CAUSES = {
 }
 
 
-def write_error(path: str | os.PathLike[str], error: OSError) -> ParetuneError:
+def write_error(path: str | os.PathLike[str], error: OSError) -> WriteError:
     """The one-line form of a failed write."""
     cause, cure = _CAUSES.get(error.errno or 0, (error.strerror or str(error), "Choose another folder with -o"))
-    return ParetuneError(f"cannot write {path}: {cause}", cure)
+    return WriteError(f"cannot write {path}: {cause}", cure)
+
+
+@contextlib.contextmanager
+def into_cache() -> Iterator[None]:
+    """What the body writes lies in the cache: where that fails, the cure is another cache, for there is no `-o`.
+
+    Raises:
+        WriteError: as the body raised it, with that cure.
+    """
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(error.cause, "Free some space or set PARETUNE_CACHE to another folder") from None
 
 
 @contextlib.contextmanager
@@ -117,3 +131,46 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that vanishes at the end; after a kill `remove_leftovers(path)` finds it.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise write_error(temporary, error) from None
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes what killed processes left under the temporary names of `path`; that of a live one stays."""
+    target = Path(path).absolute()
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.*"):
+        pid, _, suffix = left.name.removeprefix(f".{target.name}.").partition(".")
+        if pid.isdecimal() and suffix in ("tmp", "old") and not _is_running(int(pid)):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    if os.name == "nt":  # there is no harmless way to ask: what is left stays
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

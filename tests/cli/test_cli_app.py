@@ -22,6 +22,7 @@ VERBS = (
     "train",
     "quantize",
     "export",
+    "get",
     "new",
     "doctor",
     "ls",

@@ -78,7 +78,7 @@ def test_a_package_that_cannot_be_imported_is_no_installation(wheel):
 @pytest.mark.slow
 def test_an_interrupted_installation_is_not_taken_and_cleared_by_the_next(wheel, monkeypatch):
     peer = make_peer(str(wheel))
-    half = envs.folder_of(peer).with_name(".tiny.4711.tmp")
+    half = envs.folder_of(peer).with_name(f".tiny.{1 << 30}.tmp")  # no process has that number
     (half / "bin").mkdir(parents=True)
     bare = envs.folder_of(peer)
     (bare / "bin").mkdir(parents=True)

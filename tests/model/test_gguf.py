@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
+import shutil
 import struct
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -61,10 +65,10 @@ def test_there_and_back(tiny_factory, tiny, tiny_tokens, tmp_path, family, wante
         assert set(made.how) == {blocks.EXACT}
     else:
         error = float((ours - exact).norm() / exact.norm())
-        assert 0 < error < {"F16": 2e-3, "BF16": 2e-2, "Q8_0": 4e-2, "Q4_0": 0.4}[wanted]
+        assert 0 < error < {"F16": 2e-3, "BF16": 2e-2, "Q8_0": 4e-2, "Q4_0": 0.4, "Q4_1": 0.4}[wanted]
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0", "int4", "int8_groups"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "int4", "int8_groups", "hqq"])
 @pytest.mark.parametrize("family", WIDE)
 def test_quantised_layers_keep_their_bits(tiny_factory, tmp_path, family, name):
     folder = tiny_factory(family, **WIDE[family])[2]
@@ -95,9 +99,8 @@ def test_int8_rows_keep_their_integers():
     torch.testing.assert_close(again.dequantize(), weight.dequantize(), rtol=2**-11, atol=1e-7)  # fp16 scales
 
 
-@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_0", "F16", "BF16", "F32"])
+@pytest.mark.parametrize("type_name", ["Q8_0", "Q4_0", "Q4_1", "F16", "BF16", "F32"])
 def test_blocks_are_those_of_the_gguf_package(type_name):
-    gguf = pytest.importorskip("gguf")
     x = torch.randn(6, 96) * torch.logspace(-2, 2, 6)[:, None]
     raw = blocks.plan(Dense(x), type_name, "x").make()
     kind = gguf.GGMLQuantizationType[type_name]
@@ -107,20 +110,92 @@ def test_blocks_are_those_of_the_gguf_package(type_name):
     assert np.array_equal(ours.numpy(), theirs)
 
 
-def test_q6_k_is_read_as_the_gguf_package_reads_it():
-    gguf = pytest.importorskip("gguf")
-    raw = np.random.default_rng(0).integers(0, 256, (3, 2 * 210), dtype=np.uint8)
-    for block in (0, 1):  # scales of a sane size: random bytes give infinity
-        raw[:, 210 * block + 208 : 210 * block + 210] = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-    ours = blocks.decode(torch.from_numpy(raw), "Q6_K", torch.float32).dequantize()
-    theirs = gguf.dequantize(raw, gguf.GGMLQuantizationType.Q6_K)
-    assert np.array_equal(ours.numpy(), theirs.astype(np.float16))
+def readable_types():
+    """Every type that the package dequantises, asked of the package itself."""
+    found = []
+    for kind, (_, n_bytes) in gguf.GGML_QUANT_SIZES.items():
+        with contextlib.suppress(NotImplementedError):
+            gguf.dequantize(np.zeros((1, n_bytes), np.uint8), kind)
+            found.append(kind)
+    return found
+
+
+def random_blocks(kind, n_rows, width, generator):
+    """Random bytes of a type, uint8 `[rows, bytes of a row]`, each block drawn again until its numbers are finite."""
+    per_block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = generator.integers(0, 256, (n_rows * width // per_block, n_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        while (bad := ~np.isfinite(gguf.dequantize(raw, kind)).all(axis=1)).any():
+            raw[bad] = generator.integers(0, 256, (int(bad.sum()), n_bytes), dtype=np.uint8)
+    return raw.reshape(n_rows, -1)
+
+
+def write_llama(path, kind, generator, width=256):
+    """A Llama of one layer by the package's own writer, its matrices random blocks. Gives them by name."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (writer.add_context_length, 64),
+        (writer.add_embedding_length, width),
+        (writer.add_block_count, 1),
+        (writer.add_feed_forward_length, width),
+        (writer.add_head_count, 4),
+        (writer.add_layer_norm_rms_eps, 1e-5),
+    ):
+        add(value)
+    names = ["token_embd", *(f"blk.0.{n}" for n in ("attn_q", "attn_k", "attn_v", "attn_output"))]
+    names += [f"blk.0.ffn_{n}" for n in ("gate", "up", "down")]
+    matrices = {f"{name}.weight": random_blocks(kind, width, width, generator) for name in names}
+    for name, raw in matrices.items():
+        writer.add_tensor(name, raw, raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(width, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return matrices
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", readable_types(), ids=lambda kind: kind.name)
+def test_every_type_stands_for_the_numbers_of_the_gguf_package(tmp_path, kind, dense):
+    """Bit for bit, from a file of the package's writer to the loaded model."""
+    matrices = write_llama(tmp_path / "x.gguf", kind, np.random.default_rng(0))
+    notes = convert(container.Reader(tmp_path / "x.gguf"), ensure_folder(tmp_path / "out"), dense=dense)
+    model = checkpoint.load(tmp_path / "out")
+    holders = {"token_embd": model.embedding}
+    block = model.get_submodule("layers.0")
+    holders |= {f"blk.0.attn_{n}": block.get_submodule(f"self_attn.{n}_proj") for n in "qkv"}
+    holders |= {"blk.0.attn_output": block.get_submodule("self_attn.o_proj")}
+    holders |= {f"blk.0.ffn_{n}": block.get_submodule(f"mlp.{n}_proj") for n in ("gate", "up", "down")}
+    for name, holder in holders.items():
+        theirs = gguf.dequantize(matrices[f"{name}.weight"], kind)
+        if name in ("blk.0.attn_q", "blk.0.attn_k"):  # llama.cpp's order of rotary rows, undone as transformers does
+            theirs = theirs.reshape(4, -1, 2, 256).swapaxes(1, 2).reshape(256, 256)
+        ours = holder.weight.dequantize()
+        assert np.array_equal(ours.float().numpy(), theirs), name
+        if dense:
+            assert ours.dtype == torch.float32 and holder.weight.format == "dense"
+    kept = {**dict.fromkeys(blocks.BITS, "int_groups"), **dict.fromkeys(blocks.DENSE, "dense")}
+    if not dense and kind.name in kept:
+        assert {holder.weight.format for holder in holders.values()} == {kept[kind.name]}
+    is_said = any(f"of {kind.name} were read as the fp32 numbers" in note for note in notes)
+    assert is_said == (not dense and kind.name not in kept)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    generator = np.random.default_rng(0)
+    raw = write_llama(tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q4_K, generator)["blk.0.ffn_up.weight"].tobytes()
+    data = (tmp_path / "x.gguf").read_bytes()
+    at = data.index(raw)
+    (tmp_path / "inf.gguf").write_bytes(data[:at] + np.float16(np.inf).tobytes() + data[at + 2 :])
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.weight holds NaN or infinity"):
+        checkpoint.resolve(str(tmp_path / "inf.gguf"))
 
 
 @pytest.mark.parametrize("wanted", [None, "Q8_0"])
 @pytest.mark.parametrize("family", WIDE)
 def test_the_gguf_package_reads_our_file(tiny_factory, tmp_path, family, wanted):
-    gguf = pytest.importorskip("gguf")
     save(tiny_factory(family, **WIDE[family])[2], tmp_path / "x.gguf", wanted)
     theirs, ours = gguf.GGUFReader(tmp_path / "x.gguf"), container.Reader(tmp_path / "x.gguf")
     assert {f for f in theirs.fields if not f.startswith("GGUF.")} == set(ours.metadata)
@@ -139,7 +214,6 @@ def test_the_gguf_package_reads_our_file(tiny_factory, tmp_path, family, wanted)
 @pytest.mark.realdata
 def test_transformers_reads_our_file(data_dir, pocket_folder, tmp_path, model_name, wanted):
     """Its own reader of names, permuted rows, blocks and vocabulary: the same logits and the same tokens."""
-    pytest.importorskip("gguf")
     import transformers
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -263,15 +337,71 @@ def test_files_that_are_not_read(tiny_factory, tmp_path, change, match):
         convert(reader, ensure_folder(tmp_path / "out"))
 
 
-def test_other_block_types_are_named(tiny_factory, tmp_path):
+def test_types_that_cannot_be_read_are_named(tiny_factory, tmp_path):
     save(tiny_factory("llama", **WIDE["llama"])[2], tmp_path / "x.gguf")
     data = (tmp_path / "x.gguf").read_bytes()
     name = b"blk.0.ffn_up.weight"
     at = data.index(name) + len(name) + 4 + 16
     assert struct.unpack("<I", data[at : at + 4]) == (0,)
-    (tmp_path / "q5.gguf").write_bytes(data[:at] + struct.pack("<I", 6) + data[at + 4 :])
-    with pytest.raises(CheckpointError, match=re.escape("blk.0.ffn_up.weight is stored as Q5_0, which is not read")):
-        checkpoint.resolve(str(tmp_path / "q5.gguf"))
-    (tmp_path / "odd.gguf").write_bytes(data[:at] + struct.pack("<I", 99) + data[at + 4 :])
-    with pytest.raises(CheckpointError, match="of type 99, which is not read"):
-        checkpoint.resolve(str(tmp_path / "odd.gguf"))
+    for number, what in (
+        (9, "is stored as Q8_1, which is not read"),
+        (24, "is stored as I8, which"),
+        (99, "is of type 99"),
+    ):
+        (tmp_path / f"{number}.gguf").write_bytes(data[:at] + struct.pack("<I", number) + data[at + 4 :])
+        with pytest.raises(CheckpointError, match=re.escape(f"blk.0.ffn_up.weight {what}")):
+            checkpoint.resolve(str(tmp_path / f"{number}.gguf"))
+
+
+@pytest.fixture
+def pocket_gguf(pocket_folder, tmp_path):
+    """`pocket` as llama.cpp's own files are: without the whole tokenizer of Hugging Face."""
+    save(pocket_folder, tmp_path / "x.gguf", "F16")
+    reader = container.Reader(tmp_path / "x.gguf")
+    del reader.metadata[vocabulary.WHOLE]
+    return reader
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("tokens", 3, "tokens is not a list of str"),
+        ("tokens", ["a", 1], "tokens is not a list of str"),
+        ("merges", ["a b c"], "merges has a line that is not two tokens"),
+        ("token_type", [1.0], "token_type is not a list of int"),
+        ("token_type", [1], "token_type has 1 elements for 8,192 tokens"),
+        ("eos_token_id", 8192, "eos_token_id is 8192, not one of 8,192 tokens"),
+        ("eos_token_id", "2", "eos_token_id is '2'"),
+        ("eot_token_id", -1, "eot_token_id is -1"),
+        ("pre", 7, "pre is not text"),
+    ],
+)
+def test_entries_of_a_tokenizer_are_checked(pocket_gguf, tmp_path, key, value, match):
+    pocket_gguf.metadata[f"tokenizer.ggml.{key}"] = value
+    with pytest.raises(CheckpointError, match=re.escape(match)):
+        convert(pocket_gguf, ensure_folder(tmp_path / "out"))
+    assert list((tmp_path / "out").iterdir()) == [], "refused before the work"
+
+
+def test_a_turn_may_have_an_end_of_its_own(pocket_gguf, tmp_path):
+    pocket_gguf.metadata |= {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eot_token_id": 5}
+    convert(pocket_gguf, ensure_folder(tmp_path / "out"))
+    assert checkpoint.read_config(tmp_path / "out").eos_token_ids == (3, 5)
+
+
+def test_digits_one_by_one(pocket_folder, tmp_path):
+    """The splitting rule `smollm`: out by name and in again; the oracle is the tokenizer as it was before."""
+    folder = shutil.copytree(pocket_folder, tmp_path / "digits")
+    whole = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = [{"type": "Digits", "individual_digits": True}, level]
+    whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": split}
+    (folder / "tokenizer.json").write_text(json.dumps(whole), "utf-8")
+    save(folder, tmp_path / "x.gguf", "F16")
+    reader = container.Reader(tmp_path / "x.gguf")
+    assert reader.metadata["tokenizer.ggml.pre"] == "smollm"
+    del reader.metadata[vocabulary.WHOLE]
+    convert(reader, ensure_folder(tmp_path / "out"))
+    text = "In 1984,  12 of   345 said \u00bd\u0665 -7.25e10"
+    plain, before, after = (Tokenizer(f).encode(text) for f in (pocket_folder, folder, tmp_path / "out"))
+    assert after == before != plain

@@ -59,7 +59,7 @@ def cases(every):
     for (name, (kind, group, low, q, scale)), x in itertools.product(FORMATS.items(), ("bf16", "fp16", "fp32")):
         types = {k: f"*{v}" for k, v in TYPES.items()} | dict.fromkeys(("x_ptr", "bias_ptr"), f"*{x}")
         types |= dict.fromkeys(("M", "N", "x_stride", "row_groups", "magic"), "i32") | {"scale_ptr": f"*{scale}"}
-        fixed = {"FORMAT": kind, "GROUP": group, "HAS_LOW": low, "HAS_BIAS": True}
+        fixed = {"FORMAT": kind, "GROUP": group, "HAS_LOW": low, "LOWEST": -8 if low else 0, "HAS_BIAS": True}
         for parts in (1, 2) if every else (1,):
             shared = types | {"out_ptr": "*fp32" if parts > 1 else f"*{x}"}
             for tile in tiles.GEMV_TILES if every else tiles.GEMV_TILES[:1]:

@@ -67,15 +67,17 @@ def packed(weight):
     return next(pack([weight]))
 
 
+def by_input(scales, weight):
+    return scales.double().repeat_interleave(weight.group, dim=1)[:, : weight.in_features]
+
+
 def numbers(weight):
     """The stored numbers in float64."""
     if isinstance(weight, Int8Rows):
         return weight.q.double() * weight.scale.double()[:, None]
     if isinstance(weight, IntGroups):
-        out = weight.integers().double().unflatten(-1, (-1, weight.group)) * weight.scale.double()[..., None]
-        if weight.minimum is not None:
-            out += weight.minimum.double()[..., None]
-        return out.flatten(-2)
+        out = (weight.integers().double() - weight.lowest) * by_input(weight.scale, weight)
+        return out if weight.minimum is None else out + by_input(weight.minimum, weight)
     if isinstance(weight, NF4):  # native code has the codes in steps of 1/1023 and the scales in fp16
         codes = torch.round(torch.tensor(CODES).double() * 1023) / 1023
         scales = weight.absmax().half().double().repeat_interleave(64, dim=1)

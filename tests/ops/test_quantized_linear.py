@@ -59,7 +59,7 @@ def run(kernels, name, n_rows, shape, dtype, tile=None, parts=None, with_bias=Tr
     """The kernel's result and its error against the formula in fp64."""
     weight = MAKE[name](torch.randn(shape))
     x, bias = torch.randn(n_rows, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype) if with_bias else None
-    form = [None if t is None else among_poison(t) for t in weight.gpu()]
+    form = [among_poison(t) if isinstance(t, torch.Tensor) else t for t in weight.gpu()]
     kind = "nf4" if name == "nf4" else f"int{weight.bits}"
     got = kernels.quantized_linear(
         rows_among_poison(x), *form, bias, format=kind, group=weight.group, tile=tile, parts=parts
@@ -204,7 +204,7 @@ def test_a_weight_hands_its_own_tensors_to_the_operator(everywhere, name):
 
     with Watch():
         got = weight.linear(x, bias)
-    stored = {t.data_ptr() for t in weight.to_tensors().values() if t.numel()}
+    stored = {t.data_ptr() for name, t in weight.to_tensors().items() if t.numel() and name != "layout"}
     assert seen == [stored], "the kernel reads what is stored, no copy of it"
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -233,7 +233,7 @@ def test_the_formula_of_the_operator(name):
     """Bit for bit what the weight says of itself; and what runs where the kernels do not."""
     weight = MAKE[name](torch.randn(18, 1152))
     kind = "nf4" if name == "nf4" else f"int{weight.bits}"
-    assert torch.equal(reference.dequantize(*weight.gpu(), kind, weight.group), weight.dequantize())
+    assert torch.equal(reference.dequantize(*weight.gpu(), kind, weight.group, 1152), weight.dequantize())
     x, bias = torch.randn(3, 1152), torch.randn(18)
     got = op.quantized_linear(x, *weight.gpu(), bias, kind, weight.group)
     assert torch.equal(got, reference.linear(x, weight.dequantize(), bias))

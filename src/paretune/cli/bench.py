@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paretune.cli.model_help import MODEL_OR_PLAN
+
 if TYPE_CHECKING:
     from paretune.engine.dispatch import Table
     from paretune.measure.peers.catalogue import Engine
@@ -25,7 +27,7 @@ _RESULTS = {
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, plan or `pocket`.")] = "pocket",
+    model: Annotated[str, typer.Argument(help=MODEL_OR_PLAN)] = "pocket",
     config: Annotated[
         str | None,
         typer.Option(
@@ -125,7 +127,7 @@ def bench(
         engines=engines,
         tables=tables,
     )
-    if model in checkpoint.EMBEDDED:
+    if checkpoint.is_named(model):
         result["model"]["name"] = model
     if out is not None:
         _write(result, out, formats or FORMATS)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paretune.cli.model_help import MODEL_OR_PLAN
 from paretune.cli.pair_options import ArticleColumn, Pairs, SummaryColumn
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ DEFINITIONS = {
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, plan or `pocket`.")] = "pocket",
+    model: Annotated[str, typer.Argument(help=MODEL_OR_PLAN)] = "pocket",
     task: Annotated[str, typer.Option(help="perplexity, fidelity or summarization.")] = "perplexity",
     pairs: Pairs = None,
     article_column: ArticleColumn = None,
@@ -141,7 +142,7 @@ def evaluate(
 
     result: dict[str, Any] = {
         **environment.header(),
-        "model": {"name": model if model in checkpoint.EMBEDDED else folder.name},
+        "model": {"name": model if checkpoint.is_named(model) else folder.name},
         "task": task,
         "config": name,
         "recipe": recipe.to_dict(),

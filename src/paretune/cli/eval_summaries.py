@@ -83,7 +83,7 @@ def eval_summaries(
     rows = [summaries.summary_row(s) for s in scores]
     result: dict[str, Any] = {
         **environment.header(),
-        "model": {"name": model if model in checkpoint.EMBEDDED else folder.name},
+        "model": {"name": model if checkpoint.is_named(model) else folder.name},
         "task": "summarization",
         "config": names[-1],
         "baseline": names[0],

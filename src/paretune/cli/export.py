@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
+from paretune.cli.model_help import MODEL
+
 TARGETS = ("gguf",)
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or `pocket`.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, NAME.gguf.")],
     to: Annotated[str, typer.Option("--to", help="gguf.")] = "gguf",
     format_name: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="Q8_0, Q4_0, F16, BF16 or F32 for what is not in blocks yet. [default: the stored numbers]",
+            help="Q8_0, Q4_0, Q4_1, F16, BF16 or F32 for what is not in blocks yet. [default: the stored numbers]",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file of that name.")] = False,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paretune.cli.model_help import MODEL_OR_PLAN
+
 if TYPE_CHECKING:
     from paretune.engine.generate import GenerateResult
     from paretune.engine.load import Loaded
@@ -21,7 +23,7 @@ MAX_SEED = 2**32 - 1
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, plan, or `pocket`.")] = "pocket",
+    model: Annotated[str, typer.Argument(help=MODEL_OR_PLAN)] = "pocket",
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Text to continue; repeat it for a batch.")
     ] = None,

@@ -23,7 +23,7 @@ def ls(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Lists transforms, runners, attention functions, weight formats, presets and embedded models."""
+    """Lists transforms, runners, attention functions, weight formats, presets and models that have a name."""
     import json
 
     found = collect(device)
@@ -42,6 +42,7 @@ def collect(device: str | None = None) -> dict[str, Any]:
     found["quantize_formats"] = [{"name": name, "what": what} for name, what in _quantize_formats()]
     found["presets"] = [{"name": name, "what": _spell(recipe)} for name, recipe in PRESETS.items()]
     found["embedded_models"] = _embedded_models()
+    found["models_to_get"] = _models_to_get()
     if device is not None:
         _try(found, device)
     return found
@@ -49,7 +50,7 @@ def collect(device: str | None = None) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """The listing as plain text."""
-    sections = [*_SECTIONS, "quantize formats", "presets", "embedded models"]
+    sections = [*_SECTIONS, "quantize formats", "presets", "embedded models", "models to get"]
     width = max(len(entry["name"]) for s in sections for entry in found[s.replace(" ", "_")])
     lines: list[str] = []
     for section in sections:
@@ -125,6 +126,19 @@ def _embedded_models() -> list[dict[str, str]]:
         )
         models.append({"name": path.parent.name, "what": what})
     return models
+
+
+def _models_to_get() -> list[dict[str, str | None]]:
+    """What `paretune get` fetches, and whether it is here."""
+    from paretune.cli.get import row
+    from paretune.model.downloads import DOWNLOADS
+
+    rows = [row(download) for download in DOWNLOADS.values()]
+    state = [f"here: {r['folder']}" if r["folder"] else f"not here: `paretune get {r['name']}`" for r in rows]
+    return [
+        {"name": r["name"], "what": f"{r['what']}; {s}", "folder": r["folder"]}
+        for r, s in zip(rows, state, strict=True)
+    ]
 
 
 def _try(found: dict[str, Any], device: str) -> None:

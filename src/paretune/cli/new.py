@@ -83,7 +83,7 @@ def _config(source: str, n_positions: int | None) -> ModelConfig:
     path = Path(source).expanduser()
     if source in GPT2_SIZES:
         config = checkpoint.gpt2_config(source)
-    elif source in checkpoint.EMBEDDED or path.is_dir():
+    elif checkpoint.is_named(source) or path.is_dir():
         config = checkpoint.read_config(checkpoint.resolve(source))
     elif path.is_file():
         try:
@@ -123,7 +123,7 @@ def _tokenizer(source: str, wanted: str | None, vocab_size: int) -> tuple[Path |
         return folder, False, f"tokenizer of {wanted}"
     candidates = [(checkpoint.resolve(DEFAULT_TOKENIZER), False, f"tokenizer of {DEFAULT_TOKENIZER}")]
     path = Path(source).expanduser()
-    if source in checkpoint.EMBEDDED:
+    if checkpoint.is_named(source):
         candidates.insert(0, (checkpoint.resolve(source), True, "its own tokenizer"))
     elif source not in GPT2_SIZES:  # a folder, or a config.json beside its tokenizer
         candidates.insert(0, (path if path.is_dir() else path.parent, True, "its own tokenizer"))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paretune.cli.model_help import MODEL_OR_PLAN
+
 if TYPE_CHECKING:
     from paretune.recipe import Recipe
 
@@ -15,7 +17,7 @@ _PHASES = "prefill,decode"
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, plan or `pocket`.")] = "pocket",
+    model: Annotated[str, typer.Argument(help=MODEL_OR_PLAN)] = "pocket",
     phase: Annotated[str, typer.Option(help="prefill, decode, train, comma-separated.")] = _PHASES,
     input_len: Annotated[int, typer.Option(help="Prompt tokens; a decode step comes after them.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
@@ -109,7 +111,7 @@ def profile(
             say=say,
         )
         ceilings = hardware.Ceilings.from_json(result["ceilings"])
-        if model in checkpoint.EMBEDDED:
+        if checkpoint.is_named(model):
             result["model"]["name"] = model
         results.append(result)
         if out is not None and trace is not None:

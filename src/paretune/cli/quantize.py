@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from paretune.cli.model_help import MODEL
+
 if TYPE_CHECKING:
     from paretune.engine.quantize import Layer, Quantized
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder, hub id, GGUF file or `pocket`.")],
+    model: Annotated[str, typer.Argument(help=MODEL)],
     output_dir: Annotated[Path, typer.Option("--output-dir", "-o", help="The folder to make.")],
     format_name: Annotated[
         str, typer.Option("--format", help="Number format; int8, int4, q8_0, q4_0, ... (`paretune ls` names all).")

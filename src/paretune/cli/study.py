@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from paretune.cli.model_help import MODEL
 from paretune.registry import Registry
 
 STUDIES: Registry[Callable[..., Any]] = Registry("study")
@@ -21,7 +22,7 @@ OF_PAIRS = ("attention",)  # studies that fine-tune on articles and summaries
 
 def study(
     name: Annotated[str, typer.Argument(help="kernels, precision, quantization or attention.")],
-    model: Annotated[str, typer.Option(help="Folder, hub id or `pocket`.")] = "pocket",
+    model: Annotated[str, typer.Option(help=MODEL)] = "pocket",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer blocks; with `pocket` minutes on two cores.")] = False,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Folder of the results. [default: runs/study-NAME]")

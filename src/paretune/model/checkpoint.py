@@ -9,6 +9,7 @@ A converted model saves to the same layout. Layers that are no longer dense writ
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from paretune.errors import CheckpointError, ParetuneError, UsageError
+from paretune.errors import CheckpointError, UsageError, WriteError
 from paretune.files import write_json
+from paretune.model import downloads
 from paretune.model.base import LanguageModel
 from paretune.model.config import GPT2_SIZES, ModelConfig
 from paretune.model.layers import Embedding, Linear
@@ -54,14 +56,24 @@ def dtype_of(name: str) -> torch.dtype:
     return DTYPES[short]
 
 
+def is_named(name: str) -> bool:
+    """Whether it is a model of ours: embedded, or one that `paretune get` fetches."""
+    return name in EMBEDDED or name in downloads.DOWNLOADS
+
+
 def resolve(name: str) -> Path:
-    """The folder of a model: `pocket`, a local path, a GGUF file, or a hub id (downloaded once into the hub's cache).
+    """The folder of a model: a name of ours, a local path, a GGUF file, or a hub id (downloaded once into its cache).
+
+    A name comes first: a folder that is called like it is `./NAME`.
 
     Raises:
-        UsageError: no such folder, and the hub does not have it or cannot be reached.
+        UsageError: a model that has to be fetched first, or no such folder, and the hub does not have it or cannot be
+            reached.
     """
     if name in EMBEDDED:
         return Path(__file__).parent.parent / "assets" / name
+    if name in downloads.DOWNLOADS:
+        return downloads.require(name)
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
@@ -84,9 +96,11 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub client raises a family of its own, requests' and ours to be one line
         reason = type(error).__name__
+        near = difflib.get_close_matches(name, (*EMBEDDED, *downloads.DOWNLOADS), n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UsageError(
             f"there is no folder or plan {name!r} here, and the hub gives no model of that name ({reason})",
-            "Check the path, or for a hub id the spelling and the network; offline, `pocket` is always there",
+            f"{hint}Check the path, or for a hub id the spelling and the network; offline, `pocket` is always there",
         ) from None
 
 
@@ -250,7 +264,7 @@ def save(
                     shutil.copyfile(tokenizer_from / file, folder / file)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        raise ParetuneError(
+        raise WriteError(
             f"cannot write {folder / 'model.safetensors'}: {error}",
             "Free some space or choose another folder with -o",
         ) from None
@@ -370,7 +384,10 @@ def _swap_formats_(
         if not parts:
             raise CheckpointError(f"tensor {stem}* is missing", "Save the model again")
         old = holder.weight
-        weight = FORMATS.get(format_name).from_tensors(parts)
+        try:
+            weight = FORMATS.get(format_name).from_tensors(parts)
+        except CheckpointError as error:
+            raise CheckpointError(f"{stem}*: {error.cause}", error.cure) from None
         if (weight.out_features, weight.in_features) != (old.out_features, old.in_features):
             raise CheckpointError(
                 f"{stem}* is {weight.out_features}x{weight.in_features}, config.json asks for "

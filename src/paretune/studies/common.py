@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 def open_model(model: str) -> tuple[Path, ModelConfig, str]:
     """(folder, config, the name that a report may print: never a path)."""
     folder = checkpoint.resolve(model)
-    return folder, checkpoint.read_config(folder), model if model in checkpoint.EMBEDDED else folder.name
+    return folder, checkpoint.read_config(folder), model if checkpoint.is_named(model) else folder.name
 
 
 def header(study: str, name: str, config: ModelConfig, *, quick: bool, seed: int) -> dict[str, Any]:

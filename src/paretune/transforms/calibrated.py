@@ -77,7 +77,6 @@ class CalibratedGroups(Groups):
         solved = [c for c in chosen if id(c.weight) in in_blocks]
         for layer in chosen:  # before the first minute of work
             with naming(layer.name):
-                self.check_width(layer)
                 if not bool(torch.isfinite(layer.weight.dequantize()).all()):
                     raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint first")
         needed = self.least_tokens(max((c.weight.in_features for c in solved), default=0))

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
+from paretune.ops import grouping
 from paretune.ops.weights.base import Weight
-from paretune.ops.weights.int_groups import GROUPS, IntGroups
+from paretune.ops.weights.int_groups import GROUPS, LAYOUT_BYTES, IntGroups
 from paretune.transforms.base import Observation
 from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
@@ -19,7 +20,7 @@ class Groups(Quantize):
 
     Args:
         bits: of a weight: 4, 8, or 7, which are stored in 8 and leave room to add byte products in 16 bits (AVX2).
-        group: 32, 64 or 128; it has to divide every layer's width.
+        group: 32, 64 or 128; the last group of a row is shorter where it does not divide the width.
         minimum: also a smallest value a group (the integers then cover exactly the range that is there).
         head_bits: of the embeddings and the head: 4, 8, or 0 to leave them as they are; their groups are `group` too.
         activation_bits: what native code rounds inputs to: 16 (as good as exact), 8 or 7 (faster where the processor
@@ -69,7 +70,6 @@ class Groups(Quantize):
         return self.head_bits if is_end else self.bits
 
     def quantize(self, layer: Chosen) -> Weight:
-        self.check_width(layer)
         return IntGroups.quantize(
             layer.weight.dequantize(),
             self.bits_of(layer.is_end),
@@ -78,24 +78,17 @@ class Groups(Quantize):
             activation_bits=self.activation_bits,
         )
 
-    def check_width(self, layer: Chosen) -> None:
-        """Raises `UsageError` where groups do not divide a layer."""
-        if layer.weight.in_features % self.group:
-            raise UsageError(
-                f"groups of {self.group} do not divide its {layer.weight.in_features} inputs",
-                "Choose a smaller group, or int8 rows",
-            )
-
     def is_mine(self, layer: Chosen) -> bool:
         form = (layer.weight.bits, layer.weight.group)
         return super().is_mine(layer) and form == (stored_bits(self.bits_of(layer.is_end)), self.group)
 
     def expected_bytes(self, layer: Chosen) -> float:
-        # The integers and two bytes a group for each number.
+        # The integers, two bytes a group for each number, and what their layout is.
         numbers = 2 if self.minimum else 1
         weight = layer.weight
-        each = stored_bits(self.bits_of(layer.is_end)) / 8 + numbers * 2 / self.group
-        return weight.padded_rows * weight.padded_inputs * each
+        row = weight.padded_inputs * stored_bits(self.bits_of(layer.is_end)) / 8
+        row += 2 * numbers * grouping.count(weight.in_features, self.group)
+        return weight.padded_rows * row + LAYOUT_BYTES
 
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
         # What is not an end is most of the model; where the ends alone are chosen, theirs is the kernel.

@@ -30,6 +30,5 @@ class HQQ(Groups):
         return f"hqq-{super().title}".replace("-min", "")
 
     def quantize(self, layer: Chosen) -> Weight:
-        self.check_width(layer)
         values = layer.weight.dequantize()
         return rounding.hqq(values, self.bits_of(layer.is_end), self.group, activation_bits=self.activation_bits)

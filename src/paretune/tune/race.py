@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from paretune import clock, hardware
-from paretune.errors import NoEffectError, NotExactError, ParetuneError
-from paretune.evaluate.fidelity import Fidelity, Scores, compare
+from paretune.errors import NoEffectError, NotExactError
+from paretune.evaluate.fidelity import Scores
 from paretune.files import write_bytes
-from paretune.measure.interleave import Blocks, Sample, SubjectError, run_blocks
+from paretune.measure.interleave import Blocks, SubjectError, run_blocks
 from paretune.measure.session import LOST, TrialProcess
 from paretune.measure.workload import Workload
 from paretune.recipe import Recipe
@@ -29,7 +29,7 @@ REFERENCES = "references"  # folder of what trials are checked against
 BASELINE, TWIN = "baseline", "baseline-again"
 START_TIMEOUT_SEC = 600.0
 WARM_UP_SEC = 4.0
-KEEP_POSITIONS = 1024  # at which the whole distribution is kept, for the KL divergence
+KEEP_POSITIONS = 256  # at which the whole distribution is kept, for the KL divergence: 50 MB of 50,000 words
 
 
 @dataclass
@@ -269,27 +269,27 @@ class Race:
     def measured(self) -> Blocks:
         return Blocks(self.journal.samples)
 
-    def samples_of(self, stage: str) -> list[Sample]:
-        """The samples of one stage."""
-        known = self.journal.find("stage", stage=stage)
-        if not known:
-            return []
-        return [s for s in self.journal.samples if known["first"] <= s.block < known["first"] + known["n_blocks"]]
-
     # -- quality
 
-    def score(self, id: str, split: str, windows: torch.Tensor, text_name: str) -> Scores | None:
-        """Scores of a trial on a text, from disk where they are there already; None where the trial failed."""
-        out = self.folder / "scores" / f"{id}.{split}.npz"
+    def score(
+        self, id: str, split: str, windows: torch.Tensor, text_name: str, start: int = 0, stop: int | None = None
+    ) -> Scores | None:
+        """Scores of a trial on windows `start` to `stop` of a text, from disk where they are there already.
+
+        None where the trial failed.
+        """
+        stop = windows.size(0) if stop is None else stop
+        out = self.folder / "scores" / f"{id}.{split}.{start}-{stop}.npz"
         state = self.trials[id]
-        if not (out.is_file() and self.journal.find("scored", trial=id, split=split)):
+        about = {"trial": id, "split": split, "start": start, "stop": stop}
+        if not (out.is_file() and self.journal.find("scored", **about)):
             path = self.folder / "scores" / f"windows.{split}.npy"
             if not path.is_file():
                 write_bytes(path, _npy(windows))
             self.start([id])
             if state.process is None:
                 return None
-            self.say(f"scoring {state.recipe.name} on the {split} text")
+            self.say(f"scoring {state.recipe.name} on windows {start + 1} to {stop} of the {split} text")
             state.process.resume()
             answer = self._guard(
                 state,
@@ -297,28 +297,20 @@ class Race:
                     "score",
                     timeout_sec=START_TIMEOUT_SEC,
                     windows=str(path.resolve()),
+                    start=start,
+                    stop=stop,
                     out=str(out.resolve()),
                     batch_size=self.goal.batch_size,
-                    keep_positions=KEEP_POSITIONS,
+                    keep_positions=max(2, KEEP_POSITIONS * (stop - start) // windows.size(0)),
                     text_name=text_name,
                 ),
             )
             if answer is None or state.process is None:
                 # Started and scored again where it was lost with the fork server.
-                return None if state.failure else self.score(id, split, windows, text_name)
+                return None if state.failure else self.score(id, split, windows, text_name, start, stop)
             state.process.pause()
-            self.journal.record("scored", trial=id, split=split, **answer)
+            self.journal.record("scored", **about, **answer)
         return Scores.load(out)
-
-    def quality(self, id: str, base_id: str, split: str, windows: torch.Tensor, text_name: str) -> Fidelity | None:
-        """Paired comparison of a trial with the baseline on one text."""
-        base = self.score(base_id, split, windows, text_name)
-        if base is None:
-            raise ParetuneError(
-                f"the baseline cannot be scored: {self.trials[base_id].failure}", "Try another text or --device"
-            )
-        variant = self.score(id, split, windows, text_name)
-        return None if variant is None else compare(base, variant, self.goal.max_ppl_increase)
 
 
 def _npy(windows: torch.Tensor) -> bytes:

@@ -19,7 +19,7 @@ def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     from paretune import clock
     from paretune.evaluate import fidelity
 
-    windows = torch.from_numpy(np.load(request["windows"]))
+    windows = torch.from_numpy(np.load(request["windows"])[request["start"] : request["stop"]])
     runner = trial.loaded.runner
     # A compiled decode graph has a fixed batch: it is scored as it was timed.
     n_rows = max(1, EAGER_ROWS * ROW_LEN // max(ROW_LEN, windows.size(1)))

@@ -103,7 +103,7 @@ def install(peer: Peer, say: Say, python: str = sys.executable) -> Path:
     log = home() / "logs" / f"{peer.name}.log"
     files.ensure_folder(target.parent)
     files.ensure_folder(log.parent)
-    _remove_leftovers(target)
+    files.remove_leftovers(target)
     started = clock.now()
     with files.whole_folder(target, overwrite=True) as folder, open(log, "wb") as output:
         say(f"{peer.name}: making an environment ({peer.effort})")
@@ -126,7 +126,7 @@ def install(peer: Peer, say: Say, python: str = sys.executable) -> Path:
 def remove(peer: Peer) -> bool:
     """Removes the environment; False where there was none."""
     folder = folder_of(peer)
-    _remove_leftovers(folder)
+    files.remove_leftovers(folder)
     if not folder.exists():
         return False
     try:
@@ -167,13 +167,6 @@ def bytes_below(folder: Path) -> int:
             except OSError:  # it went away meanwhile
                 continue
     return total
-
-
-def _remove_leftovers(target: Path) -> None:
-    """What killed installations left under temporary names (`files.whole_folder`)."""
-    for suffix in ("tmp", "old"):
-        for folder in target.parent.glob(f".{target.name}.*.{suffix}"):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(peer: Peer, arguments: list[str], output: Any, log: Path) -> None:

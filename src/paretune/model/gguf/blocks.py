@@ -1,17 +1,23 @@
 """Weights as the blocks of a GGUF file and back (`ggml-quants.c`, `ggml-common.h`).
 
-Integer weights in groups of 32, 64 or 128 with an fp16 scale are Q8_0 and Q4_0 bit for bit: nothing is rounded again.
+Integer weights in groups of 32, 64 or 128 with an fp16 scale are Q8_0, Q4_0 or, with a minimum that is the smallest
+integer's, Q4_1 bit for bit: nothing is rounded again. Other blocks are read to the numbers they stand for, by
+llama.cpp's own `gguf` package.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
 from paretune.errors import UsageError
+from paretune.ops import grouping
 from paretune.ops.weights.base import NativeForm, Weight
 from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int_groups import IntGroups
@@ -19,7 +25,8 @@ from paretune.ops.weights.int_groups import IntGroups
 BLOCK = 32
 DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DENSE.items()}
-BITS = {"Q8_0": 8, "Q4_0": 4}
+BITS = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4}  # blocks of 32 that `IntGroups` holds
+MINIMUM = "Q4_1"  # the one whose blocks have a minimum beside the scale
 EXACT = "the stored bits"
 
 
@@ -49,12 +56,11 @@ def plan(weight: Weight, wanted: str | None, name: str) -> Encoded:
         UsageError: the blocks do not divide its width.
     """
     form = weight.native()
-    integers = form is not None and form.kind in ("int8", "int4") and form.minimum is None
-    if integers and wanted not in DENSE and form is not None and (form.group or weight.in_features) % BLOCK == 0:
+    type_name = None if form is None else _type_of(form)
+    if form is not None and type_name is not None and wanted not in DENSE and weight.in_features % BLOCK == 0:
         whole = form
-        type_name = "Q8_0" if form.kind == "int8" else "Q4_0"
         how = EXACT if form.scale is not None and form.scale.dtype == torch.float16 else "scales rounded to fp16"
-        return Encoded(type_name, lambda: _pack_form(whole, weight.in_features), how)
+        return Encoded(type_name, lambda: _pack_form(whole), how)
     if wanted is None:
         wanted = NAMES[weight.compute_dtype] if isinstance(weight, Dense) else "Q8_0"
     if wanted in DENSE:
@@ -69,10 +75,10 @@ def plan(weight: Weight, wanted: str | None, name: str) -> Encoded:
     again = "rounded" if isinstance(weight, Dense) else f"{weight.format} rounded again"
 
     def rounded() -> Tensor:
-        made = IntGroups.quantize(weight.dequantize(), BITS[wanted], BLOCK)
+        made = IntGroups.quantize(weight.dequantize(), BITS[wanted], BLOCK, minimum=wanted == MINIMUM)
         form = made.native()
         assert form is not None
-        return _pack_form(form, weight.in_features)
+        return _pack_form(form)
 
     return Encoded(wanted, rounded, f"{again} to {wanted}")
 
@@ -83,57 +89,74 @@ def _bytes(x: Tensor) -> Tensor:
     return rows.view(x.size(0), -1) if x.dim() > 1 else rows.view(1, -1)
 
 
-def _pack_form(form: NativeForm, n_in: int) -> Tensor:
+def _type_of(form: NativeForm) -> str | None:
+    """The block type that holds the integers as they are, or None."""
+    if form.minimum is None:
+        return {"int8": "Q8_0", "int4": "Q4_0"}.get(form.kind)
+    return MINIMUM if form.kind == "int4" and form.lowest == -8 else None
+
+
+def _pack_form(form: NativeForm) -> Tensor:
+    n_out, n_blocks = form.data.size(0), form.n_in // BLOCK
+
+    def of_blocks(numbers: Tensor) -> Tensor:
+        """One a group or a row -> fp16, one a block, as bytes `[out, blocks, 2]`."""
+        own = grouping.each(numbers.view(n_out, -1).half(), (form.group or form.n_in) // BLOCK, n_blocks)
+        return own[..., None].contiguous().view(torch.uint8)
+
     assert form.scale is not None
-    n_out, n_blocks = form.data.size(0), n_in // BLOCK
-    scale = form.scale.view(n_out, -1).half()
-    scale = scale.repeat_interleave(n_blocks // scale.size(1), dim=1)[..., None]  # [out, blocks, 1]
     if form.kind == "int8":
         q = form.data.view(n_out, n_blocks, BLOCK).view(torch.uint8)
     else:  # neighbours share a byte here; there the halves of a block do
         pairs = form.data.view(n_out, n_blocks, BLOCK // 2)
         flat = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2)  # [out, blocks, 32]
         q = flat[..., : BLOCK // 2] | flat[..., BLOCK // 2 :] << 4
-    return torch.cat((scale.contiguous().view(torch.uint8), q), dim=-1).view(n_out, -1)
+    heads = [of_blocks(numbers) for numbers in (form.scale, form.minimum) if numbers is not None]
+    return torch.cat((*heads, q), dim=-1).view(n_out, -1)
 
 
 def decode(raw: Tensor, type_name: str, dtype: torch.dtype) -> Weight:
-    """The weight of raw rows; Q8_0 and Q4_0 keep their bits, Q6_K becomes fp16.
+    """The weight of raw rows: types of `BITS` keep their bits, other blocks become dense fp32.
 
     Args:
         raw: uint8 `[out, bytes of a row]`.
+        type_name: one that `is_read`.
         dtype: that integer weights are computed in.
     """
     if type_name in DENSE:
         return Dense(raw.view(DENSE[type_name]))
-    n_out = raw.size(0)
-    if type_name == "Q6_K":
-        return Dense(_q6_k(raw.view(n_out, -1, 210)).view(n_out, -1).half())
-    assert type_name in BITS
-    blocks = raw.view(n_out, -1, 34 if type_name == "Q8_0" else 18)
-    scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0]
-    q = blocks[..., 2:]
-    if type_name == "Q8_0":
-        return IntGroups(q.contiguous().view(torch.int8).view(n_out, -1), scale, None, dtype)
-    flat = torch.cat((q & 15, q >> 4), dim=-1)  # [out, blocks, 32]
-    packed = flat[..., ::2] | flat[..., 1::2] << 4
-    return IntGroups(packed.reshape(n_out, -1), scale, None, dtype)
+    if type_name not in BITS:
+        return Dense(values(raw, type_name))
+    bits, n_heads = BITS[type_name], 1 + (type_name == MINIMUM)  # fp16 numbers before the integers: scale, minimum
+    blocks = raw.view(raw.size(0), -1, 2 * n_heads + BLOCK * bits // 8)
+    heads = blocks[..., : 2 * n_heads].contiguous().view(torch.float16)
+    scale, minimum = heads[..., 0].contiguous(), heads[..., 1].contiguous() if n_heads > 1 else None
+    q = blocks[..., 2 * n_heads :]
+    if bits == 8:
+        q = q.contiguous().view(torch.int8)
+    else:
+        q = grouping.pack_halves(torch.cat((q & 15, q >> 4), dim=-1))  # the halves of a block share bytes there
+    return IntGroups(q.flatten(1).contiguous(), scale, minimum, dtype, group=BLOCK)
 
 
-def _q6_k(blocks: Tensor) -> Tensor:
-    """Values of Q6_K blocks, fp32 `[..., 256]` (`dequantize_row_q6_K`): 6 bits, a scale for 16, one for all 256."""
-    low, high = blocks[..., :128], blocks[..., 128:192]
-    scales = blocks[..., 192:208].contiguous().view(torch.int8).float()
-    d = blocks[..., 208:210].contiguous().view(torch.float16).float()
-    halves = []
-    for half in range(2):
-        l, h = low[..., 64 * half : 64 * half + 64], high[..., 32 * half : 32 * half + 32]
-        parts = [
-            (l[..., :32] & 15) | (h & 3) << 4,
-            (l[..., 32:] & 15) | (h >> 2 & 3) << 4,
-            l[..., :32] >> 4 | (h >> 4 & 3) << 4,
-            l[..., 32:] >> 4 | (h >> 6 & 3) << 4,
-        ]
-        halves.append(torch.cat(parts, dim=-1))
-    q = torch.cat(halves, dim=-1).float() - 32
-    return q * (d * scales).repeat_interleave(16, dim=-1)
+def values(raw: Tensor, type_name: str) -> Tensor:
+    """What raw rows stand for, fp32 `[out, in]`, as the `gguf` package dequantises them.
+
+    Args:
+        raw: uint8 `[out, bytes of a row]`.
+        type_name: one that `is_read`.
+    """
+    with np.errstate(all="ignore"):  # infinities are the caller's to find, not NumPy's to warn about
+        made = gguf.dequantize(raw.numpy(), gguf.GGMLQuantizationType[type_name])
+    return torch.from_numpy(np.ascontiguousarray(made, dtype=np.float32)).view(raw.size(0), -1)
+
+
+@functools.cache
+def is_read(type_name: str) -> bool:
+    """Whether tensors of this type can be read; the package is asked by trying, since it keeps no list."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from paretune import files
@@ -22,22 +23,8 @@ MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 MAX_COUNT = 1 << 24  # entries, tensors, elements of an array: more is a damaged file
 MAX_DEPTH = 4  # arrays within arrays
 
-# Number of the type: its name, numbers in a block, bytes of a block.
-TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
+# Number of the type: its name, numbers in a block, bytes of a block. The list is the package's, which llama.cpp keeps.
+TYPES = {int(kind): (kind.name, *GGML_QUANT_SIZES[kind]) for kind in GGMLQuantizationType if kind in GGML_QUANT_SIZES}
 NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -128,8 +115,8 @@ class Reader:
         tensors = {}
         for name, shape, number, offset in found:
             if number not in TYPES:
-                cure = "Take a file in Q8_0, Q4_0, F16 or F32"
-                raise CheckpointError(f"{self.path}: {name} is of type {number}, which is not read here", cure)
+                cause = f"{self.path}: {name} is of type {number}, which is not known here"
+                raise CheckpointError(cause, "Take the model in another type, such as Q8_0, Q4_K_M or F16")
             type_name, block, size = TYPES[number]
             if shape[-1] % block or not all(shape):
                 raise ValueError(f"{name} has shape {list(shape)} in blocks of {block}")

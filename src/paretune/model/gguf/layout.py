@@ -153,18 +153,26 @@ def to_hf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], fa
             raise CheckpointError(f"{where} has no entry {a}.{key}", "Take another file")
         return value
 
+    def count(key: str) -> int:
+        value = get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{where}: the entry {a}.{key} is {value!r}, not a whole number", "Take another file")
+        return value
+
     if metadata.get(f"{a}.expert_count"):
         raise CheckpointError(f"{where} is a mixture of experts", "Take a dense model")
     if "token_embd.weight" not in shapes:
         raise CheckpointError(f"{where} has no tensor token_embd.weight", "Take another file")
-    ids = {k: metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos")}
+    ids = {k: metadata.get(f"tokenizer.ggml.{k}_token_id") for k in ("bos", "eos", "eot")}
+    # A chat ends a turn with a token of its own, where the file names one.
+    ends = list(dict.fromkeys(i for i in (ids["eos"], ids["eot"]) if i is not None))
     hf: dict[str, Any] = {
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
         "bos_token_id": ids["bos"],
-        "eos_token_id": ids["eos"],
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
     }
-    n_head, width = get("attention.head_count"), get("embedding_length")
+    n_head, width = count("attention.head_count"), count("embedding_length")
     if a == "gpt2":
         return hf | {
             "model_type": "gpt2",

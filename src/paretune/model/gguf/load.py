@@ -1,4 +1,4 @@
-"""A GGUF file as a model folder: its integers stay the integers they are.
+"""A GGUF file as a model folder: integers that a weight format holds stay the integers they are.
 
 The folder lies in the cache, named by what it was made from, and every verb reads it like any other.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -23,8 +24,7 @@ from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
 
-SCHEMA = 1  # of the folders: a higher number makes all anew
-READ = (*blocks.BITS, *blocks.DENSE, "Q6_K")
+SCHEMA = 2  # of the folders: a higher number makes all anew
 
 
 def folder_of(path: Path) -> Path:
@@ -40,7 +40,7 @@ def folder_of(path: Path) -> Path:
     target = native_build.cache_folder() / "gguf" / f"{stem}-{digest}"
     if not (target / "config.json").is_file():
         reader = Reader(path)
-        with files.whole_folder(target, overwrite=True) as out:
+        with files.into_cache(), files.whole_folder(target, overwrite=True) as out:
             notes = convert(reader, out)
         native_build.say(f"{path.name} was read into {target}")
         for note in notes:
@@ -48,26 +48,31 @@ def folder_of(path: Path) -> Path:
     return target
 
 
-def convert(reader: Reader, out: Path) -> list[str]:
+def convert(reader: Reader, out: Path, *, dense: bool = False) -> list[str]:
     """Writes the model of a file into the folder `out` and gives what the user should know.
+
+    Args:
+        dense: every matrix as the fp32 numbers that its blocks stand for, exactly, so that any recipe can start from
+            it; else integers stay integers.
 
     Raises:
         CheckpointError: an architecture, a type or a tensor that is not read here, or one that is missing.
     """
     where = str(reader.path)
+    vocabulary.check(reader.metadata, where)
     shapes = {name: entry.shape for name, entry in reader.tensors.items()}
     for name, entry in reader.tensors.items():
-        if entry.type_name not in READ:
+        if not blocks.is_read(entry.type_name):
             raise CheckpointError(
                 f"{where}: {name} is stored as {entry.type_name}, which is not read here",
-                "Take a file in Q8_0, Q4_0, F16 or F32",
+                "Take the model in another type, such as Q8_0, Q4_K_M or F16",
             )
     factors = _vector(reader, layout.ROPE_FACTORS) if layout.ROPE_FACTORS in shapes else None
     hf = layout.to_hf(reader.metadata, shapes, factors, where)
     if not hf["tie_word_embeddings"] and _same(reader, "output.weight", "token_embd.weight"):
         hf["tie_word_embeddings"] = True  # GPT-2's files often hold the tied matrix twice
     config = ModelConfig.from_hf(hf, where)
-    model, notes = _build(reader, config)
+    model, notes = _build(reader, config, dense)
     checkpoint.save(model, out)
     reason = vocabulary.write_tokenizer(reader.metadata, out)
     if reason:
@@ -81,13 +86,13 @@ def _same(reader: Reader, a: str, b: str) -> bool:
     return is_alike and torch.equal(reader.raw(a), reader.raw(b))
 
 
-def _build(reader: Reader, config: ModelConfig) -> tuple[LanguageModel, list[str]]:
+def _build(reader: Reader, config: ModelConfig, dense: bool) -> tuple[LanguageModel, list[str]]:
     model, where = checkpoint.build(config), reader.path
     left = set(reader.tensors) - {layout.ROPE_FACTORS}
     if config.tied_head:
         left.discard("output.weight")
-    dtype = _dtype(reader)
-    notes = []
+    dtype = torch.float32 if dense else _dtype(reader)
+    widened: Counter[str] = Counter()
 
     def take(name: str, shape: tuple[int, ...]) -> tuple[str, Entry, Tensor | None]:
         theirs = layout.name_of(config, name)
@@ -111,9 +116,13 @@ def _build(reader: Reader, config: ModelConfig) -> tuple[LanguageModel, list[str
         if id(old) not in done:
             theirs, entry, order = take(f"{name}.weight", (old.out_features, old.in_features))
             raw = reader.raw(theirs)
-            done[id(old)] = blocks.decode(raw if order is None else raw[order], entry.type_name, dtype)
-            if entry.type_name == "Q6_K":
-                notes.append(f"{theirs} was Q6_K and is fp16 now")
+            raw = raw if order is None else raw[order]
+            weight = Dense(blocks.values(raw, entry.type_name)) if dense else blocks.decode(raw, entry.type_name, dtype)
+            if not all(bool(torch.isfinite(t).all()) for t in weight.to_tensors().values() if t.is_floating_point()):
+                raise CheckpointError(f"{where}: tensor {theirs} holds NaN or infinity", "Download the file again")
+            if isinstance(weight, Dense) and entry.type_name not in blocks.DENSE:
+                widened[entry.type_name] += 1
+            done[id(old)] = weight
         module.weight = done[id(old)]
     inside = {id(p) for weight in done.values() for p in weight.parameters()}
     for name, p in list(model.named_parameters()):
@@ -130,13 +139,21 @@ def _build(reader: Reader, config: ModelConfig) -> tuple[LanguageModel, list[str
         for module in model.modules():
             if isinstance(module, Dense):
                 module.float()
+    notes = (
+        []
+        if dense
+        else [
+            f"matrices of {kind} were read as the fp32 numbers that the blocks stand for: {n} of them"
+            for kind, n in widened.items()
+        ]
+    )
     return model.eval(), notes
 
 
 def _dtype(reader: Reader) -> torch.dtype:
-    """That of the matrices where all vectors are exact in it, else fp32."""
-    kinds = {e.type_name for e in reader.tensors.values() if len(e.shape) > 1 and e.type_name in blocks.DENSE}
-    if len(kinds) != 1:
+    """That of the matrices where all vectors are exact in it, else fp32; fp32 also where blocks become dense."""
+    kinds = {e.type_name for e in reader.tensors.values() if len(e.shape) > 1 and e.type_name not in blocks.BITS}
+    if len(kinds) != 1 or not kinds <= set(blocks.DENSE):
         return torch.float32
     dtype = blocks.DENSE[kinds.pop()]
     vectors = (_vector(reader, n) for n, e in reader.tensors.items() if len(e.shape) == 1)
@@ -145,7 +162,4 @@ def _dtype(reader: Reader) -> torch.dtype:
 
 def _vector(reader: Reader, name: str) -> Tensor:
     """fp32 `[n]`."""
-    type_name = reader.tensors[name].type_name
-    if type_name not in blocks.DENSE:
-        raise CheckpointError(f"{reader.path}: the vector {name} is {type_name}", "Take another file")
-    return reader.raw(name).view(blocks.DENSE[type_name]).flatten().float()
+    return blocks.values(reader.raw(name), reader.tensors[name].type_name).flatten()

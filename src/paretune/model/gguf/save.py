@@ -18,9 +18,9 @@ from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.base import Weight
 
 FORMATS = (*blocks.BITS, *blocks.DENSE)
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 # Beside a 4-bit body the embedding and the head keep 8 bits, as in our own int4.
-_ENDS = {"Q4_0": "Q8_0"}
+_ENDS = {"Q4_0": "Q8_0", "Q4_1": "Q8_0"}
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from paretune.errors import CheckpointError
 from paretune.files import write_json, write_text
 from paretune.model.config import ModelConfig
 from paretune.model.gguf.container import F32
@@ -21,6 +22,8 @@ WHOLE = "tokenizer.huggingface.json"
 SPACE = "\u2581"  # SentencePiece's mark of a space
 # Splitting rules of byte-level tokenizers that llama.cpp knows by name, told by a part of their pattern.
 _PRE = {"(?i:'s|'t|'re|'ve|'m|'ll|'d)": "llama-bpe", "'s|'t|'re|'ve|'m|'ll|'d": "gpt-2"}
+_DIGITS = {"type": "Digits", "individual_digits": True}
+_SPLIT_DIGITS = "smollm"  # digits one by one, the rest as GPT-2
 _PATTERNS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -108,19 +111,26 @@ def _kind(token: str | None, added: Mapping[str, Any] | None, model: Mapping[str
 def _pre_tokenizer(pre: Mapping[str, Any]) -> str | None:
     if pre.get("type") == "ByteLevel":
         return "gpt-2" if pre.get("use_regex", True) and not pre.get("add_prefix_space") else None
+    parts = pre.get("pretokenizers")
+    if isinstance(parts, list) and len(parts) == 2 and parts[0] == _DIGITS and _pre_tokenizer(parts[1]) == "gpt-2":
+        return _SPLIT_DIGITS
     text = json.dumps(pre, ensure_ascii=False)
     return next((name for pattern, name in _PRE.items() if pattern in text), None)
 
 
 def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> str | None:
-    """Writes `tokenizer.json` and `tokenizer_config.json`; gives the reason where there is none to write."""
+    """Writes `tokenizer.json` and `tokenizer_config.json`; gives the reason where there is none to write.
+
+    Args:
+        metadata: entries that `check` has passed.
+    """
     tokens = metadata.get("tokenizer.ggml.tokens")
     kind = metadata.get("tokenizer.ggml.model")
     if isinstance(metadata.get(WHOLE), str):
         write_text(folder / "tokenizer.json", metadata[WHOLE])
     elif kind == "gpt2" and tokens and metadata.get("tokenizer.ggml.merges"):
         pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-        if pre not in ("gpt-2", "gpt2", "default", *_PATTERNS):
+        if pre not in ("gpt-2", "gpt2", "default", _SPLIT_DIGITS, *_PATTERNS):
             return f"its tokenizer splits text by the rule {pre!r}, which is not known here"
         write_text(folder / "tokenizer.json", json.dumps(_byte_level(metadata, pre), ensure_ascii=False))
     elif kind == "llama" and tokens and metadata.get("tokenizer.ggml.scores"):
@@ -128,14 +138,47 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> str | None:
     else:
         return "it has no tokenizer" if kind in (None, "no_vocab") else f"its tokenizer {kind!r} is not read here"
     settings: dict[str, Any] = {}
-    for name in ("bos", "eos"):
-        i = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if tokens and isinstance(i, int) and 0 <= i < len(tokens):
             settings[f"{name}_token"] = tokens[i]
     if metadata.get("tokenizer.chat_template"):
         settings["chat_template"] = metadata["tokenizer.chat_template"]
     write_json(folder / "tokenizer_config.json", settings)
     return None
+
+
+def check(metadata: Mapping[str, Any], where: str) -> None:
+    """Raises `CheckpointError` where an entry of the tokenizer has a wrong type, length or range."""
+
+    def refuse(key: str, what: str) -> NoReturn:
+        raise CheckpointError(f"{where}: the entry {key} {what}", "Download the file again")
+
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    n = len(tokens) if isinstance(tokens, list) else 0
+    lists: tuple[tuple[str, type, bool], ...] = (
+        ("tokenizer.ggml.tokens", str, False),
+        ("tokenizer.ggml.merges", str, False),
+        ("tokenizer.ggml.scores", float, True),
+        ("tokenizer.ggml.token_type", int, True),
+    )
+    for key, kind, is_one_a_token in lists:
+        value = metadata.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
+            refuse(key, f"is not a list of {kind.__name__}")
+        if is_one_a_token and len(value) != n:
+            refuse(key, f"has {len(value):,} elements for {n:,} tokens")
+    if any(merge.count(" ") != 1 for merge in metadata.get("tokenizer.ggml.merges") or ()):
+        refuse("tokenizer.ggml.merges", "has a line that is not two tokens with a space between them")
+    for key in ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"):
+        i = metadata.get(key, 0)
+        if isinstance(i, bool) or not isinstance(i, int) or i < 0 or (n and i >= n):
+            refuse(key, f"is {i!r}, not one of {n:,} tokens")
+    for key in ("tokenizer.chat_template", "tokenizer.ggml.pre", "tokenizer.ggml.model"):
+        if not isinstance(metadata.get(key, ""), str):
+            refuse(key, "is not text")
 
 
 def _added(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -185,6 +228,8 @@ def _whole(metadata: Mapping[str, Any], model: dict[str, Any], **parts: Any) -> 
 def _byte_level(metadata: Mapping[str, Any], pre: str) -> dict[str, Any]:
     level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     before: dict[str, Any] = level
+    if pre == _SPLIT_DIGITS:
+        before = {"type": "Sequence", "pretokenizers": [_DIGITS, level]}
     if pre in _PATTERNS:
         pattern = {"Regex": _PATTERNS[pre]}
         split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}

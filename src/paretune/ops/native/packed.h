@@ -10,7 +10,8 @@
 //   int4        quantum 8, nibbles q in 0..15 for q - 8, two 16-bit halves: k0 k4 k2 k6 | k1 k5 k3 k7, lowest first
 //   nf4         as int4, for kNormalCodes[q] / kNormalSteps
 //
-// Missing rows and inputs at the ends are zeros (128, 8 and 7 in the integer formats).
+// Missing rows and inputs at the ends are zeros (128, 8 and 7 in the integer formats). The last group of a row is shorter
+// where groups do not divide the inputs.
 //
 // Legend: N outputs, C inputs, g size of a group.
 #pragma once
@@ -21,12 +22,16 @@ constexpr int kBlock = 16;
 
 extern "C" struct Matrix {
   const void* data;     // packed
-  const void* scale;    // group 0: fp32 [N rounded up to 16] or null; else fp16 [N / 16][C / g][16]
-  const void* minimum;  // fp16 as the scales, or null: w = q * scale + minimum
+  const void* scale;    // group 0: fp32 [N rounded up to 16] or null; else fp16 [N / 16][C / g, rounded up][16]
+  const void* minimum;  // fp16 as the scales, or null: w = (q - lowest) * scale + minimum
   std::int32_t format, n_out, n_in;
   std::int32_t group;            // 0 (one scale a row), 32, 64 or 128
   std::int32_t activation_bits;  // of the integer formats: inputs are rounded to 16, 8 or 7 bits, a scale per 128 of them
   std::int32_t largest;          // no number of int8 is larger; 128 where nobody asked
+  std::int32_t lowest;           // the integer that the minimum stands for; 0 without one
+
+  // Of a row; 0 where the whole row shares a scale.
+  int groups() const { return group == 0 ? 0 : (n_in + group - 1) / group; }
 };
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -136,7 +141,7 @@ inline float stored(const void* data, std::int32_t format, int C, std::int64_t r
 }
 
 inline std::int64_t group_at(const Matrix& w, std::int64_t row, int k) {
-  return (row / kBlock * (w.n_in / w.group) + k / w.group) * kBlock + row % kBlock;
+  return (row / kBlock * w.groups() + k / w.group) * kBlock + row % kBlock;
 }
 
 // A row of the matrix as fp32: an embedding, and the reference that tests hold the products to.
@@ -146,6 +151,7 @@ inline void matrix_row(const Matrix& w, std::int64_t row, float* out) {
     if (w.format == kNf4) value = kNormalCodes[static_cast<int>(value)] * (1.0f / kNormalSteps);
     if (w.group != 0) {
       const std::int64_t at = group_at(w, row, c);
+      value -= static_cast<float>(w.lowest);
       value *= from_fp16(static_cast<const std::uint16_t*>(w.scale)[at]);
       if (w.minimum != nullptr) value += from_fp16(static_cast<const std::uint16_t*>(w.minimum)[at]);
     } else if (w.scale != nullptr) {

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from paretune import native_build
 from paretune.errors import ParetuneError
+from paretune.ops import grouping
 from paretune.ops.weights.base import NativeForm, Weight
 from paretune.process import give_back_free_memory
 
@@ -41,6 +42,7 @@ class Matrix(ctypes.Structure):
         ("group", c_int32),
         ("activation_bits", c_int32),
         ("largest", c_int32),
+        ("lowest", c_int32),
     ]
 
 
@@ -98,7 +100,7 @@ class PackedWeight(Weight):
         self._origin, self._compute_dtype = type(original), original.compute_dtype
         self.out_features, self.in_features = original.out_features, original.in_features
         self.kind, self.group, self.activation_bits = form.kind, form.group, form.activation_bits
-        self.bits = original.bits
+        self.bits, self._lowest = original.bits, form.lowest
         data = form.data.contiguous()
         # Small numbers let byte products be added in 16 bits for longer (tiles.h), which only 7-bit inputs ask for.
         self._largest = (
@@ -111,7 +113,8 @@ class PackedWeight(Weight):
         self.register_buffer("packed", memory)
         scale, minimum = form.scale, form.minimum
         if form.group:
-            assert form.group in GROUPS and self.in_features % form.group == 0 and scale is not None
+            assert form.group in GROUPS and scale is not None
+            assert scale.size(1) == grouping.count(self.in_features, form.group)
             scale, minimum = _blocks(scale), None if minimum is None else _blocks(minimum)
         elif scale is not None:
             scale = F.pad(scale.float(), (0, -self.out_features % BLOCK))
@@ -146,6 +149,7 @@ class PackedWeight(Weight):
             group=self.group,
             activation_bits=self.activation_bits,
             largest=self._largest,
+            lowest=self._lowest,
         )
 
     def original(self) -> Weight:
@@ -158,8 +162,7 @@ class PackedWeight(Weight):
         elif self.kind == "int8":
             data = values.to(torch.int8)
         elif self.kind in ("int4", "nf4"):
-            nibbles = (values + (8 if self.kind == "int4" else 0)).to(torch.uint8)
-            data = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+            data = grouping.pack_halves((values + (8 if self.kind == "int4" else 0)).to(torch.uint8))
         scale, minimum = self.scale, self.minimum
         if self.group:
             assert scale is not None
@@ -168,7 +171,8 @@ class PackedWeight(Weight):
         elif scale is not None:
             scale = scale[: self.out_features].clone()
         kept = {name: getattr(self, f"kept_{name}") for name in self._kept}
-        form = NativeForm(self.kind, data, scale, minimum, self.group, self.activation_bits, kept)
+        numbers = (self.kind, data, scale, minimum, self.group, self.activation_bits, kept)
+        form = NativeForm(*numbers, n_in=self.in_features, lowest=self._lowest)
         return self._origin.from_native(form, self._compute_dtype)
 
     def matmul(self, x: Tensor) -> Tensor:

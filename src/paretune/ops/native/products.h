@@ -324,9 +324,10 @@ inline void float_tile(const Matrix& w, int block, int from, int to, const Input
 template <Format F, int T, int NB>
 inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs& in, float* sums, bool is_first) {
   constexpr int Q = quantum(F), kOffset = F == kInt4 ? 8 : F == kInt8 ? 128 : 0;
-  const std::int64_t bytes = block_bytes(F, w.n_in), n_groups = w.group == 0 ? 0 : w.n_in / w.group;
+  const std::int64_t bytes = block_bytes(F, w.n_in), n_groups = w.groups();
   const char* base = static_cast<const char*>(w.data) + bytes * block;
   const int interval = w.group == 0 ? kChunk : w.group;
+  const std::int32_t zero = kOffset + w.lowest;  // what stands for 0 among the stored numbers
   for (int start = from; start < to; start += interval) {
     const int end = std::min(start + interval, to);
     IntVec acc[T][NB * kVecs];
@@ -334,7 +335,7 @@ inline void int_tile(const Matrix& w, int block, int from, int to, const Inputs&
     for (int i = 0; i < T; ++i) {
       total[i] = 0;
       for (int k = start; k < end; k += kSumOver) total[i] += in.sums[i * (in.q_stride / kSumOver) + k / kSumOver];
-      for (int b = 0; b < NB * kVecs; ++b) acc[i][b] = fill_int(-kOffset * total[i]);
+      for (int b = 0; b < NB * kVecs; ++b) acc[i][b] = fill_int(-zero * total[i]);
     }
 #if defined(__AVX512VNNI__) && defined(PARETUNE_AVX512)
     if (w.activation_bits <= 8) {  // 8-bit inputs have an instruction of their own here

@@ -216,7 +216,8 @@ inline void store_bits(char* p, __m256i x) { _mm256_store_si256(reinterpret_cast
 // Inputs `from` to `to` of a block of integers as pairs of shorts.
 inline void shorts_of(const Matrix& w, const char* block, int from, int to, char* out) {
   const __m256i byte = _mm256_set1_epi16(255), nibble = _mm256_set1_epi16(15);
-  const __m256i middle = _mm256_set1_epi16(w.format == kInt8 ? 128 : 8);
+  // Numbers with a minimum are counted from it.
+  const __m256i middle = _mm256_set1_epi16(static_cast<std::int16_t>((w.format == kInt8 ? 128 : 8) + w.lowest));
   const int Q = quantum(w.format);
   for (int k = from; k < to; k += Q, out += 32 * Q)
     for (int v = 0; v < kVecs; ++v) {
@@ -313,8 +314,11 @@ inline void add_scaled(const Matrix& w, std::int64_t group, const std::int32_t* 
     for (int i = 0; i < T; ++i) {
       IntVec sum;
       std::memcpy(&sum, found + i * kBlock + v, sizeof sum);
-      if constexpr (L == kManyLoop) sum -= fill_int(8 * total[i]);
-      if constexpr (L == kPairLoop || L == kFourLoop) sum -= correction * zero[i];
+      if constexpr (L == kManyLoop) sum -= fill_int((8 + w.lowest) * total[i]);
+      if constexpr (L == kPairLoop || L == kFourLoop) {
+        sum -= correction * zero[i];
+        if constexpr (kMinimum) sum -= fill_int(w.lowest * total[i]);
+      }
       float* at = sums + i * kPanelRows + v;
       Vec out = {};
       if constexpr (!kFirst) out = load_floats(at);
@@ -330,7 +334,7 @@ template <Loop L, int T>
 inline void integer_rows(const Matrix& w, int block, const char* panel, const std::int32_t (*weight_sums)[kBlock],
                          int from, int to, const Tiles& in, int tile, const char* x, float* sums, Ahead& ahead) {
   constexpr int Q = L == kShortLoop ? 2 : 4;
-  const int interval = w.group == 0 ? kChunk : w.group, n_groups = w.group == 0 ? 0 : w.n_in / w.group;
+  const int interval = w.group == 0 ? kChunk : w.group, n_groups = w.groups();
   for (int start = from; start < to; start += interval, ++weight_sums) {
     alignas(32) std::int32_t found[T * kBlock];
     const int end = std::min(start + interval, to), n = (end - start + Q - 1) / Q;

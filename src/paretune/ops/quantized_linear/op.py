@@ -27,20 +27,22 @@ def quantized_linear(
     low: Tensor | None,
     of_scales: Tensor | None,
     offset: Tensor | None,
+    lowest: int,
     bias: Tensor | None,
     format: str,
     group: int,
 ) -> Tensor:
     """Arguments and result as `triton.quantized_linear`; the formula where the kernels do not run."""
     if unavailable_reason(str(x.device)):
-        return reference.linear(x, reference.dequantize(q, scale, low, of_scales, offset, format, group), bias)
+        numbers = reference.dequantize(q, scale, low, of_scales, offset, lowest, format, group, x.size(-1))
+        return reference.linear(x, numbers, bias)
     from paretune.ops.quantized_linear import triton
 
-    return triton.quantized_linear(x, q, scale, low, of_scales, offset, bias, format=format, group=group)
+    return triton.quantized_linear(x, q, scale, low, of_scales, offset, lowest, bias, format=format, group=group)
 
 
 @quantized_linear.register_fake
-def _(x, q, scale, low, of_scales, offset, bias, format, group):  # type: ignore[no-untyped-def]
+def _(x, q, scale, low, of_scales, offset, lowest, bias, format, group):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], q.size(0))
 
 
@@ -85,7 +87,7 @@ def trial(device: str) -> float:
         # 255 stands for 1 in the map of nf4, so that all scales are 1/64.
         scale = torch.full((16, n_in // 64), 255 if is_nf4 else 1 / 64, dtype=torch.uint8 if is_nf4 else torch.half)
         of_scales, offset = (torch.full((1,), 1 / 64), torch.zeros(1)) if is_nf4 else (None, None)
-        numbers = reference.dequantize(q, scale, None, of_scales, offset, format, 64)
+        numbers = reference.dequantize(q, scale, None, of_scales, offset, 0, format, 64, n_in)
         for n_rows, tile in ((1, GEMV_TILES[0]), (3, Tile(64, 64))):
             x = torch.randn(n_rows, n_in, generator=generator).half()
             on_device = [None if t is None else t.to(device) for t in (x, q, scale, None, of_scales, offset)]

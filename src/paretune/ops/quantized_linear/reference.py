@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from paretune.ops import grouping
+
 
 def linear(x: Tensor, numbers: Tensor, bias: Tensor | None = None) -> Tensor:
     """`y = x W^T + b` with the weights as their format reads them.
@@ -27,16 +29,18 @@ def dequantize(
     low: Tensor | None,
     of_scales: Tensor | None,
     offset: Tensor | None,
+    lowest: int,
     format: str,
     group: int,
+    n_in: int,
 ) -> Tensor:
-    """fp32 `[out, in]` of stored weights; arguments as `triton.quantized_linear` has them."""
+    """fp32 `[out, in]` of stored weights of `n_in` inputs; arguments as `triton.quantized_linear` has them."""
     from paretune.ops.weights.nf4 import CODES, dynamic_map  # above this file in the order of imports
 
     if format == "int8":
         numbers = q.float()
     else:
-        codes = torch.stack((q & 15, q >> 4), dim=-1).flatten(1)
+        codes = grouping.halves(q, n_in)
         numbers = torch.tensor(CODES, device=q.device)[codes.int()] if format == "nf4" else codes.float() - 8
     if not group:
         return numbers * scale[:, None]
@@ -44,5 +48,4 @@ def dequantize(
     if of_scales is not None and offset is not None:  # 256 scales share one
         shared = of_scales.repeat_interleave(256)[: scale.numel()].view_as(scale)
         scales = dynamic_map().to(q.device)[scale.int()] * shared + offset
-    numbers = numbers.unflatten(1, (-1, group)) * scales[..., None]
-    return (numbers if low is None else numbers + low.float()[..., None]).flatten(1)
+    return grouping.scaled(numbers - lowest if lowest else numbers, scales, low, group)

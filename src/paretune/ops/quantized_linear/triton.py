@@ -26,28 +26,28 @@ MAGIC = 150 << 23  # the bits of 2^23
 
 
 @triton.jit
-def _nibble(words, I: tl.constexpr, magic):
-    """fp32 of the `I`-th four bits, 0 to 15, less 8."""
+def _nibble(words, I: tl.constexpr, magic, LOWEST: tl.constexpr):
+    """fp32 of the `I`-th four bits, 0 to 15, less 8 and `LOWEST`."""
     part = words if I < 4 else words >> 16
     P: tl.constexpr = I % 4
     bits = (part & (15 << (4 * P))) | (magic - (P << 25))
-    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - 4 * P)) + 8)
+    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - 4 * P)) + 8 + LOWEST)
 
 
 @triton.jit
-def _byte(words, I: tl.constexpr, magic):
-    """fp32 of the `I`-th byte, -128 to 127, whose highest bit was turned."""
+def _byte(words, I: tl.constexpr, magic, LOWEST: tl.constexpr):
+    """fp32 of the `I`-th byte, -128 to 127, whose highest bit was turned, less `LOWEST`."""
     part = words if I < 2 else words >> 16
     P: tl.constexpr = I % 2
     bits = (part & (255 << (8 * P))) | (magic - (P << 26))
-    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - 8 * P)) + 128)
+    return bits.to(tl.float32, bitcast=True) - ((1 << (23 - 8 * P)) + 128 + LOWEST)
 
 
 @triton.jit
-def _number(words, I: tl.constexpr, codes_ptr, magic, FORMAT: tl.constexpr):
+def _number(words, I: tl.constexpr, codes_ptr, magic, FORMAT: tl.constexpr, LOWEST: tl.constexpr):
     """fp32 of the `I`-th four bits before it is scaled."""
     if FORMAT == "int4":
-        return _nibble(words, I, magic)
+        return _nibble(words, I, magic, LOWEST)
     else:
         codes = tl.load(codes_ptr + tl.arange(0, 16))
         index = tl.reshape((words >> (4 * I)) & 15, (words.numel,))
@@ -83,6 +83,7 @@ def quantized_gemv(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,  # 0: a scale a row
     HAS_LOW: tl.constexpr,
+    LOWEST: tl.constexpr,  # the integer that `low` stands for; 0 without it
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -110,10 +111,10 @@ def quantized_gemv(
             x0, x2 = tl.split(even)
             x1, x3 = tl.split(odd)
             w = w ^ -2139062144  # the highest bit of each byte: two's complement becomes 0 to 255
-            y = _byte(w, 0, magic) * x0.to(tl.float32)[:, None, :]
-            y += _byte(w, 1, magic) * x1.to(tl.float32)[:, None, :]
-            y += _byte(w, 2, magic) * x2.to(tl.float32)[:, None, :]
-            y += _byte(w, 3, magic) * x3.to(tl.float32)[:, None, :]
+            y = _byte(w, 0, magic, LOWEST) * x0.to(tl.float32)[:, None, :]
+            y += _byte(w, 1, magic, LOWEST) * x1.to(tl.float32)[:, None, :]
+            y += _byte(w, 2, magic, LOWEST) * x2.to(tl.float32)[:, None, :]
+            y += _byte(w, 3, magic, LOWEST) * x3.to(tl.float32)[:, None, :]
         else:
             even, odd = tl.split(tl.reshape(x, (BLOCK_C, 4, 2, 2, 2)))
             x04, x26 = tl.split(even)
@@ -122,14 +123,14 @@ def quantized_gemv(
             x2, x6 = tl.split(x26)
             x1, x5 = tl.split(x15)
             x3, x7 = tl.split(x37)
-            y = _number(w, 0, codes_ptr, magic, FORMAT) * x0.to(tl.float32)[:, None, :]
-            y += _number(w, 1, codes_ptr, magic, FORMAT) * x1.to(tl.float32)[:, None, :]
-            y += _number(w, 2, codes_ptr, magic, FORMAT) * x2.to(tl.float32)[:, None, :]
-            y += _number(w, 3, codes_ptr, magic, FORMAT) * x3.to(tl.float32)[:, None, :]
-            y += _number(w, 4, codes_ptr, magic, FORMAT) * x4.to(tl.float32)[:, None, :]
-            y += _number(w, 5, codes_ptr, magic, FORMAT) * x5.to(tl.float32)[:, None, :]
-            y += _number(w, 6, codes_ptr, magic, FORMAT) * x6.to(tl.float32)[:, None, :]
-            y += _number(w, 7, codes_ptr, magic, FORMAT) * x7.to(tl.float32)[:, None, :]
+            y = _number(w, 0, codes_ptr, magic, FORMAT, LOWEST) * x0.to(tl.float32)[:, None, :]
+            y += _number(w, 1, codes_ptr, magic, FORMAT, LOWEST) * x1.to(tl.float32)[:, None, :]
+            y += _number(w, 2, codes_ptr, magic, FORMAT, LOWEST) * x2.to(tl.float32)[:, None, :]
+            y += _number(w, 3, codes_ptr, magic, FORMAT, LOWEST) * x3.to(tl.float32)[:, None, :]
+            y += _number(w, 4, codes_ptr, magic, FORMAT, LOWEST) * x4.to(tl.float32)[:, None, :]
+            y += _number(w, 5, codes_ptr, magic, FORMAT, LOWEST) * x5.to(tl.float32)[:, None, :]
+            y += _number(w, 6, codes_ptr, magic, FORMAT, LOWEST) * x6.to(tl.float32)[:, None, :]
+            y += _number(w, 7, codes_ptr, magic, FORMAT, LOWEST) * x7.to(tl.float32)[:, None, :]
         y = tl.sum(y, axis=2)
         if GROUP > 0:
             g = row[None, :] * row_groups + (c * CHUNK // GROUP)[:, None]
@@ -152,21 +153,21 @@ def quantized_gemv(
 
 
 @triton.jit
-def _numbers(q, codes_ptr, magic, FORMAT: tl.constexpr):
+def _numbers(q, codes_ptr, magic, FORMAT: tl.constexpr, LOWEST: tl.constexpr):
     """fp32 `[BLOCK_N, BLOCK_K]` of stored bytes, before they are scaled."""
     if FORMAT == "int8":
-        return q.to(tl.float32)
+        return q.to(tl.float32) - LOWEST
     else:
         q = q.to(tl.int32)
-        even = _number(q, 0, codes_ptr, magic, FORMAT)
-        odd = _number(q, 1, codes_ptr, magic, FORMAT)
+        even = _number(q, 0, codes_ptr, magic, FORMAT, LOWEST)
+        odd = _number(q, 1, codes_ptr, magic, FORMAT, LOWEST)
         return tl.reshape(tl.join(even, odd), (q.shape[0], 2 * q.shape[1]))
 
 
 @triton.jit
 def quantized_gemm(
     x_ptr,  # [M, K], rows `x_stride` apart
-    q_ptr,  # int8 [N, K], or uint8 [N, K / 2]
+    q_ptr,  # int8 [N, K], or uint8 [N, K / 2], rounded up: the padding meets zeros
     scale_ptr,
     low_ptr,
     of_scales_ptr,
@@ -184,6 +185,7 @@ def quantized_gemm(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_LOW: tl.constexpr,
+    LOWEST: tl.constexpr,  # the integer that `low` stands for; 0 without it
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in fp32: the interpreter knows no bf16 products
@@ -193,7 +195,7 @@ def quantized_gemm(
 ):
     # The product is transposed, `W x^T`, so that the dequantised side is the one that may come from registers.
     PER_BYTE: tl.constexpr = 1 if FORMAT == "int8" else 2
-    ROW_BYTES: tl.constexpr = K // PER_BYTE
+    ROW_BYTES: tl.constexpr = (K + PER_BYTE - 1) // PER_BYTE
     STEPS: tl.constexpr = (K + SPLIT * BLOCK_K - 1) // (SPLIT * BLOCK_K)
     N_GROUPS: tl.constexpr = 1 if GROUP == 0 or GROUP >= BLOCK_K else BLOCK_K // GROUP
     # Programs that share a tile of weights are neighbours: it is read from memory once.
@@ -213,7 +215,7 @@ def quantized_gemm(
         b = start // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
         live = live_n[:, None] & (b < ROW_BYTES)[None, :]
         q = tl.load(q_ptr + (row[:, None] * ROW_BYTES + b[None, :]), mask=live, other=0)
-        w = _numbers(q, codes_ptr, magic, FORMAT)
+        w = _numbers(q, codes_ptr, magic, FORMAT, LOWEST)
         if GROUP > 0:
             g = start // GROUP + tl.arange(0, N_GROUPS)
             at = row[:, None] * row_groups + g[None, :]
@@ -305,6 +307,7 @@ def quantized_linear(
     low: Tensor | None = None,
     of_scales: Tensor | None = None,
     offset: Tensor | None = None,
+    lowest: int = 0,
     bias: Tensor | None = None,
     *,
     format: str,
@@ -316,13 +319,14 @@ def quantized_linear(
 
     Args:
         x: `[..., in]` in fp32, fp16 or bf16, any strides.
-        q: int8 `[out, in]`, or uint8 `[out, in / 2]` with the even input in the low half; contiguous.
-        scale: fp32 `[out]` (group 0), fp16 `[out, in / group]`, or uint8 codes of it (nf4).
-        low: fp16 as `scale`: the smallest number of each group, or None.
+        q: int8 `[out, in]`, or uint8 `[out, in / 2]`, rounded up, with the even input in the low half; contiguous.
+        scale: fp32 `[out]` (group 0), fp16 `[out, in / group]`, rounded up, or uint8 codes of it (nf4).
+        low: fp16 as `scale`: what `lowest` stands for in each group, or None.
+        lowest: an integer; 0 without `low`.
         of_scales, offset: fp32, of nf4.
         bias: `[out]` or None.
         format: one of `tiles.FORMATS`.
-        group: inputs that share a scale; 0: the row does.
+        group: inputs that share a scale, the last of a row may be fewer; 0: the row does.
         tile: of a program; None: the fastest of those that are tried at the first call of a shape.
         parts: among how many programs the inputs are shared out; None: as the device asks for.
 
@@ -332,18 +336,21 @@ def quantized_linear(
     assert format in tiles.FORMATS and q.is_contiguous() and scale.is_contiguous()
     n_out, row_bytes = q.shape
     K = x.size(-1)
-    assert row_bytes * (1 if format == "int8" else 2) == K, (x.shape, q.shape)
+    per_byte = 1 if format == "int8" else 2
+    assert row_bytes == triton.cdiv(K, per_byte), (x.shape, q.shape)
     flat = x.reshape(-1, K)
     if flat.stride(1) != 1:
         flat = flat.contiguous()
     M = flat.size(0)
     out = flat.new_empty(M, n_out)
     if M and n_out:
-        stored = (q, scale, low, of_scales, offset, bias)
+        stored = (q, scale, low, of_scales, offset, lowest, bias)
         # On a device of its own: Triton launches on the current one.
         with torch.cuda.device_of(x):
-            # Loads of 16 bytes have to begin where they may; other shapes take the kernel that reads bytes.
-            if M == 1 and row_bytes % GEMV_CHUNK_BYTES == 0 and q.storage_offset() % GEMV_CHUNK_BYTES == 0:
+            # Loads of 16 bytes have to begin where they may and to meet as many inputs as they hold; other shapes take
+            # the kernel that reads bytes.
+            in_chunks = row_bytes % GEMV_CHUNK_BYTES == 0 and row_bytes * per_byte == K
+            if M == 1 and in_chunks and q.storage_offset() % GEMV_CHUNK_BYTES == 0:
                 _gemv(flat, *stored, out, format, group, tile, parts)
             else:
                 _gemm(flat, *stored, out, format, group, tile, parts)
@@ -360,6 +367,11 @@ def _pointers(flat, scale, low, of_scales, offset, bias, format):  # type: ignor
     return scale, or_any(low), or_any(of_scales), or_any(offset), numbers, codes, or_any(bias)
 
 
+def _constants(format, group, low, lowest, bias):  # type: ignore[no-untyped-def]
+    has = {"HAS_LOW": low is not None, "HAS_BIAS": bias is not None}
+    return {"FORMAT": format, "GROUP": group, "LOWEST": lowest, **has}
+
+
 def _launch(kernel_name, rows, kernel, width, choices, grid, arguments, constants, tile):  # type: ignore[no-untyped-def]
     if tile is None and len(choices) > 1 and not INTERPRETED:
         _tuned(kernel_name, rows)[grid](*arguments, **constants)
@@ -367,13 +379,13 @@ def _launch(kernel_name, rows, kernel, width, choices, grid, arguments, constant
         kernel[grid](*arguments, **constants, **(tile or choices[0]).named(width))
 
 
-def _gemv(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile, parts):  # type: ignore[no-untyped-def]
+def _gemv(flat, q, scale, low, of_scales, offset, lowest, bias, out, format, group, tile, parts):  # type: ignore[no-untyped-def]
     N, row_bytes = q.shape
     if parts is None:
         parts = tiles.split(triton.cdiv(N, 8), row_bytes // 512, 2 * _n_multiprocessors(flat.device))
     target = out if parts == 1 else torch.empty(parts, N, device=flat.device)
     pointers = _pointers(flat, scale, low, of_scales, offset, bias, format)
-    constants = {"FORMAT": format, "GROUP": group, "HAS_LOW": low is not None, "HAS_BIAS": bias is not None}
+    constants = _constants(format, group, low, lowest, bias)
     _launch(
         "gemv",
         1,
@@ -381,7 +393,7 @@ def _gemv(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile
         "BLOCK_C",
         tiles.GEMV_TILES,
         lambda meta: (triton.cdiv(N, meta["BLOCK_N"]), parts),
-        (flat, q.view(torch.int32), *pointers, target, N, flat.size(1) // (group or 1), MAGIC),
+        (flat, q.view(torch.int32), *pointers, target, N, triton.cdiv(flat.size(1), group or 1), MAGIC),
         {**constants, "CHUNKS": row_bytes // GEMV_CHUNK_BYTES, "SPLIT": parts},
         tile,
     )
@@ -389,7 +401,7 @@ def _gemv(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile
         _add_parts(target, bias, out, parts)
 
 
-def _gemm(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile, parts):  # type: ignore[no-untyped-def]
+def _gemm(flat, q, scale, low, of_scales, offset, lowest, bias, out, format, group, tile, parts):  # type: ignore[no-untyped-def]
     (M, K), N = flat.shape, q.size(0)
     is_fp32 = flat.dtype == torch.float32
     rows = tiles.rows_at_once(M, is_fp32)
@@ -402,7 +414,7 @@ def _gemm(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile
         parts = tiles.split(n_programs, K // first.inputs, wanted)
     target = out if parts == 1 else torch.empty(parts, M, N, device=flat.device)
     pointers = _pointers(flat, scale, low, of_scales, offset, bias, format)
-    constants = {"FORMAT": format, "GROUP": group, "HAS_LOW": low is not None, "HAS_BIAS": bias is not None}
+    constants = _constants(format, group, low, lowest, bias)
     _launch(
         "gemm",
         rows,
@@ -410,7 +422,7 @@ def _gemm(flat, q, scale, low, of_scales, offset, bias, out, format, group, tile
         "BLOCK_K",
         choices,
         lambda meta: (triton.cdiv(M, rows) * triton.cdiv(N, meta["BLOCK_N"]), parts),
-        (flat, q, *pointers, target, M, N, flat.stride(0), K // (group or 1), MAGIC),
+        (flat, q, *pointers, target, M, N, flat.stride(0), triton.cdiv(K, group or 1), MAGIC),
         {**constants, "K": K, "SPLIT": parts, "WIDE": INTERPRETED, "BLOCK_M": rows},
         tile,
     )

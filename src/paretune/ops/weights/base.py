@@ -6,13 +6,14 @@ format's class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from paretune.errors import CheckpointError
 from paretune.ops.quantized_linear import op
 
 
@@ -22,12 +23,14 @@ class NativeForm:
 
     Args:
         kind: a name in `ops.native.packed.KINDS`.
-        data: `[out, in]`; int4 and nf4 `[out, in / 2]` with the even inputs in the low nibbles.
-        scale: fp32 `[out]`, or fp16 `[out, in / group]`, or None.
-        minimum: fp16 `[out, in / group]` or None: `w = q * scale + minimum`.
-        group: inputs that share a scale; 0: the whole row does.
-        activation_bits: what inputs of integer formats are rounded to, 16 or 8.
+        data: `[out, in]`; int4 and nf4 `[out, in / 2]`, rounded up, with the even inputs in the low nibbles.
+        scale: fp32 `[out]`, or fp16 `[out, in / group]`, rounded up, or None.
+        minimum: fp16 `[out, in / group]`, rounded up, or None: `w = (q - lowest) * scale + minimum`.
+        group: inputs that share a scale, a shorter group at the end of a row; 0: the whole row does.
+        activation_bits: what inputs of integer formats are rounded to, 16, 8 or 7.
         kept: small tensors that native code does not read but the format needs to give itself back bit for bit.
+        n_in: inputs; 0: as many as `data` is wide.
+        lowest: the integer that the minimum stands for; 0 where there is no minimum.
     """
 
     kind: str
@@ -37,16 +40,54 @@ class NativeForm:
     group: int = 0
     activation_bits: int = 16
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    n_in: int = 0
+    lowest: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.n_in:
+            object.__setattr__(self, "n_in", self.data.size(1))
 
 
 class GpuForm(NamedTuple):
-    """What the kernels of `ops/quantized_linear` read: stored tensors as they are."""
+    """What the kernels of `ops/quantized_linear` read: stored tensors as they are.
+
+    `lowest` is the integer that the minima `low` stand for, 0 without them.
+    """
 
     q: Tensor
     scale: Tensor
     low: Tensor | None = None
     of_scales: Tensor | None = None
     offset: Tensor | None = None
+    lowest: int = 0
+
+
+def part_of(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    dtypes: Sequence[torch.dtype] = (),
+    shape: int | Sequence[int] | None = None,
+) -> Tensor:
+    """The stored tensor `name` of a weight.
+
+    Args:
+        dtypes: that it may have; none: any.
+        shape: that it has to have, or how many dimensions.
+
+    Raises:
+        CheckpointError: it is not there, or of another type or shape.
+    """
+    if name not in tensors:
+        raise CheckpointError(f"its part {name!r} is missing", "Save the model again")
+    tensor = tensors[name]
+    if dtypes and tensor.dtype not in dtypes:
+        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise CheckpointError(f"its part {name!r} is {tensor.dtype}, not {known}", "Save the model again")
+    fits = shape is None or (tensor.dim() == shape if isinstance(shape, int) else tensor.shape == tuple(shape))
+    if not fits:
+        wanted = f"{shape} dimensions" if isinstance(shape, int) else f"shape {list(shape or ())}"
+        raise CheckpointError(f"its part {name!r} has shape {list(tensor.shape)}, not {wanted}", "Save the model again")
+    return tensor
 
 
 class Weight(nn.Module):
@@ -103,7 +144,11 @@ class Weight(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Weight:
-        """Builds the weight around stored tensors without copying them."""
+        """Builds the weight around stored tensors without copying them.
+
+        Raises:
+            CheckpointError: a tensor is missing, or of another type or shape than the format has.
+        """
         raise NotImplementedError
 
     def native(self) -> NativeForm | None:

@@ -1,4 +1,7 @@
-"""int4 and int8 in groups along the inputs, fp16 scales: the numbers of llama.cpp's Q4_0, Q4_1 and Q8_0 blocks."""
+"""int4 and int8 in groups along the inputs, fp16 scales: the numbers of llama.cpp's Q4_0, Q4_1 and Q8_0 blocks.
+
+The last group of a row is shorter where groups do not divide its width.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paretune.errors import ParetuneError, UsageError
-from paretune.ops.weights.base import GpuForm, NativeForm, Weight
+from paretune.errors import CheckpointError, ParetuneError
+from paretune.ops import grouping
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight, part_of
 
 GROUPS = (32, 64, 128)
-_BITS_OF = {torch.int16: 16, torch.int8: 8, torch.uint8: 7}  # of inputs, as a checkpoint carries them
+ACTIVATION_BITS = (16, 8, 7)
+_OLD_ACTIVATION_BITS = {torch.int16: 16, torch.int8: 8, torch.uint8: 7}  # by the dtype of a tensor of older folders
+_LAYOUT = 4  # numbers that `IntGroups.layout` holds
+LAYOUT_BYTES = 4 * _LAYOUT
 AT_ONCE = 1 << 22  # numbers that are rounded together
 
 
@@ -38,40 +45,63 @@ def rounded_inputs(x: Tensor, bits: int) -> Tensor:
 
 
 class IntGroups(Weight):
-    """`W[i, g] ~ q * scale[i, g] (+ minimum[i, g])`; groups of 32 are bit for bit what llama.cpp's blocks hold.
+    """`W[i, k] ~ q[i, k] * scale[i, k // group]`, or with a minimum `(q - lowest) * scale + minimum`.
+
+    The minimum is what the smallest integer stands for, so that `q - lowest` counts from zero: in groups of 32 both are
+    bit for bit what llama.cpp's blocks hold. In fp32 the product is exact and the sum is rounded once, as there.
 
     Args:
-        q: int8 `[out, in]` for 8 bits (and 7, whose numbers go to 64); uint8 `[out, in / 2]` for 4 bits, two numbers
-            `q + 8` a byte, the even input in the low half.
-        scale: fp16 `[out, in / group]`.
+        q: int8 `[out, in]` for 8 bits (and 7, whose numbers go to 64); uint8 `[out, in / 2]`, rounded up, for 4 bits,
+            two numbers `q + 8` a byte, the even input in the low half.
+        scale: fp16 `[out, in / group]`, rounded up.
         minimum: fp16 as `scale`, or None.
         compute_dtype: of `rows` and `dequantize`.
         activation_bits: what native code rounds inputs to.
+        group: inputs that share a scale; the last group of a row may be shorter.
+        in_features: None: as many as `q` holds.
+        lowest: the integer that the minimum stands for; None: the smallest there is. 0 in folders written before
+            minima counted from there.
     """
 
     format = "int_groups"
     q: Tensor
     scale: Tensor
     minimum: Tensor | None
+    layout: Tensor
     compute: Tensor
-    activations: Tensor
 
     def __init__(
-        self, q: Tensor, scale: Tensor, minimum: Tensor | None, compute_dtype: torch.dtype, activation_bits: int = 16
+        self,
+        q: Tensor,
+        scale: Tensor,
+        minimum: Tensor | None,
+        compute_dtype: torch.dtype,
+        activation_bits: int = 16,
+        *,
+        group: int,
+        in_features: int | None = None,
+        lowest: int | None = None,
     ) -> None:
         super().__init__()
         self.bits = 8 if q.dtype == torch.int8 else 4
         assert q.dtype in (torch.int8, torch.uint8) and scale.dtype == torch.float16
-        self.out_features, self.in_features = q.size(0), q.size(1) * 8 // self.bits
-        self.group = self.in_features // scale.size(1)
-        assert self.group in GROUPS and self.in_features % self.group == 0
+        per_byte = 8 // self.bits
+        self.out_features = q.size(0)
+        self.in_features = q.size(1) * per_byte if in_features is None else in_features
+        self.group, self.activation_bits = group, activation_bits
+        self.lowest = 0 if minimum is None else -(2 ** (self.bits - 1)) if lowest is None else lowest
+        assert group in GROUPS and activation_bits in ACTIVATION_BITS and -128 <= self.lowest <= 0
+        assert q.size(1) == -(-self.in_features // per_byte)
+        assert scale.shape == (self.out_features, grouping.count(self.in_features, group))
+        assert minimum is None or (minimum.dtype == torch.float16 and minimum.shape == scale.shape)
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
-        # Empty tensors that carry the compute dtype and the inputs' bits into a checkpoint and back.
+        # What the shapes of the tensors do not say, for a checkpoint.
+        layout = torch.tensor([self.in_features, group, self.lowest, activation_bits], dtype=torch.int32)
+        self.register_buffer("layout", layout.to(q.device))
+        # An empty tensor that carries the compute dtype into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
-        bits_dtype = next(dtype for dtype, bits in _BITS_OF.items() if bits == activation_bits)
-        self.register_buffer("activations", torch.empty(0, dtype=bits_dtype, device=q.device))
 
     def _apply(self, fn, recurse=True):
         # `model.to(bfloat16)` changes the compute dtype; scales stay fp16, on the device of their rows.
@@ -88,50 +118,23 @@ class IntGroups(Weight):
         """Rounds to nearest as llama.cpp does (`ggml-quants.c`: quantize_row_q8_0, q4_0, q4_1).
 
         Raises:
-            UsageError: the group does not divide the width.
             ParetuneError: the matrix holds NaN or infinity, or a group is too large for fp16 scales.
         """
-        n_out, n_in = values.shape
-        if n_in % group:
-            raise UsageError(f"groups of {group} do not divide a layer of {n_in} inputs", "Choose a smaller --group")
-        if values.numel() > AT_ONCE:  # rows are independent, and the steps in between take many times the memory
-            parts = [
-                cls.quantize(part, bits, group, minimum=minimum, activation_bits=activation_bits)
-                for part in values.split(max(1, AT_ONCE // n_in))
-            ]
-            low = torch.cat([p.minimum for p in parts if p.minimum is not None]) if minimum else None
-            q, scale = torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
-            return cls(q, scale, low, values.dtype, activation_bits)
-        w = values.detach().float()
-        if not bool(torch.isfinite(w).all()):
-            raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
-        w = w.view(n_out, n_in // group, group)
-        low = None
-        middle = 2 ** (bits - 1)
-        if minimum:
-            low = w.amin(dim=-1)
-            scale = (w.amax(dim=-1) - low) / (2 * middle - 1)
-        elif bits >= 7:
-            scale = w.abs().amax(dim=-1) / (127 if bits == 8 else 64)
-        else:  # the number of largest size becomes -8, with its sign
-            at = w.abs().argmax(dim=-1, keepdim=True)
-            scale = w.gather(-1, at)[..., 0] / -8
-        # Rounded with the fp32 scale, read with the fp16 one, as llama.cpp does.
-        inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))[..., None]
-        if minimum:
-            assert low is not None
-            unsigned = ((w - low[..., None]) * inverse + 0.5).floor().clamp_(0, 2 * middle - 1)
-            q = unsigned - middle
-            low = low + scale * middle  # q counts from there
-        elif bits >= 7:
-            x = w * inverse
-            q = torch.where(x < 0, -torch.floor(-x + 0.5), torch.floor(x + 0.5))  # roundf: halves away from zero
-        else:
-            q = (w * inverse + 8.5).floor().clamp_(0, 15) - 8
-        half, half_low = scale.half(), None if low is None else low.half()
-        if not bool(torch.isfinite(half).all()) or (half_low is not None and not bool(torch.isfinite(half_low).all())):
-            raise ParetuneError("a weight is too large for fp16 scales", "Use int8 rows, whose scales are fp32")
-        return cls.from_integers(q.reshape(n_out, n_in), bits, half, half_low, values.dtype, activation_bits)
+        made = []
+        # Rows are independent, and the steps in between take many times the memory.
+        for rows in values.detach().split(max(1, AT_ONCE // values.size(1))):
+            w = rows.float()
+            if not bool(torch.isfinite(w).all()):
+                raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
+            found = [_nearest(part, bits, minimum) for part in grouping.split(w, group)]
+            q, scale, low = (torch.cat(each, dim=1) for each in zip(*found, strict=True))
+            scale, low = scale.half(), low.half()
+            if not bool(torch.isfinite(scale).all() and torch.isfinite(low).all()):
+                raise ParetuneError("a weight is too large for fp16 scales", "Use int8 rows, whose scales are fp32")
+            made.append((_stored(q, bits), scale, low))
+        q, scale, low = (torch.cat(each) for each in zip(*made, strict=True))
+        form = {"group": group, "in_features": values.size(1), "lowest": -(2 ** (bits - 1))}
+        return cls(q, scale, low if minimum else None, values.dtype, activation_bits, **form)
 
     @classmethod
     def from_integers(
@@ -142,25 +145,28 @@ class IntGroups(Weight):
         minimum: Tensor | None,
         compute_dtype: torch.dtype,
         activation_bits: int = 16,
+        *,
+        group: int,
     ) -> IntGroups:
-        """Packs whole numbers `[out, in]` of any dtype, -8 to 7 or -128 to 127; the rest as the class has it."""
-        if bits >= 7:
-            return cls(q.to(torch.int8), scale, minimum, compute_dtype, activation_bits)
-        nibbles = (q + 8).to(torch.uint8)
-        return cls(nibbles[:, ::2] | nibbles[:, 1::2] << 4, scale, minimum, compute_dtype, activation_bits)
+        """Packs whole numbers `[out, in]` of any dtype, -8 to 7 or -128 to 127; the rest as the class has it.
+
+        The minimum is what the smallest integer of so many bits stands for.
+        """
+        form = {"group": group, "in_features": q.size(1), "lowest": -(2 ** (bits - 1))}
+        return cls(_stored(q, bits), scale, minimum, compute_dtype, activation_bits, **form)
 
     def integers(self) -> Tensor:
         """int8 `[out, in]`."""
-        if self.bits == 8:
-            return self.q
-        pairs = torch.stack((self.q & 15, self.q >> 4), dim=-1)
-        return pairs.view(self.out_features, self.in_features).to(torch.int8) - 8
+        return self._integers(self.q)
+
+    def _integers(self, q: Tensor) -> Tensor:
+        return q if self.bits == 8 else grouping.halves(q, self.in_features).to(torch.int8) - 8
 
     def _numbers(self, q: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
-        out = q.float().unflatten(-1, (-1, self.group)) * scale.float()[..., None]
-        if minimum is not None:
-            out = out + minimum.float()[..., None]
-        return out.flatten(-2).to(self.compute_dtype)
+        counted = self._integers(q).float()
+        if self.lowest:
+            counted -= self.lowest
+        return grouping.scaled(counted, scale, minimum, self.group).to(self.compute_dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         """The layer is dequantised for every call: exact, and slow. The native runner and GPUs have fast forms."""
@@ -170,41 +176,102 @@ class IntGroups(Weight):
         return x if self.activation_bits == 16 else rounded_inputs(x, self.activation_bits)
 
     def gpu(self) -> GpuForm | None:
-        return GpuForm(self.q, self.scale, self.minimum)
+        return GpuForm(self.q, self.scale, self.minimum, lowest=self.lowest)
 
     def rows(self, index: Tensor) -> Tensor:
-        q = self.q[index]
-        if self.bits == 4:
-            q = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
-        return self._numbers(q, self.scale[index], None if self.minimum is None else self.minimum[index])
+        return self._numbers(self.q[index], self.scale[index], None if self.minimum is None else self.minimum[index])
 
     def dequantize(self) -> Tensor:
-        return self._numbers(self.integers(), self.scale, self.minimum)
+        return self._numbers(self.q, self.scale, self.minimum)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.compute.dtype
 
     @property
-    def activation_bits(self) -> int:
-        return _BITS_OF[self.activations.dtype]
+    def padded_inputs(self) -> int:
+        return self.q.size(1) * 8 // self.bits
 
     def to_tensors(self) -> dict[str, Tensor]:
         return {name: t for name, t in super().to_tensors().items() if t is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> IntGroups:
-        bits = _BITS_OF[tensors["activations"].dtype]
-        return cls(tensors["q"], tensors["scale"], tensors.get("minimum"), tensors["compute"].dtype, bits)
+        q = part_of(tensors, "q", (torch.int8, torch.uint8), 2)
+        per_byte = 1 if q.dtype == torch.int8 else 2
+        scale = part_of(tensors, "scale", (torch.float16,), 2)
+        if "layout" in tensors:
+            layout = part_of(tensors, "layout", (torch.int32,), 1)
+            if layout.numel() != _LAYOUT:
+                raise CheckpointError(f"layout holds {layout.numel()} numbers, not {_LAYOUT}", "Save the model again")
+            in_features, group, lowest, activation_bits = layout.tolist()
+        else:  # folders written before there were shorter groups: whole ones, minima of the integer 0
+            in_features, lowest = q.size(1) * per_byte, 0
+            group = in_features // max(1, scale.size(1))
+            activation_bits = (
+                _OLD_ACTIVATION_BITS.get(tensors["activations"].dtype, 0) if "activations" in tensors else 16
+            )
+        smallest = -128 if q.dtype == torch.int8 else -8
+        known = group in GROUPS and activation_bits in ACTIVATION_BITS and smallest <= lowest <= 0
+        if not known or in_features < 1 or q.size(1) != -(-in_features // per_byte):
+            raise CheckpointError(
+                f"integers {list(q.shape)} do not hold {in_features} inputs in groups of {group} "
+                f"(smallest {lowest}, inputs of {activation_bits} bits)",
+                "Save the model again",
+            )
+        shape = (q.size(0), grouping.count(in_features, group))
+        scale = part_of(tensors, "scale", (torch.float16,), shape)
+        minimum = part_of(tensors, "minimum", (torch.float16,), shape) if "minimum" in tensors else None
+        form = {"group": group, "in_features": in_features, "lowest": lowest}
+        return cls(q, scale, minimum, part_of(tensors, "compute").dtype, activation_bits, **form)
 
     def native(self) -> NativeForm | None:
-        kind = "int8" if self.bits == 8 else "int4"
-        return NativeForm(kind, self.q, self.scale, self.minimum, self.group, self.activation_bits)
+        return NativeForm(
+            "int8" if self.bits == 8 else "int4",
+            self.q,
+            self.scale,
+            self.minimum,
+            self.group,
+            self.activation_bits,
+            n_in=self.in_features,
+            lowest=self.lowest,
+        )
 
     @classmethod
     def from_native(cls, form: NativeForm, compute_dtype: torch.dtype) -> IntGroups:
         assert form.scale is not None
-        return cls(form.data, form.scale, form.minimum, compute_dtype, form.activation_bits)
+        layout = {"group": form.group, "in_features": form.n_in, "lowest": form.lowest}
+        return cls(form.data, form.scale, form.minimum, compute_dtype, form.activation_bits, **layout)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}x{self.in_features}, {self.bits} bits in groups of {self.group}"
+
+
+def _stored(q: Tensor, bits: int) -> Tensor:
+    """Whole numbers `[out, in]` as they are kept."""
+    return q.to(torch.int8) if bits >= 7 else grouping.pack_halves((q + 8).to(torch.uint8))
+
+
+def _nearest(w: Tensor, bits: int, minimum: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers `[out, in]`, fp32 scales and minima `[out, groups]` (zeros without one) of groups `w[out, groups, g]`.
+
+    Rounded with the fp32 scale, to be read with the fp16 one, as llama.cpp does.
+    """
+    top = 2 ** (bits - 1)  # one more than the largest integer
+    low = w.amin(dim=-1) if minimum else torch.zeros_like(w[..., 0])
+    if minimum:
+        scale = (w.amax(dim=-1) - low) / (2 * top - 1)
+    elif bits >= 7:
+        scale = w.abs().amax(dim=-1) / (127 if bits == 8 else 64)
+    else:  # the number of largest size becomes -8, with its sign
+        at = w.abs().argmax(dim=-1, keepdim=True)
+        scale = w.gather(-1, at)[..., 0] / -8
+    inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))[..., None]
+    if minimum:
+        q = ((w - low[..., None]) * inverse + 0.5).floor().clamp_(0, 2 * top - 1) - top
+    elif bits >= 7:
+        x = w * inverse
+        q = torch.where(x < 0, -torch.floor(-x + 0.5), torch.floor(x + 0.5))  # roundf: halves away from zero
+    else:
+        q = (w * inverse + 8.5).floor().clamp_(0, 15) - 8
+    return q.flatten(1), scale, low

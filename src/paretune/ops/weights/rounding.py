@@ -2,7 +2,7 @@
 
 All give the same stored form, so every kernel serves them.
 
-Legend: N outputs, C inputs, g size of a group, G = C / g groups.
+Legend: N outputs, C inputs, g size of a group, G = C / g groups, the last one of a row shorter where g does not divide C.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from paretune.errors import ParetuneError
+from paretune.ops import grouping
 from paretune.ops.weights.int_groups import IntGroups
 
 COLUMNS = 128  # that GPTQ rounds before the rest of the matrix is brought up to date
@@ -31,17 +32,22 @@ def search_scales(w: Tensor, importance: Tensor, bits: int, group: int, minimum:
         importance: of each input, `[C]`: the diagonal of the second moments.
 
     Returns:
-        fp16 `[N, G]` each; the minimum counts from the integer 0.
+        fp16 `[N, G]` each; the minimum stands for the smallest integer.
     """
-    parts = [_search(part, importance, bits, group, minimum) for part in w.split(max(1, AT_ONCE // w.size(1)))]
-    low = torch.cat([p[1] for p in parts if p[1] is not None]) if minimum else None
-    return torch.cat([p[0] for p in parts]), low
+    weight = grouping.split(importance / importance.mean().clamp(min=1e-30) + 1e-3, group)
+    made = []
+    for rows in w.split(max(1, AT_ONCE // w.size(1))):
+        parts = zip(grouping.split(rows, group), weight, strict=True)
+        found = [_search(x, part, bits, minimum) for x, part in parts]
+        made.append([torch.cat(each, dim=1) for each in zip(*found, strict=True)])
+    scale, low = (torch.cat(each) for each in zip(*made, strict=True))
+    return scale, low if minimum else None
 
 
-def _search(w: Tensor, importance: Tensor, bits: int, group: int, minimum: bool) -> tuple[Tensor, Tensor | None]:
+def _search(x: Tensor, weight: Tensor, bits: int, minimum: bool) -> tuple[Tensor, Tensor]:
+    """fp16 scales and minima `[N, G]` of groups `x[N, G, g]`, inputs weighed by `weight[G, g]`."""
     least, most = levels(bits)
-    x = w.unflatten(1, (-1, group))  # (N, G, g)
-    weight = (importance / importance.mean().clamp(min=1e-30) + 1e-3).view(-1, group)
+    lowest = least if minimum else 0
     if minimum:
         top, bottom = x.amax(-1), x.amin(-1)
         middle = (top + bottom) / 2
@@ -52,33 +58,33 @@ def _search(w: Tensor, importance: Tensor, bits: int, group: int, minimum: bool)
     largest = (torch.maximum(top.abs(), bottom.abs()) if minimum else extreme.abs() / -least).max()
     if not float(largest) * max(SHRINK) < torch.finfo(torch.float16).max:
         raise ParetuneError("a weight is too large for fp16 scales", "Use int8 rows, whose scales are fp32")
-    best = torch.full(x.shape[:2], torch.inf, device=w.device)
+    best = torch.full(x.shape[:2], torch.inf, device=x.device)
     scale = torch.zeros_like(best)
-    low = torch.zeros_like(best) if minimum else None
+    low = torch.zeros_like(best)
     for shrink in SHRINK:
         if minimum:
             s = ((top - bottom) * shrink / (most - least)).half().float()
-            b = (middle - (top - bottom) * shrink / 2 - least * s).half().float()
+            b = (middle - (top - bottom) * shrink / 2).half().float()
         else:
             s = (extreme * shrink / least).half().float()
             b = torch.zeros_like(s)
-        error = ((x - rounded(x, s[..., None], b[..., None], bits)).square() * weight).sum(-1)
+        error = ((x - rounded(x, s[..., None], b[..., None], bits, lowest)).square() * weight).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, s, scale)
-        if low is not None:
-            low = torch.where(better, b, low)
-    return scale.half(), None if low is None else low.half()
+        low = torch.where(better, b, low)
+    return scale.half(), low.half()
 
 
-def integers(w: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
-    """The nearest integers, as floats; a group without a scale is all zeros."""
+def integers(w: Tensor, scale: Tensor, minimum: Tensor, bits: int, lowest: int) -> Tensor:
+    """The nearest integers, as floats, where `lowest` stands for the minimum; it is all of a group without a scale."""
     inverse = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
-    return ((w - minimum) * inverse).round_().clamp_(*levels(bits))
+    return ((w - minimum) * inverse).round_().add_(lowest).clamp_(*levels(bits))
 
 
-def rounded(w: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
-    return integers(w, scale, minimum, bits) * scale + minimum
+def rounded(w: Tensor, scale: Tensor, minimum: Tensor, bits: int, lowest: int) -> Tensor:
+    """The numbers that `integers` stand for."""
+    return (integers(w, scale, minimum, bits, lowest) - lowest) * scale + minimum
 
 
 def nearest_weighted(
@@ -87,12 +93,15 @@ def nearest_weighted(
     """Nearest integers under searched scales: what GPTQ begins with, without what it adds."""
     w = values.detach().float()
     scale, low = search_scales(w, importance, bits, group, minimum)
-    s, b = _by_input(scale, group), torch.zeros(1) if low is None else _by_input(low, group)
-    return IntGroups.from_integers(integers(w, s, b, bits), bits, scale, low, values.dtype, activation_bits)
+    s, b = _of_inputs(scale, low, group, w.size(1))
+    q = integers(w, s, b, bits, levels(bits)[0] if minimum else 0)
+    return IntGroups.from_integers(q, bits, scale, low, values.dtype, activation_bits, group=group)
 
 
-def _by_input(x: Tensor, group: int) -> Tensor:
-    return x.float().repeat_interleave(group, dim=1)
+def _of_inputs(scale: Tensor, low: Tensor | None, group: int, n_in: int) -> tuple[Tensor, Tensor]:
+    """fp32 scales and minima of each input, `[N, C]`."""
+    s = grouping.each(scale.float(), group, n_in)
+    return s, torch.zeros_like(s) if low is None else grouping.each(low.float(), group, n_in)
 
 
 def gptq(
@@ -128,8 +137,8 @@ def gptq(
     factor = _inverse_factor(moments[order][:, order], damping)
     # Rows are inputs from here on: one input of all outputs lies in one piece.
     left = w.t()[order].contiguous()
-    scales = _by_input(scale, group).t()[order].contiguous()
-    lows = torch.zeros_like(scales) if low is None else _by_input(low, group).t()[order].contiguous()
+    scales, lows = (x.t()[order].contiguous() for x in _of_inputs(scale, low, group, w.size(1)))
+    lowest = levels(bits)[0] if minimum else 0
     q = torch.empty_like(left)
     for start in range(0, left.size(0), COLUMNS):
         end = min(start + COLUMNS, left.size(0))
@@ -137,13 +146,14 @@ def gptq(
         errors = torch.empty_like(part)
         for i in range(end - start):
             s, b = scales[start + i], lows[start + i]
-            q[start + i] = integers(part[i], s, b, bits)
-            errors[i] = (part[i] - q[start + i] * s - b) / own[i, i]
+            q[start + i] = integers(part[i], s, b, bits, lowest)
+            errors[i] = (part[i] - (q[start + i] - lowest) * s - b) / own[i, i]
             part[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     found = torch.empty_like(q)
     found[order] = q
-    return IntGroups.from_integers(found.t().contiguous(), bits, scale, low, values.dtype, activation_bits)
+    form = found.t().contiguous(), bits, scale, low, values.dtype, activation_bits
+    return IntGroups.from_integers(*form, group=group)
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:
@@ -167,19 +177,22 @@ def hqq(values: Tensor, bits: int, group: int, *, activation_bits: int = 16, n_s
     Minimises `|w - rounded|_p`, p = 0.7: an auxiliary error is shrunk towards zero and the minimum moved to the mean of
     what is left, in turns.
     """
-    if values.numel() > AT_ONCE:
-        rows = max(1, AT_ONCE // values.size(1))
-        parts = [hqq(p, bits, group, activation_bits=activation_bits, n_steps=n_steps) for p in values.split(rows)]
-        lows = torch.cat([p.minimum for p in parts if p.minimum is not None])
-        q, scale = torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
-        return IntGroups(q, scale, lows, values.dtype, activation_bits)
+    made = []
+    for rows in values.detach().split(max(1, AT_ONCE // values.size(1))):
+        found = [_hqq(part.float(), bits, n_steps) for part in grouping.split(rows, group)]
+        made.append([torch.cat(each, dim=1) for each in zip(*found, strict=True)])
+    q, scale, low = (torch.cat(each) for each in zip(*made, strict=True))
+    return IntGroups.from_integers(q, bits, scale, low, values.dtype, activation_bits, group=group)
+
+
+def _hqq(x: Tensor, bits: int, n_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 integers `[N, C]`, fp16 scales and minima `[N, G]` of groups `x[N, G, g]`."""
     least, most = levels(bits)
-    x = values.detach().float().unflatten(1, (-1, group))
     if not bool(torch.isfinite(x).all()):
         raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
     top, bottom = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
     s = ((top - bottom) / (most - least)).half().float()
-    b = (bottom - least * s).half().float()
+    b = bottom.half().float()
     if not bool(torch.isfinite(s).all() and torch.isfinite(b).all()):
         raise ParetuneError("a weight is too large for fp16 scales", "Use int8 rows, whose scales are fp32")
     best, best_error = b, torch.full_like(b, torch.inf)
@@ -187,12 +200,11 @@ def hqq(values: Tensor, bits: int, group: int, *, activation_bits: int = 16, n_s
     step = torch.where(s != 0, s, torch.ones_like(s))
     beta, p = 10.0, 0.7
     for _ in range(n_steps):
-        q = integers(x, s, b, bits)
-        error = (x - q * s - b) / step
+        counted = integers(x, s, b, bits, least) - least
+        error = (x - counted * s - b) / step
         size = error.abs().pow(p).sum(-1, keepdim=True)
         best, best_error = torch.where(size < best_error, b, best), torch.minimum(size, best_error)
         kept = error.sign() * (error.abs() - error.abs().clamp(min=1e-6).pow(p - 1) / beta).clamp(min=0)
-        b = (x - kept * step - q * s).mean(-1, keepdim=True).half().float()
+        b = (x - kept * step - counted * s).mean(-1, keepdim=True).half().float()
         beta *= 1.01
-    q = integers(x, s, best, bits).flatten(1)
-    return IntGroups.from_integers(q, bits, s[..., 0].half(), best[..., 0].half(), values.dtype, activation_bits)
+    return integers(x, s, best, bits, least).flatten(1).to(torch.int8), s[..., 0].half(), best[..., 0].half()
