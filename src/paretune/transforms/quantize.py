@@ -38,12 +38,14 @@ class Chosen:
         names: of the layers that hold it.
         is_end: an embedding or the head.
         is_positions: the embedding of positions, a small table that no product goes through.
+        is_product: some layer multiplies with it; an embedding that is not the head too is a look-up.
     """
 
     names: tuple[str, ...]
     weight: Weight
     is_end: bool
     is_positions: bool = False
+    is_product: bool = True
 
     @property
     def name(self) -> str:
@@ -59,7 +61,8 @@ def matrices(model: LanguageModel) -> list[Chosen]:
         names = (*before.names, name) if before else (name,)
         is_positions = isinstance(module, Embedding) and module is not model.embedding
         is_end = is_end or (before is not None and before.is_end)
-        out[id(module.weight)] = Chosen(names, module.weight, is_end, is_positions)
+        is_product = not isinstance(module, Embedding) or (before is not None and before.is_product)
+        out[id(module.weight)] = Chosen(names, module.weight, is_end, is_positions, is_product)
     return list(out.values())
 
 
