@@ -208,8 +208,8 @@ def test_interface(name, dtype):
 def test_any_width_and_back_from_a_folder(name, n_in):
     """PyTorch's forms against the stored numbers in float64, within what each rounds.
 
-    Sums are fp32; few rows of int8 go through bf16 inputs and results, 2^-9 each; LLM.int8 rounds inputs to the nearest of
-    127 steps of their row's largest."""
+    Sums are fp32; few rows of int8 go through bf16 inputs and results, 2^-9 each; LLM.int8 rounds inputs to the nearest
+    of 127 steps of their row's largest."""
     make = MAKE.get(name, Int8Rows.quantize)
     g = torch.Generator().manual_seed(n_in)
     w, x = torch.randn(17, n_in, generator=g), torch.randn(7, n_in, generator=g)

@@ -24,6 +24,7 @@ class Int8Rows(Weight):
     """
 
     format = "int8_rows"
+    is_native = True
     kernel = "aten::_weight_int8pack_mm"
     bits = 8
     q: Tensor

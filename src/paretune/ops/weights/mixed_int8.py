@@ -27,6 +27,7 @@ class MixedInt8(Weight):
     """
 
     format = "mixed_int8"
+    is_native = True
     kernel = KERNEL
     bits = 8
     q: Tensor

@@ -4,8 +4,8 @@ Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:230
 distribution; a block's scale is its largest size; 256 scales share one fp32 scale of their own and are kept in 8 bits
 (the dynamic map of Dettmers 2015, arXiv:1511.04561) around the mean of all.
 
-bitsandbytes lays all rows in one line and cuts that into blocks; here a block ends with its row, so that rows can be read
-alone. The two are the same where 64 divides the width, and differ elsewhere: there the last block of a row is shorter.
+bitsandbytes lays all rows in one line and cuts that into blocks; here a block ends with its row, so that rows can be
+read alone. The two are the same where 64 divides the width; elsewhere the last block of a row is shorter here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class NF4(Weight):
 
     Args:
         q: uint8 `[out, in / 2]`, rounded up, two codes a byte, the even input in the low half.
-        scale: uint8 `[out, in / 64]`, rounded up: `absmax = dynamic_map[scale] * scale_of_scales[block of 256] + offset`.
+        scale: uint8 `[out, in / 64]`, rounded up:
+            `absmax = dynamic_map[scale] * scale_of_scales[block of 256] + offset`.
         scale_of_scales: fp32, one for 256 scales in the order of memory, rounded up.
         offset: fp32 `[1]`.
         compute_dtype: of `rows` and `dequantize`.
@@ -92,6 +93,7 @@ class NF4(Weight):
     """
 
     format = "nf4"
+    is_native = True
     bits = 4
     group = BLOCK
     q: Tensor
@@ -220,7 +222,7 @@ class NF4(Weight):
 
 
 def _codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes two a byte, uint8 `[out, in / 2]`, and each block's largest size, fp32 `[out, in / 64]`, both rounded up."""
+    """Codes, two a byte, uint8 `[out, in / 2]`, and the largest size of each block, fp32 `[out, in / 64]`."""
     w = values.float()
     if not bool(torch.isfinite(w).all()):
         raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
