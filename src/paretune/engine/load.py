@@ -12,7 +12,7 @@ from paretune.engine import calibration
 from paretune.engine.generate import naive_generate
 from paretune.engine.probe import Observation, observe
 from paretune.engine.runners.base import CACHE_DTYPES, Runner
-from paretune.errors import NoEffectError, NotExactError, UsageError
+from paretune.errors import NoEffectError, NotExactError
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding, Linear
@@ -48,11 +48,10 @@ def load_recipe(
             seconds of micro-kernels, and more on a busy machine).
 
     Raises:
-        UsageError: the recipe cannot run here; the reason is in the message.
+        UsageError: the recipe cannot run this model here; the reason is in the message.
     """
-    reason = recipe.requires(device) if check else None
-    if reason:
-        raise UsageError(f"{recipe.name} cannot run here: {reason}", "Choose another recipe")
+    if check:
+        recipe.check(device, checkpoint.read_config(folder))
     started = clock.now()
     if recipe.engine.threads:
         hardware.set_threads(recipe.engine.threads)

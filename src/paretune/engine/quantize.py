@@ -145,14 +145,17 @@ def quantize(
         NoEffectError: nothing was quantised, or what was written is not what was made.
     """
     refuse_quantized(folder)
+    config = checkpoint.read_config(folder)
     for transform in transforms:
-        reason = transform.requires("cpu")
-        if reason:
-            raise UsageError(f"{transform.title} cannot be made here: {reason}", "Choose another --format")
+        if reason := transform.fits(config) or transform.requires("cpu"):
+            raise UsageError(
+                f"{transform.title} cannot be made here: {reason}", "Choose another --format, --include or --exclude"
+            )
+        config = transform.changed(config)
     calibrated = [transform for transform in transforms if transform.needs_calibration]
     if calibration_text is not None and not calibrated:
         raise UsageError(f"{transforms[0].title} needs no calibration text", "Leave out --calibration")
-    window_len = min(calibration.WINDOW_LEN, checkpoint.read_config(folder).n_positions)
+    window_len = min(calibration.WINDOW_LEN, config.n_positions)
     windows = None
     if calibration_text is not None:
         windows = calibration.from_text(folder, calibration_text, window_len=window_len)

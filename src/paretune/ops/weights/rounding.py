@@ -2,7 +2,7 @@
 
 All give the same stored form, so every kernel serves them.
 
-Legend: N outputs, C inputs, g size of a group, G = C / g groups, the last one of a row shorter where g does not divide C.
+Legend: N outputs, C inputs, g size of a group, G = C / g groups, rounded up: the last of a row may be shorter.
 """
 
 from __future__ import annotations
