@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretune import clock
+from paretune.engine.exact import TIE_MARGIN
 from paretune.engine.generate import check_request, generate, naive_generate
-from paretune.engine.load import TIE_MARGIN
 from paretune.engine.runners.eager import EagerRunner
 from paretune.engine.sampling import SamplingOptions
 from paretune.errors import UsageError
@@ -80,6 +80,10 @@ def test_the_oracle_is_greedy_on_the_whole_sequence(tiny):
     assert tokens == top.indices[:, 0].tolist() and len(set(tokens)) > 1
     gaps = (top.values[:, 0] - top.values[:, 1]).tolist()
     assert margins == pytest.approx(gaps, abs=1e-4) and min(margins) >= 0
+    # A guess changes no answer: right, wrong from the third token on, wrong at once, too long.
+    for guess in (tokens, tokens[:2] + [t + 1 for t in tokens[2:]], [tokens[0] + 1], [*tokens, 5]):
+        again, margins_again = naive_generate(model, prompt, n, guess)
+        assert again == tokens and margins_again == pytest.approx(margins, abs=1e-4)
 
 
 def test_alone_equals_the_oracle(runner):

@@ -7,7 +7,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from fake_race import BASE, MB, Killed, Machine, install, is_confirmation, only, run, windows
+from fake_race import BASE, MB, START_SEC, Killed, Machine, install, is_confirmation, only, run, windows
 
 from paretune.errors import NoRecipeError, ParetuneError, TooNoisyError
 from paretune.measure.interleave import SubjectError
@@ -333,7 +333,7 @@ def test_a_finalist_that_breaks_in_the_confirmation_leaves_its_cause(monkeypatch
     from paretune.measure.interleave import SubjectError
 
     def on_ask(trial, do):
-        if do == "load" and is_confirmation(trial) and not trial.endswith("baseline") and id_of(INT8) in trial:
+        if do == "start" and is_confirmation(trial) and not trial.endswith("baseline") and id_of(INT8) in trial:
             raise SubjectError("the process crashed with SIGBUS")
 
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.005, name(BF16): 0.008}, on_ask=on_ask))
@@ -343,7 +343,54 @@ def test_a_finalist_that_breaks_in_the_confirmation_leaves_its_cause(monkeypatch
     assert "SIGBUS" in json.dumps(result["verdict"]) + json.dumps(row(result, INT8))
 
 
-@pytest.mark.parametrize("when", ["load", "score"])
+@pytest.mark.parametrize("when", ["start", "sample", "score"])
+def test_trials_that_are_lost_with_the_fork_server_are_started_again(monkeypatch, tmp_path, six, when):
+    """Nobody's row says that it failed, and every block is whole."""
+    lost: list[str] = []
+
+    def lose(trial):
+        lost.append(trial)
+        machine.lose_all()
+
+    def on_ask(trial, do):
+        if do == when and not lost and trial == id_of(INT8):
+            lose(trial)
+
+    def on_sample(trial, n):
+        if when == "sample" and not lost and n == 20:
+            lose(trial)
+
+    machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}, on_ask=on_ask, on_sample=on_sample))
+    out = run(machine, tmp_path / "plan")
+    assert lost and (out.kind, out.winner) == ("winner", id_of(INT8))
+    assert not [s.failure for s in out.race.trials.values() if s.failure]
+    assert all(out.race.is_whole(event["stage"]) for event in out.race.journal.all("stage"))
+
+
+def test_what_an_earlier_run_has_started_costs_a_resumed_one_nothing(monkeypatch, tmp_path, six):
+    def kill_at(n):
+        def on_sample(trial, taken):
+            if taken == n:
+                raise Killed
+
+        return on_sample
+
+    machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}, on_sample=kill_at(20)))
+    with pytest.raises(Killed):
+        run(machine, tmp_path / "plan")
+    machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}, on_sample=kill_at(1)))
+    before = machine.clock.now_sec
+    with pytest.raises(Killed):
+        run(machine, tmp_path / "plan", resume=True)
+    started = [trial for trial, _, _ in machine.started]
+    assert len(started) == 8, "the baseline, its twin and the wave"
+    lines = [json.loads(line) for line in (tmp_path / "plan" / "samples.jsonl").read_text().splitlines()]
+    one, two = lines[-2:]
+    assert machine.clock.now_sec - before > 8 * START_SEC["eager"], "starting took its time"
+    assert two["elapsed_sec"] - one["elapsed_sec"] < 2, "and the budget did not pay for it"
+
+
+@pytest.mark.parametrize("when", ["start", "score"])
 def test_a_baseline_that_does_not_run_is_one_clear_error(monkeypatch, tmp_path, six, when):
     from paretune.measure.interleave import SubjectError
 
@@ -547,7 +594,7 @@ def test_ctrl_c_writes_what_is_known(monkeypatch, tmp_path, six, at):
         assert plan["recipe"] == spaces.baseline().to_dict()
 
 
-@pytest.mark.parametrize("do", ["load", "warm", "memory"])
+@pytest.mark.parametrize("do", ["ready", "start"])
 def test_ctrl_c_before_anything_was_measured(monkeypatch, tmp_path, six, do):
     def on_ask(trial, asked):
         if asked == do:

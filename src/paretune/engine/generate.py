@@ -49,18 +49,33 @@ class GenerateResult:
 
 
 @torch.inference_mode()
-def naive_generate(model: LanguageModel, prompt: Sequence[int], max_new_tokens: int) -> tuple[list[int], list[float]]:
+def naive_generate(
+    model: LanguageModel, prompt: Sequence[int], max_new_tokens: int, guess: Sequence[int] = ()
+) -> tuple[list[int], list[float]]:
     """The oracle: greedy, no cache, the whole sequence again for every token.
+
+    Args:
+        guess: what the tokens may be. As far as it is right, one pass over all of it finds them.
 
     Returns:
         the new tokens, and for each the margin between the two largest logits.
     """
     ids, margins, device = list(prompt), [], next(model.parameters()).device
-    for _ in range(max_new_tokens):
-        logits = model(torch.tensor([ids], device=device), None, "last")[0, 0]
+
+    def look(logits: Tensor) -> int:
         top = logits.float().topk(2).values
         margins.append(float(top[0] - top[1]))
         ids.append(int(logits.argmax()))
+        return ids[-1]
+
+    guess = list(guess[:max_new_tokens])
+    if guess:
+        rows = model(torch.tensor([ids + guess[:-1]], device=device), None, "all")[0, len(prompt) - 1 :]
+        for row, guessed in zip(rows, guess, strict=True):
+            if look(row) != guessed:
+                break
+    while len(ids) < len(prompt) + max_new_tokens:
+        look(model(torch.tensor([ids], device=device), None, "last")[0, 0])
     return ids[len(prompt) :], margins
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
+from paretune.model.layers import DEFAULT_ATTENTION
 from paretune.registry import ATTENTION
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, kernels_like
 
@@ -50,6 +51,12 @@ class Attention(Transform):
         for module in attention_layers(model):
             module.attention = function
         return model
+
+    def undo_(self, model: LanguageModel) -> bool:
+        function = ATTENTION.get(DEFAULT_ATTENTION)
+        for module in attention_layers(model):
+            module.attention = function
+        return True
 
     def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         function = ATTENTION.get(self.form)

@@ -112,6 +112,10 @@ class Transform:
         """The weight of the layer `name` as `apply` would leave it; the rest of the model may not be there yet."""
         return weight
 
+    def undo_(self, model: LanguageModel) -> bool:
+        """Takes back what `apply` did, in place; False where that cannot be. For what is exact: the reference form."""
+        return False
+
     def verify(self, model: LanguageModel, probe: Observation) -> list[str]:
         """Proof of effect on the transformed model: sentences with figures for the report.
 

@@ -59,7 +59,20 @@ def why(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     return {"explanations": found["explanations"], "sec": found["whole"]["sec"]}
 
 
-if __name__ == "__main__":
+def preload() -> None:
+    """As `measure.worker.preload`, and what scores and profiles."""
+    import paretune.evaluate.fidelity
+    import paretune.measure.profile  # noqa: F401
+    from paretune.measure import worker
+
+    worker.preload()
+
+
+def main() -> None:
     trial = Trial()
     own = {"score": lambda request: score(trial, request), "why": lambda request: why(trial, request)}
     serve({**trial.handlers(), **own})
+
+
+if __name__ == "__main__":
+    main()
