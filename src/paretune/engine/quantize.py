@@ -21,6 +21,7 @@ from paretune.model.layers import Embedding, Linear
 from paretune.model.stored import StoredTensors
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
+from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context, Transform, config_of, weight_holders
 from paretune.transforms.quantize import Quantize, matrices
 
@@ -171,6 +172,8 @@ def quantize(
         stored = _dtype_of(folder)
         # What runs the model to calibrate it runs it in fp32.
         model = checkpoint.load(folder, torch.float32 if calibrated else None, convert if streams else None)
+        if calibrated:  # as recipes run it; what a folder says of attention does not change
+            model = Attention("sdpa").apply(model, Context())
         if calibrated and windows is None:
             say("the model writes its calibration text")
             windows = calibration.from_model(model)
