@@ -123,7 +123,7 @@ def _round_tensor(x: torch.Tensor) -> torch.Tensor:
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
     zero = (-low / scale).round()
-    return ((x / scale + zero).round().clamp(0, 255) - zero) * scale
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
 
 
 def _round_rows(x: torch.Tensor) -> torch.Tensor:
