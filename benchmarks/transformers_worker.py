@@ -97,5 +97,9 @@ class HfTrial:
         return {"load": self.load, "sample": self.sample, "memory": self.memory}
 
 
-if __name__ == "__main__":
+def main() -> None:
     serve(HfTrial().handlers())
+
+
+if __name__ == "__main__":
+    main()

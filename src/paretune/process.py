@@ -45,6 +45,17 @@ def rss_bytes() -> int:
     return _largest_rss_bytes() if now is None else now
 
 
+def shared_bytes() -> int | None:
+    """Of `rss_bytes`: pages that other processes hold too, such as libraries and what a process that forks has
+    imported. However many of its kind run, these are there once. None where the system does not say."""
+    total = None
+    with contextlib.suppress(OSError), open("/proc/self/smaps_rollup", encoding="utf-8") as f:
+        for line in f:
+            if line.startswith(("Shared_Clean:", "Shared_Dirty:")):
+                total = (total or 0) + (int(line.split()[1]) << 10)
+    return total
+
+
 def peak_rss_bytes() -> int:
     """The largest physical memory of this process since its start, or since `reset_peak_rss` gave True."""
     peak = _status_bytes("VmHWM")
@@ -72,6 +83,18 @@ def give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def die_with_parent(parent: int | None = None) -> None:
+    """From here on the system ends this process when its parent ends, also while it is stopped. Linux only.
+
+    Args:
+        parent: the parent's process id, where it is known: one that has ended already ends this process now.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG; SIGKILL reaches a stopped process too
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
+
+
 def serve(handlers: dict[str, Handler], refusals: tuple[type[Exception], ...]) -> None:
     """Answers JSON lines `{"do": NAME, ...}` until standard input closes. Dies with its parent, stopped or not.
 
@@ -80,8 +103,8 @@ def serve(handlers: dict[str, Handler], refusals: tuple[type[Exception], ...]) -
         refusals: errors whose message is the reason as it is. Every other is an answer too: one trial's bug is a row
             with its cause, never the end of the run.
     """
+    die_with_parent()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG; SIGKILL reaches a stopped process too
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints does not garble the protocol

@@ -58,9 +58,9 @@ def test_dry_run_shows_the_space_and_measures_nothing(tune, tmp_path):
     code, out, err = tune("pocket", "--dry-run", "-o", tmp_path / "plan")
     lines = out.splitlines()
     assert code == 0 and not err
-    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "107 candidates:"
-    names = [line.strip() for line in lines[2:109]]
-    assert len(set(names)) == 107 and "sdpa + bf16 + int8, compile(default)" in names
+    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "111 candidates:"
+    names = [line.strip() for line in lines[2:113]]
+    assert len(set(names)) == 111 and "sdpa + bf16 + int8, compile(default)" in names
     assert "Nothing was measured" in lines[-1] and "300 s" in lines[-1]
     assert not (tmp_path / "plan").exists()
 
@@ -69,14 +69,14 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
-    assert out.count("cannot run here") == 174 + 18 and "needs a C++ compiler" in out
+    assert out.count("cannot run here") == 198 + 21 and "needs a C++ compiler" in out
 
 
 def test_dry_run_counts_mechanisms_for_long_requests(tune):
     code, out, _ = tune("pocket", "--dry-run", "--input-len", "480")
-    assert code == 0 and "125 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
+    assert code == 0 and "132 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
     code, out, _ = tune("pocket", "--dry-run")
-    assert "107 candidates:" in out and "skips nothing in a request of 160 tokens" in out
+    assert "111 candidates:" in out and "skips nothing in a request of 160 tokens" in out
 
 
 def test_dry_run_announces_the_peers_and_their_time(tune):
@@ -259,13 +259,14 @@ def test_a_real_run_killed_and_resumed_gives_a_plan_that_generates(tmp_path):
     first = subprocess.Popen(tune, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     events, samples = folder / "events.jsonl", folder / "samples.jsonl"
     started = time.monotonic()
-    while first.poll() is None and time.monotonic() - started < 25:
-        time.sleep(0.2)
+    while first.poll() is None and time.monotonic() - started < 120:  # until it has something to lose
+        if samples.is_file() and samples.read_bytes().count(b"\n") >= 10:
+            break
+        time.sleep(0.1)
     assert first.poll() is None, first.communicate()
     os.kill(first.pid, signal.SIGKILL)
     first.communicate(timeout=30)
     assert events.is_file() and not (folder / "plan.json").exists()
-    # On a busy machine nothing may be measured so early: then there is nothing to lose either.
     kept = b"".join(line for line in samples.read_bytes().splitlines(keepends=True) if line.endswith(b"\n"))
     second = subprocess.run([*tune, "--resume"], capture_output=True, text=True, timeout=280)
     assert second.returncode in (0, 5), second.stderr

@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
+from paretune.engine.exact import TIE_MARGIN
 from paretune.engine.generate import generate, naive_generate
-from paretune.engine.load import TIE_MARGIN
 from paretune.engine.probe import PROMPT_LEN, observe
 from paretune.engine.runners.compiled import CAPACITY_STEP, MODES, CompileRunner
 from paretune.engine.runners.eager import EagerRunner

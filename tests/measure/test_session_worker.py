@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from paretune.measure.forkserver import ForkedProcess
 from paretune.measure.interleave import SubjectError
 from paretune.measure.session import TrialProcess
 from paretune.model.checkpoint import read_config, resolve
@@ -47,36 +49,49 @@ def leave(request):
     print("the last words", file=sys.stderr, flush=True)
     os._exit(7)
 
-if __name__ == "__main__":
+def main():
     serve({
         "noisy": noisy, "refuse": refuse, "bug": bug, "memory": memory, "leave": leave,
         "sample": lambda request: {"sec": 0.5, "kind": request["kind"]},
         "hang": lambda request: time.sleep(600) or {},
     })
+
+if __name__ == "__main__":
+    main()
 """
 
 
 @pytest.fixture
-def light(tmp_path, monkeypatch):
-    """A started light worker; closed at the end."""
+def light_module(tmp_path, monkeypatch):
     (tmp_path / "light_worker.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
-    process = TrialProcess("light", "tpot", log=tmp_path / "log", module="light_worker")
+    return "light_worker"
+
+
+@pytest.fixture(params=["forked", "executed"])
+def light(request, tmp_path, light_module):
+    """A started light worker; closed at the end."""
+    fresh = request.param == "executed"
+    process = TrialProcess("light", "tpot", log=tmp_path / "log", module=light_module, fresh=fresh)
+    assert isinstance(process._process, subprocess.Popen if fresh else ForkedProcess) and not process.note
     yield process
     process.close()
 
 
 @pytest.fixture(scope="module")
 def pocket_trial(tmp_path_factory):
-    """`pocket` under the baseline on one thread, in a real worker, and the answer to `load`."""
+    """`pocket` under the baseline on one thread, in a real worker, and the answer to `start`."""
     process = TrialProcess("pocket", "tpot", log=tmp_path_factory.mktemp("worker") / "log")
     answer = process.ask(
-        "load",
+        "start",
         folder=str(_pocket()),
         recipe=preset("baseline").to_dict(),
         workload={"input_len": 16, "output_len": 4, "batch_size": 2, "seed": 1},
         threads=1,
         check_prompt=list(range(10, 22)),
+        kinds=["tpot"],
+        warm_sec=0.2,
+        side=["ttft", "tpot"],
         timeout_sec=240.0,
     )
     yield process, answer
@@ -87,6 +102,14 @@ def state_of(process: TrialProcess) -> str:
     """R, S, D, T (stopped), Z: the field after the name in parentheses."""
     text = Path(f"/proc/{process._process.pid}/stat").read_text()
     return text.rpartition(")")[2].split()[0]
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return text.rpartition(")")[2].split()[0] == "Z"  # dead, and no one has asked for its exit code yet
 
 
 def wait_for(condition, what: str) -> None:
@@ -110,6 +133,17 @@ def test_load_answers_with_proof_bytes_and_the_threads_read_back(pocket_trial):
     assert answer["compute_dtype"] == "float32" and answer["notes"] == []
 
 
+def test_a_start_is_told_in_parts(pocket_trial):
+    _, answer = pocket_trial
+    parts = answer["start_parts_sec"]
+    assert set(parts) == {"load", "convert", "calibrate", "prove", "exact", "memory", "warm"}
+    assert all(parts[part] > 0 for part in ("load", "prove", "exact", "memory", "warm")) and parts["calibrate"] >= 0
+    assert parts["load"] + parts["convert"] + parts["calibrate"] == pytest.approx(answer["load_sec"])
+    assert set(answer["warm"]) == {"tpot"} and answer["warm"]["tpot"]["timings_sec"]
+    assert set(answer["side_sec"]) == {"ttft", "tpot"} and min(answer["side_sec"].values()) > 0
+    assert answer["memory"]["weights_bytes"] == answer["weights_bytes"]
+
+
 @pytest.mark.parametrize("kind", ["ttft", "tpot", "throughput"])
 def test_samples_are_above_zero(pocket_trial, kind):
     process, _ = pocket_trial
@@ -124,6 +158,8 @@ def test_warm_and_memory(pocket_trial):
     parts = process.ask("memory")
     assert parts["weights_bytes"] == answer["weights_bytes"] < parts["rss_bytes"] <= parts["rss_peak_bytes"]
     assert parts["activation_peak_bytes"] is None or parts["activation_peak_bytes"] >= 0
+    # What the server imported is in its memory, as it is in that of a process which imports it itself.
+    assert 50_000_000 < parts["shared_bytes"] < parts["rss_bytes"] - 28_000_000
 
 
 def test_a_bad_request_leaves_the_worker_alive(pocket_trial):
@@ -218,24 +254,16 @@ def test_close_ends_a_stopped_worker_and_may_come_twice(light):
     assert not light.alive
 
 
-def test_the_worker_dies_with_its_parent(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_worker_dies_with_its_parent(tmp_path, fresh):
     (tmp_path / "light_worker.py").write_text(MODULE)
     script = (
         "import os\nfrom paretune.measure.session import TrialProcess\n"
-        "p = TrialProcess('x', 'tpot', module='light_worker')\np.ask('noisy', value=1)\np.pause()\n"
+        f"p = TrialProcess('x', 'tpot', module='light_worker', fresh={fresh})\np.ask('noisy', value=1)\np.pause()\n"
         "print(p._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )
-    import subprocess
-
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=60)
     pid = int(done.stdout.split()[-1])
 
-    def gone() -> bool:
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return True
-        return text.rpartition(")")[2].split()[0] == "Z"  # dead, and no one has asked for its exit code yet
-
-    wait_for(gone, f"worker {pid} outlived its parent")
+    wait_for(lambda: is_gone(pid), f"worker {pid} outlived its parent")

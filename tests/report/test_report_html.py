@@ -102,7 +102,7 @@ def test_names_from_outside_are_harmless() -> None:
 @pytest.mark.parametrize(
     ("outcome", "winner", "badge", "sentence"),
     [
-        ("baseline", "t0", "Keep the baseline", "Nothing beat the baseline beyond noise: keep it."),
+        ("baseline", "t0", "Keep the baseline", "Said."),
         ("none", None, "Nothing reaches the goal", "No candidate reached"),
         ("interrupted", "t3", "Interrupted", "stopped before it was finished. Best so far: int8."),
         ("interrupted", None, "Interrupted", "Nothing has beaten the baseline so far."),

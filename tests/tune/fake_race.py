@@ -24,6 +24,7 @@ from paretune.engine.runners.native import NativeRunner
 from paretune.evaluate.fidelity import PhaseScores, Scores
 from paretune.hardware import Ceilings, DtypeSupport
 from paretune.measure.interleave import SubjectError
+from paretune.measure.session import LOST
 from paretune.recipe import Recipe
 from paretune.tune import space as spaces
 from paretune.tune.goal import Goal
@@ -84,14 +85,23 @@ class Machine:
             return self.increase(recipe, trial)
         return self.increase.get(recipe, 0.0)
 
+    def lose_all(self) -> None:
+        """The fork server ends, and every process with it."""
+        for process in list(self.alive):
+            process.close()
+            process.lost = True
+
 
 class FakeProcess:
     """Stands in for `TrialProcess`."""
 
     machine: Machine
 
-    def __init__(self, name: str, kind: str, log: Path | None = None, module: str = "") -> None:
-        assert module == "paretune.tune.worker"
+    note = ""
+    lost = False
+
+    def __init__(self, name: str, kind: str, log: Path | None = None, module: str = "", fresh: bool = False) -> None:
+        assert module == "paretune.tune.worker" and fresh == is_confirmation(name)
         self.name, self.kind = name, kind
         self.alive, self.recipe, self.seed, self.n_samples = True, "", 0, 0
         self.queue: list[tuple[str, dict[str, Any]]] = []
@@ -104,7 +114,12 @@ class FakeProcess:
 
     # -- the protocol
 
+    def _check(self) -> None:
+        if self.lost:
+            raise SubjectError("the server that forks trials ended, and this trial with it", kind=LOST)
+
     def send(self, do: str, **request: Any) -> None:
+        self._check()
         assert self.alive, f"{self.name} was ended"
         json.dumps(request)  # it goes over a pipe
         self.queue.append((do, request))
@@ -115,6 +130,7 @@ class FakeProcess:
         assert self.name in self.machine.awake, f"{self.name} was asked while it slept"
         if self.machine.on_ask:
             self.machine.on_ask(self.name, do)
+        self._check()
         return getattr(self, f"_{do}")(request)
 
     def ask(self, do: str, timeout_sec: float = 120.0, **request: Any) -> dict[str, Any]:
@@ -123,9 +139,11 @@ class FakeProcess:
 
     def sample(self) -> float:
         machine = self.machine
+        self._check()
         assert machine.awake == {self.name}, f"{machine.awake} run while {self.name} is timed"
         if machine.on_sample:
             machine.on_sample(self.name, len(machine.taken))
+        self._check()
         cause, after = machine.sample_error.get(self.recipe, ("", -1))
         if after >= 0 and self.n_samples >= after:
             self.close()
@@ -157,6 +175,15 @@ class FakeProcess:
     def _ready(self, request: dict[str, Any]) -> dict[str, Any]:
         return {}
 
+    def _start(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer = self._load(request)
+        self.machine.clock.now_sec += 1.0
+        timings = [self._seconds() for _ in range(8)]
+        warm = {kind: {"timings_sec": timings, "settled": True} for kind in request["kinds"]}
+        side = {kind: self._sample({"kind": kind})["sec"] for kind in request["side"]}
+        parts = {"load": 0.5, "convert": 0.0, "calibrate": 0.0, "warm": 1.0}
+        return answer | {"memory": self._memory({}), "warm": warm, "side_sec": side, "start_parts_sec": parts}
+
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         recipe = Recipe.from_dict(request["recipe"])
         self.recipe, self.seed = recipe.name, request["workload"]["seed"]
@@ -182,10 +209,6 @@ class FakeProcess:
             "threads": {"threads": 2},
         }
 
-    def _warm(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.machine.clock.now_sec += 1.0
-        return {"timings_sec": [self._seconds() for _ in range(8)], "settled": True}
-
     def _sample(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"sec": self._seconds() * (4 if request["kind"] == "ttft" else 1)}
 
@@ -204,7 +227,7 @@ class FakeProcess:
 
     def _score(self, request: dict[str, Any]) -> dict[str, Any]:
         self.machine.clock.now_sec += 1.5
-        windows = np.load(request["windows"])
+        windows = np.load(request["windows"])[request["start"] : request["stop"]]
         shift = self.machine.increase_of(self.recipe, self.name)
         scores_of(windows, request["text_name"], shift, self.recipe).save(request["out"])
         return {"score_sec": 1.5}

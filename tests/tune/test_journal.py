@@ -211,3 +211,26 @@ def test_a_sample_that_is_damaged_but_whole_json_is_one_line(tmp_path, fake_cloc
     with pytest.raises(ParetuneError) as caught:
         Journal(tmp_path, KEY, resume=True)
     assert "\n" not in str(caught.value)
+
+
+def test_the_clock_of_the_budget_stands_still_while_it_is_paused(tmp_path):
+    with clock.use(clock.FakeClock()) as fake:
+        journal = Journal(tmp_path, {}, resume=False)
+        with journal.paused():  # before the budget has begun
+            fake.sleep(3.0)
+        assert journal.elapsed_sec == 0
+        fake.sleep(3.0)
+        assert journal.elapsed_sec == 0
+        journal.start_clock()
+        fake.sleep(1.0)
+        with journal.paused(), journal.paused():
+            fake.sleep(5.0)
+            assert journal.record("inside")["elapsed_sec"] == 1.0
+        fake.sleep(2.0)
+        assert journal.elapsed_sec == 3.0
+        with pytest.raises(ValueError), journal.paused():
+            fake.sleep(5.0)
+            raise ValueError
+        fake.sleep(1.0)
+        assert journal.elapsed_sec == 4.0
+        journal.close()

@@ -164,7 +164,7 @@ def test_nothing_won_and_a_peer_is_faster(tune):
     assert [n for n, _ in bench.calls[0]["configs"]] == ["baseline"]
     assert "won: " in said(result) and "best of our own recipes, sdpa, eager" in said(result)
     page = render_report(result)
-    assert "None of our recipes beat the baseline" in page and "Keep the baseline; another engine is faster" in page
+    assert "Keep the baseline; another engine is faster" in page
 
 
 @pytest.mark.parametrize("objective", ["memory", "size"])

@@ -126,7 +126,8 @@ def _show_space(model: str, goal: Any) -> None:
 def _summary(result: dict[str, Any], folder: Path) -> str:
     from paretune.report import tables
 
-    rows = tables.trial_rows({**result, "trials": [t for t in result["trials"] if t["status"] != "not_reached"]})
+    tried = [t for t in result["trials"] if t["status"] not in ("not_reached", "excluded")]
+    rows = tables.trial_rows({**result, "trials": tried})
     space = result["space"]
     lines = [
         "",
@@ -136,7 +137,7 @@ def _summary(result: dict[str, Any], folder: Path) -> str:
         "",
         *_regime_lines(result),
         f"{space['n_measured']} of {space['n_legal']} legal recipes were measured, {space['n_failed']} failed, "
-        f"{space['n_not_reached']} not reached in the budget.",
+        f"{space['n_excluded']} cannot win by figures (in the report), {space['n_not_reached']} were not reached.",
         f"Report: {folder / 'report.html'}",
         f'Run it: paretune generate {folder} --prompt "..."',
     ]

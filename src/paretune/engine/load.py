@@ -9,10 +9,9 @@ import torch
 
 from paretune import clock, hardware
 from paretune.engine import calibration
-from paretune.engine.generate import naive_generate
 from paretune.engine.probe import Observation, observe
 from paretune.engine.runners.base import CACHE_DTYPES, Runner
-from paretune.errors import NoEffectError, NotExactError, UsageError
+from paretune.errors import NoEffectError
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding, Linear
@@ -22,17 +21,23 @@ from paretune.ops.weights.base import Weight
 from paretune.recipe import Recipe
 from paretune.transforms.base import Context
 
-TIE_MARGIN = 1e-4  # logits closer than this are a tie: either token is right (fp32)
-
 
 @dataclass
 class Loaded:
-    """A model under a recipe."""
+    """A model under a recipe.
+
+    Attributes:
+        load_sec: from the folder to the runner, the next two included.
+        convert_sec: what the transforms took.
+        calibrate_sec: the model's writing of the text that some of them need.
+    """
 
     folder: Path
     recipe: Recipe
     runner: Runner
     load_sec: float
+    convert_sec: float = 0.0
+    calibrate_sec: float = 0.0
 
 
 def load_recipe(
@@ -48,20 +53,24 @@ def load_recipe(
             seconds of micro-kernels, and more on a busy machine).
 
     Raises:
-        UsageError: the recipe cannot run here; the reason is in the message.
+        UsageError: the recipe cannot run this model here; the reason is in the message.
     """
-    reason = recipe.requires(device) if check else None
-    if reason:
-        raise UsageError(f"{recipe.name} cannot run here: {reason}", "Choose another recipe")
+    if check:
+        recipe.check(device, checkpoint.read_config(folder))
     started = clock.now()
     if recipe.engine.threads:
         hardware.set_threads(recipe.engine.threads)
     # Each weight takes its last form as soon as it is read: the peak is the converted model and one plain weight.
     streams = device == "cpu" and all(t.per_weight for t in recipe.transforms)
 
+    convert_sec = calibrate_sec = 0.0
+
     def convert(model: LanguageModel, name: str, weight: Weight) -> Weight:
+        nonlocal convert_sec
+        before = clock.now()
         for transform in recipe.transforms:
             weight = transform.convert(model, name, weight)
+        convert_sec += clock.now() - before
         if recipe.engine.runner == "native" and weight.native() is not None:
             weight = next(packed.pack([weight]))
         return weight
@@ -71,9 +80,13 @@ def load_recipe(
     if ctx is None:
         is_plain = all(m.weight.format == "dense" for m in model.modules() if isinstance(m, Linear | Embedding))
         needs = is_plain and any(t.needs_calibration for t in recipe.transforms)
+        before = clock.now()
         ctx = Context(device=device, calibration=calibration.from_model(model) if needs else None)
+        calibrate_sec = clock.now() - before
+    before = clock.now()
     model = recipe.apply(model, ctx)
-    loaded = Loaded(folder, recipe, recipe.runner(model), clock.now() - started)
+    convert_sec += clock.now() - before
+    loaded = Loaded(folder, recipe, recipe.runner(model), clock.now() - started, convert_sec, calibrate_sec)
     if device.startswith("cuda") and any(isinstance(m, Weight) and m.format != "dense" for m in model.modules()):
         op.unavailable_reason(device)  # tries the kernels now, once a process: in a captured graph would be too late
     return loaded
@@ -103,59 +116,3 @@ def prove(loaded: Loaded, batch_size: int = 1, capacity: int = 0) -> tuple[list[
             raise NoEffectError(f"the compiled graph has {probe.graph_breaks} breaks", "Use the eager runner")
         said.append("prefill and decode each run as one compiled graph, 0 graph breaks")
     return said, probe
-
-
-@torch.inference_mode()
-def check_exact(loaded: Loaded, prompt: list[int], n_tokens: int = 12, *, shape: tuple[int, int] = (1, 0)) -> list[str]:
-    """Holds what claims to be exact against its reference: reference attention, no cache, eager.
-
-    In fp32 the greedy tokens are equal, or differ first at a tie. With rounded numbers (16 bits, int8) the logits may
-    be off from the fp32 model by at most twice what the reference form of the same recipe is off.
-
-    Args:
-        shape: batch size and least capacity of the cache; a compiled runner has a graph for each. All rows are alike.
-
-    Raises:
-        NotExactError: they are not equal.
-    """
-    batch_size, capacity = shape
-    recipe, device = loaded.recipe, str(loaded.runner.device)
-    twin = load_recipe(loaded.folder, recipe.without_exact(), device, check=False).runner.model
-    runner = loaded.runner
-    if not recipe.changes_numbers:
-        expected, margins = naive_generate(twin, prompt, n_tokens)
-        cache = runner.new_cache(batch_size, max(capacity, len(prompt) + n_tokens))
-        step = torch.tensor([prompt] * batch_size, device=runner.device)
-        for i in range(n_tokens):
-            token = int(runner.forward(step, cache, "last")[0, 0].argmax())
-            if token != expected[i]:
-                if margins[i] < TIE_MARGIN:
-                    return [f"greedy tokens equal the reference up to a tie at token {i + 1} (margin {margins[i]:.1e})"]
-                raise NotExactError(
-                    f"{recipe.name} is not exact: token {i + 1} differs, with a margin of {margins[i]:.2g}",
-                    "Report it as a bug; the recipe is not timed",
-                )
-            step = torch.tensor([[token]] * batch_size, device=runner.device)
-        return [f"{n_tokens} greedy tokens equal the reference's"]
-    exact_model = checkpoint.load(loaded.folder, torch.float32).to(device)
-    tokens = torch.tensor([prompt] * batch_size, device=device)
-    # Prefill most of the prompt and step through the rest, so that both phases are held to it.
-    half = max(1, len(prompt) - n_tokens)
-
-    def last_logits(runner: Runner) -> torch.Tensor:
-        cache = runner.new_cache(batch_size, max(capacity, len(prompt) + 1))
-        parts = [runner.forward(tokens[:, :half], cache, "last")]
-        parts += [runner.forward(tokens[:, i : i + 1], cache, "last") for i in range(half, len(prompt))]
-        return torch.cat(parts, dim=1).double()
-
-    truth = exact_model(tokens, None, "all")[:, half - 1 :].double()
-    # The twin goes the same way (int8 kernels round activations by the number of rows).
-    ours, reference = last_logits(runner), last_logits(recipe.without_exact().runner(twin))
-    norm = truth.norm()
-    error, allowed = float((ours - truth).norm() / norm), float((reference - truth).norm() / norm)
-    if not error <= 2 * allowed + 1e-6:
-        raise NotExactError(
-            f"{recipe.name} is off by {error:.2g} from fp32, its reference form by {allowed:.2g}",
-            "Report it as a bug; the recipe is not timed",
-        )
-    return [f"logit error against fp32 {error:.2g}, reference form of the same recipe {allowed:.2g}"]

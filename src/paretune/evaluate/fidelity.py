@@ -103,6 +103,54 @@ def windows_of(token_ids: torch.Tensor | Sequence[int], window_len: int) -> torc
     return tokens[: n * window_len].reshape(n, window_len)
 
 
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of neighbouring runs of windows as those of all of them, in order.
+
+    Two configurations whose parts were cut at the same windows stay comparable.
+
+    Raises:
+        ParetuneError: the parts were scored by different protocols or kept different distributions.
+    """
+    assert parts, "nothing was scored"
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.protocol for part in parts}) > 1:
+        raise ParetuneError("parts of one text were scored by different protocols", "Score the text again")
+    phases: dict[str, PhaseScores] = {}
+    for phase in PHASES:
+        each: list[PhaseScores] = [getattr(part, phase) for part in parts]
+        if len({(p.log_probs.shape[1:], p.log_probs.dtype) for p in each}) > 1:
+            raise ParetuneError("parts of one text kept different distributions", "Score the text again")
+        before = np.cumsum([0] + [p.nll.size for p in each[:-1]])
+        phases[phase] = PhaseScores(
+            nll=np.concatenate([p.nll for p in each]),
+            top1=np.concatenate([p.top1 for p in each]),
+            kept=np.concatenate([p.kept + offset for p, offset in zip(each, before, strict=True)]),
+            log_probs=np.concatenate([p.log_probs for p in each]),
+        )
+    text_hash = hashlib.sha256("".join(part.text_hash for part in parts).encode()).hexdigest()
+    return Scores(parts[0].protocol, text_hash, **phases)
+
+
+def ppl_increase_lower(baseline: Scores, variant: Scores, level: float = 0.98) -> float:
+    """What the perplexity rises by at least, as a fraction: the one-sided lower bound, both phases together.
+
+    For turning a candidate away early: where this lies over the limit, more text will not bring it back under. It
+    accepts nothing. `inf` where the variant's losses are not finite, `-inf` below two blocks.
+    """
+    _check_comparable(baseline, variant)
+    blocks: list[np.ndarray] = []
+    for phase in PHASES:
+        b, v = getattr(baseline, phase).nll, getattr(variant, phase).nll
+        if not np.isfinite(v).all():
+            return math.inf
+        blocks.append(ppl.block_means(v.astype(np.float64) - b.astype(np.float64)))
+    losses = np.concatenate(blocks)
+    if losses.size < 2:
+        return -math.inf
+    return ppl.safe_exp(-stats.upper_mean(-losses, level=level)) - 1
+
+
 class _Recorder:
     """Collects one phase while it runs. Losses stay on the device until the end, kept rows do not."""
 

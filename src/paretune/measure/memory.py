@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from paretune.process import peak_rss_bytes, rss_bytes
+from paretune.process import peak_rss_bytes, rss_bytes, shared_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,8 @@ class MemoryParts:
         weights_bytes: parameters and buffers by storage (`storage_bytes`).
         kv_cache_bytes: the cache as allocated, not as filled.
         activation_peak_bytes: the most that the rest of a forward pass held at once.
-        rss_bytes, rss_peak_bytes: the process, with the interpreter and the libraries.
+        rss_bytes, rss_peak_bytes: the process, with the interpreter and the libraries: what the recipe takes alone.
+        shared_bytes: of these, pages that other processes hold too: for all trials together they count once.
         device_allocated_bytes: GPU: in tensors, at the peak.
         device_reserved_bytes: GPU: held by PyTorch's allocator, at the peak.
         device_used_bytes: GPU: device-wide, other processes and the driver included.
@@ -73,6 +74,7 @@ class MemoryParts:
     device_allocated_bytes: int | None = None
     device_reserved_bytes: int | None = None
     device_used_bytes: int | None = None
+    shared_bytes: int | None = None
 
     @classmethod
     def take(
@@ -85,7 +87,7 @@ class MemoryParts:
         """The parts that the caller knows beside what the process and the GPU hold now."""
         process = (rss_bytes(), peak_rss_bytes())
         parts = (weights_bytes, kv_cache_bytes, activation_peak_bytes)
-        return cls(*parts, *process, **device_memory(device))
+        return cls(*parts, *process, **device_memory(device), shared_bytes=shared_bytes())
 
     def to_json(self) -> dict[str, int | None]:
         return dataclasses.asdict(self)

@@ -1,4 +1,9 @@
-"""The parent's side of a trial: starts the worker, asks it, stops it while others are measured."""
+"""The parent's side of a trial: starts the worker, asks it, stops it while others are measured.
+
+Workers are forked from a server that has imported their libraries (`forkserver.py`). Where that is not possible, or a
+newly executed process is asked for, they are started with `python -m`. A worker is a module with a function `main()`;
+`preload()`, where it has one, imports what the worker will need.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,53 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from paretune import clock
 from paretune.errors import ParetuneError
+from paretune.measure import forkserver
 from paretune.measure.interleave import SubjectError
 
 WORKER = "paretune.measure.worker"
+LOST = "Lost"  # kind of a `SubjectError`: the process is gone by no fault of its own, and may be started again
+
+
+Process = subprocess.Popen[bytes] | forkserver.ForkedProcess
+
+
+class _Server:
+    """The fork server of this process: started when the first trial is, started anew where what it has read is old."""
+
+    def __init__(self) -> None:
+        self.server: forkserver.ForkServer | None = None
+        self.failure = "" if forkserver.is_possible() else "unknown on this system"
+        self.is_told = bool(self.failure)  # what cannot be forked at all is no news
+
+    def get(self) -> forkserver.ForkServer:
+        """Raises `ForkFailed`."""
+        if self.failure:
+            raise forkserver.ForkFailed(self.failure)
+        if self.server is None or self.server.environment != forkserver.read_at_import():
+            self.server = forkserver.ForkServer()  # processes of an older one keep it until they end
+        return self.server
+
+    def give_up(self, error: forkserver.ForkFailed) -> str:
+        """Forks no more; gives the line to say, once."""
+        self.failure, self.server = str(error), None
+        line = "" if self.is_told else f"the server that forks trials failed ({error}): trials are newly executed"
+        self.is_told = True
+        return line
+
+
+_fork = _Server()
+
+
+def prepare(module: str = WORKER) -> None:
+    """Lets a worker's libraries be imported beside what the caller does; failures show when a trial is started."""
+    try:
+        _fork.get().prepare(module)
+    except forkserver.ForkFailed:
+        return
 
 
 class TrialProcess:
@@ -29,6 +74,10 @@ class TrialProcess:
         log: where the worker's standard error goes.
         command: starts another worker instead, in an environment of its own: program and arguments.
         environment: variables of the worker beside the parent's.
+        fresh: executes the worker anew, as for figures of a cold start, and for devices that do not survive a fork.
+
+    Attributes:
+        note: what the user has to be told of how it was started, mostly "".
     """
 
     def __init__(
@@ -39,23 +88,26 @@ class TrialProcess:
         module: str = WORKER,
         command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
+        fresh: bool = False,
     ) -> None:
-        self.name, self.kind = name, kind
+        self.name, self.kind, self.note = name, kind, ""
         self._log_path = log
-        self._log = open(log, "wb") if log else subprocess.DEVNULL  # noqa: SIM115 - closed in `close`
-        # Folders are given as absolute paths; nothing else of the parent is inherited but its environment.
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module] if command is None else list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-                start_new_session=True,  # Ctrl-C in the terminal reaches the parent only
-            )
-        except OSError as error:
-            raise SubjectError(f"the process could not be started: {error.strerror}") from None
         self._pending = b""
+        variables = {**os.environ, **(environment or {})}
+        with open(log or os.devnull, "wb") as errors:
+            if command is not None:
+                self._process: Process = _executed(command, variables, errors)
+            elif fresh:
+                self._process = _executed(_command(module), variables, errors)
+            else:
+                self._process = self._forked(module, variables, errors)
+
+    def _forked(self, module: str, variables: Mapping[str, str], errors: IO[bytes]) -> Process:
+        try:
+            return _fork.get().fork(module, errors.fileno(), variables)
+        except forkserver.ForkFailed as error:
+            self.note = _fork.give_up(error)
+        return _executed(_command(module), variables, errors)
 
     @property
     def alive(self) -> bool:
@@ -90,17 +142,14 @@ class TrialProcess:
         return self.ask("sample", kind=self.kind)["sec"]
 
     def pause(self) -> None:
-        if self.alive:
-            os.kill(self._process.pid, signal.SIGSTOP)
+        self._process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        if self.alive:
-            os.kill(self._process.pid, signal.SIGCONT)
+        self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         """Ends the worker, stopped or not."""
-        if self.alive:
-            self._process.kill()
+        self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
@@ -108,8 +157,6 @@ class TrialProcess:
                     stream.close()
                 except OSError:  # a request was still in the buffer
                     continue
-        if self._log_path is not None:
-            self._log.close()  # type: ignore[union-attr]
 
     def _read_line(self, timeout_sec: float) -> bytes:
         assert self._process.stdout is not None
@@ -130,6 +177,8 @@ class TrialProcess:
 
     def _died(self) -> ParetuneError:
         code = self._process.wait()
+        if isinstance(self._process, forkserver.ForkedProcess) and self._process.is_lost:
+            return SubjectError("the server that forks trials ended, and this trial with it", kind=LOST)
         if code == -signal.SIGKILL:
             return SubjectError("the process was killed (out of memory, most likely)")
         if code < 0:
@@ -141,3 +190,21 @@ class TrialProcess:
             return ""
         lines = self._log_path.read_text("utf-8", errors="replace").strip().splitlines()
         return f": {lines[-1][:200]}" if lines else ""
+
+
+def _command(module: str) -> list[str]:
+    return [sys.executable, "-m", module]
+
+
+def _executed(command: Sequence[str], environment: Mapping[str, str], errors: IO[bytes]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**environment, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C in the terminal reaches the parent only
+        )
+    except OSError as error:
+        raise SubjectError(f"the process could not be started: {error.strerror}") from None

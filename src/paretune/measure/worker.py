@@ -7,11 +7,18 @@ by calling `serve` with more of them.
 
 from __future__ import annotations
 
+import contextlib
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from paretune import process
+from paretune import clock, process
 from paretune.process import Handler
+
+WARM_UP_SEC = 10.0  # at most
+# Slices as long as these settle within fewer: they average over as many steps, and what settles does so in seconds.
+SLOW_SLICE_SEC, SLOW_WINDOW = 0.1, 4
 
 
 class Trial:
@@ -21,20 +28,41 @@ class Trial:
         self.loaded: Any = None
         self.bench: Any = None
         self.weights_bytes = 0
-        self.rss_before = 0
         self.facts: dict[str, Any] = {}  # the answer to `load`
+        self.parts_sec: dict[str, float] = {}  # of the start
 
     def ready(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Imports what loading needs: many processes do this side by side, before any of them uses its threads."""
-        import paretune.engine.load
-        import paretune.measure.workload  # noqa: F401
-
+        """Imports what loading needs: newly executed processes do this side by side, before any of them uses its
+        threads. One that was forked has it all."""
+        preload()
         return {}
+
+    def start(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Everything before the first timed sample: loads, proves, checks, measures memory, warms up.
+
+        Args (beside those of `load`):
+            kinds: what is warmed up, each until it shows no trend.
+            warm_sec: for each at most.
+            side: kinds of which a short figure is given; it is shown but never compared.
+
+        The answer is that of `load`, with `memory`, `warm` and `side_sec` by kind, and `start_parts_sec`: the seconds
+        of each part. Of these `convert`, `calibrate` and `compile` are done once for a plan, and not at every start.
+        """
+        answer = self.load(request)
+        with self._part("memory"):
+            parts = self.memory({})
+        warm: dict[str, Any] = {}
+        with self._part("warm"):
+            for kind in request.get("kinds", ()):
+                warm[kind] = self.warm({"kind": kind, "max_sec": request.get("warm_sec", WARM_UP_SEC)})
+            side = {kind: self._side(kind, warm) for kind in request.get("side", ())}
+        return answer | {"memory": parts, "warm": warm, "side_sec": side, "start_parts_sec": dict(self.parts_sec)}
 
     def load(self, request: dict[str, Any]) -> dict[str, Any]:
         """Loads, proves the effect, checks exactness; the answer is what the report says about the trial."""
-        from paretune import clock, hardware
-        from paretune.engine.load import check_exact, load_recipe, prove
+        from paretune import hardware
+        from paretune.engine.exact import check_exact
+        from paretune.engine.load import load_recipe, prove
         from paretune.measure import memory
         from paretune.measure.profile_facts import bytes_per_weight
         from paretune.measure.workload import Bench, Workload, step_weights_bytes
@@ -43,24 +71,29 @@ class Trial:
         recipe = Recipe.from_dict(request["recipe"])
         threads = hardware.set_threads(recipe.engine.threads or request.get("threads"))
         device = request.get("device", "cpu")
-        self.rss_before = process.rss_bytes()
+        self.parts_sec = {}
         self.loaded = load_recipe(Path(request["folder"]), recipe, device, check=not request.get("is_checked"))
-        runner = self.loaded.runner
+        runner, once = self.loaded.runner, self.loaded.convert_sec + self.loaded.calibrate_sec
+        self.parts_sec |= {"load": self.loaded.load_sec - once, "convert": self.loaded.convert_sec}
+        self.parts_sec["calibrate"] = self.loaded.calibrate_sec
         self.weights_bytes = memory.storage_bytes(runner.model)["total"]
         workload = Workload(**request["workload"])
         self.bench = Bench(runner, workload)
         # One shape of cache and batch for all that follows: what compiles, compiles once.
         shape = (workload.batch_size, self.bench.cache.capacity)
-        before = clock.now()
-        proof, observation = prove(self.loaded, *shape)
-        first_sec = clock.now() - before
+        with self._part("prove"):
+            proof, observation = prove(self.loaded, *shape)
+        compile_sec = 0.0
+        if observation.compiled:
+            with self._part("compile"):
+                self.bench.short_sample("ttft")
+                self.bench.short_sample("tpot")
+            compile_sec = self.parts_sec["compile"] = self.parts_sec.pop("prove") + self.parts_sec["compile"]
         exact = []
         if request.get("check_prompt") and (recipe.engine.runner != "eager" or any(t.exact for t in recipe.transforms)):
-            exact = check_exact(self.loaded, request["check_prompt"], shape=shape)
-        before = clock.now()
-        self.bench.sample("ttft")
-        self.bench.sample("tpot")
-        compile_sec = first_sec + clock.now() - before if observation.compiled else 0.0
+            store = Path(request["references"]) if request.get("references") else None
+            with self._part("exact"):
+                exact = check_exact(self.loaded, request["check_prompt"], shape=shape, store=store)
         self.facts = {
             "load_sec": self.loaded.load_sec,
             "compile_sec": compile_sec,
@@ -76,6 +109,12 @@ class Trial:
         }
         return self.facts | self._of_shape()
 
+    @contextlib.contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        before = clock.now()
+        yield
+        self.parts_sec[name] = clock.now() - before
+
     def _of_shape(self) -> dict[str, Any]:
         cache = self.bench.cache
         # A ring has fewer slots than its capacity says.
@@ -88,11 +127,11 @@ class Trial:
 
         self.bench = None  # its cache is free before the next one is made
         self.bench = Bench(self.loaded.runner, Workload(**request["workload"]))
-        self.bench.sample("ttft")
+        self.bench.short_sample("ttft")
         return self.facts | self._of_shape()
 
     def warm(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Samples until there is no trend."""
+        """Short slices until there is no trend."""
         from paretune import stats
         from paretune.measure.interleave import warm_up
 
@@ -102,26 +141,35 @@ class Trial:
             name = "self"
 
             def sample(self) -> float:
-                return bench.sample(kind)
+                return bench.short_sample(kind)
 
             def pause(self) -> None: ...
 
             def resume(self) -> None: ...
 
-        timings = warm_up(Alone(), max_sec=request.get("max_sec", 10.0))
-        return {"timings_sec": timings, "settled": not stats.has_trend(timings)}
+        # The first slice says how long they are, and is the coldest: it is not one of those that are looked at.
+        before = clock.now()
+        bench.short_sample(kind)
+        k = SLOW_WINDOW if clock.now() - before > SLOW_SLICE_SEC else stats.TREND_WINDOW
+        timings = warm_up(Alone(), k=k, min_n=k, max_sec=request.get("max_sec", WARM_UP_SEC))
+        return {"timings_sec": timings, "settled": not stats.has_trend(timings, k)}
+
+    def _side(self, kind: str, warm: dict[str, Any]) -> float:
+        if kind in warm:
+            return statistics.median(warm[kind]["timings_sec"][-SLOW_WINDOW:])
+        return self.bench.short_sample(kind)
 
     def sample(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"sec": self.bench.sample(request["kind"])}
 
     def memory(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Bytes in parts; activations are the peak of one whole request above the resting size."""
+        """Bytes in parts; activations are the peak of a request above the resting size."""
         from paretune.measure import memory
 
         process.give_back_free_memory()  # what earlier requests freed would make activations seem to take nothing
         is_reset = process.reset_peak_rss()
         resting = process.rss_bytes()
-        self.bench.sample("throughput")
+        self.bench.request_peak()
         peak = process.peak_rss_bytes()
         parts = memory.MemoryParts.take(
             weights_bytes=self.weights_bytes,
@@ -133,7 +181,7 @@ class Trial:
         return parts.to_json()
 
     def handlers(self) -> dict[str, Handler]:
-        own = (self.ready, self.load, self.shape, self.warm, self.sample, self.memory)
+        own = (self.ready, self.start, self.load, self.shape, self.warm, self.sample, self.memory)
         return {handler.__name__: handler for handler in own}
 
 
@@ -144,5 +192,24 @@ def serve(handlers: dict[str, Handler]) -> None:
     process.serve(handlers, (ParetuneError,))
 
 
-if __name__ == "__main__":
+def preload() -> None:
+    """Imports what a trial needs. It starts no threads (the fork server makes sure of it)."""
+    import torch._dynamo  # noqa: F401 - the proof of effect asks it for graph breaks; seconds of import
+
+    import paretune.engine.exact
+    import paretune.engine.load
+    import paretune.measure.profile_facts
+    import paretune.measure.workload  # noqa: F401
+    from paretune.registry import ATTENTION, FAMILIES, FORMATS, RUNNERS, TRANSFORMS
+
+    for registry in (TRANSFORMS, RUNNERS, FORMATS, FAMILIES, ATTENTION):
+        for name in registry.names():
+            registry.get(name)
+
+
+def main() -> None:
     serve(Trial().handlers())
+
+
+if __name__ == "__main__":
+    main()

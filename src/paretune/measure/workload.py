@@ -9,6 +9,7 @@ A sample is a slice of at least `MIN_SLICE_SEC` at the same positions for every 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from paretune.measure import memory
 from paretune.model.layers import Embedding, Linear
 
 MIN_SLICE_SEC = 0.15  # 20 slices, the least that decide a final, are then the 3 s of measuring.md
+WARM_SLICE_SEC = 0.03  # of warming up: a trend needs eight slices, not eight long ones
 DECODE_SLICE = 16  # tokens: short enough that all are "at the same position"
 KINDS = ("tpot", "ttft", "throughput")
 
@@ -83,14 +85,24 @@ class Bench:
 
     def sample(self, kind: str) -> float:
         """Seconds per unit (see the definitions above), mean over one slice."""
-        assert kind in KINDS
-        if kind != "ttft" and self._first is None:
-            self._prefill()
         run, n_units = {
             "ttft": (self._prefill, 1),
             "tpot": (self._decode_slice, self.n_decode),
             "throughput": (self._request, self.workload.batch_size * self.workload.output_len),
         }[kind]
+        return self._timed(kind, run, n_units, MIN_SLICE_SEC)
+
+    def short_sample(self, kind: str) -> float:
+        """As `sample`, of a slice as short as `WARM_SLICE_SEC` and a single step: for warming up and side figures."""
+        if kind == "tpot":
+            return self._timed(kind, self._decode_step, 1, WARM_SLICE_SEC)
+        if kind == "ttft":
+            return self._timed(kind, self._prefill, 1, WARM_SLICE_SEC)
+        return self.sample(kind)
+
+    def _timed(self, kind: str, run: Callable[[], None], n_units: int, min_sec: float) -> float:
+        if kind != "ttft" and self._first is None:
+            self._prefill()
         device = self.runner.device.type
         n = 0
         with clock.quiet():
@@ -101,7 +113,7 @@ class Bench:
                 n += 1
                 clock.synchronize(device)
                 elapsed = clock.now() - started
-                if elapsed >= MIN_SLICE_SEC:
+                if elapsed >= min_sec:
                     return elapsed / (n * n_units)
 
     def _prefill(self) -> None:
@@ -112,6 +124,20 @@ class Bench:
     def _decode_slice(self) -> None:
         self.cache.truncate_(self.workload.input_len)
         self._steps(self.n_decode)
+
+    def _decode_step(self) -> None:
+        """One step at the next of the slice's positions."""
+        start = self.workload.input_len
+        if not start <= self.cache.host_lengths[0] < start + self.n_decode:
+            self.cache.truncate_(start)
+        self._steps(1)
+
+    def request_peak(self) -> None:
+        """Runs what takes as much memory as a whole request: its prompt and, unless the output is long beside it, one
+        step (later ones see a few more positions, and take less than the prompt)."""
+        self._prefill()
+        is_short = 2 * self.workload.output_len <= self.workload.input_len
+        self._steps(min(1, self.workload.output_len - 1) if is_short else self.workload.output_len - 1)
 
     def _request(self) -> None:
         self._prefill()

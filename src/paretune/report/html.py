@@ -16,6 +16,7 @@ from paretune import files
 from paretune.report import plots, regimes, words
 from paretune.report.tables import (
     DEFINITIONS,
+    EXCLUDED_COLUMNS,
     PEER_COLUMNS,
     TRIAL_COLUMNS,
     Column,
@@ -217,10 +218,11 @@ def _context(result: words.Result) -> dict[str, Any]:
     """All that the template prints, already in words."""
     rows = trial_rows(result)
     late = [r for r in rows if r["status"] == "not_reached"]
+    excluded = [r for r in rows if r["status"] == "excluded"]
     peers = peer_rows(result)
     by_regime = result.get("regimes")
     fold = len(late) > _MAX_LATE
-    shown = [r for r in rows if not (fold and r["status"] == "not_reached")]
+    shown = [r for r in rows if r["status"] != "excluded" and not (fold and r["status"] == "not_reached")]
     model = dict(result.get("model") or {})
     model_name = plain(model.get("name") or "the model")
     if number(model.get("n_parameters")) is not None:
@@ -244,6 +246,7 @@ def _context(result: words.Result) -> dict[str, Any]:
         "table_note": _CONFIRMED_NOTE if dig(result, "confirmation", "speedup") else "",
         "grid": _trial_grid(shown),
         "late": {**_trial_grid(late), "definitions": {}} if fold else None,
+        "excluded": _grid(excluded, EXCLUDED_COLUMNS) if excluded else None,
         "peers": _grid(peers, PEER_COLUMNS) if peers else None,
         "peers_text": words.peers_sentences(result) if peers else [],
         "regimes": _regimes(by_regime) if by_regime else None,

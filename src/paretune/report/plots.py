@@ -69,9 +69,11 @@ def pareto_caption(result: Mapping[str, Any]) -> str:
     n_drawn, rows = len(pareto_points(result)), trial_rows(result)
     n_failed = sum(r["status"] in ("failed", "invalid") for r in rows)
     n_late = sum(r["status"] == "not_reached" for r in rows)
+    n_excluded = sum(r["status"] == "excluded" for r in rows)
     left = [f"{n_failed} that failed"] if n_failed else []
+    left += [f"{n_excluded} that cannot win by figures"] if n_excluded else []
     left += [f"{n_late} that were not reached"] if n_late else []
-    n_other = len(rows) - n_drawn - n_failed - n_late
+    n_other = len(rows) - n_drawn - n_failed - n_late - n_excluded
     left += [f"{n_other} without a measured speed or quality"] if n_other > 0 else []
     text = (
         f"Up is faster, left is better quality. Each of the {n_drawn} marks is one measured candidate; a "
@@ -86,12 +88,15 @@ def _kind(row: Row) -> tuple[str, str, str]:
     """(legend, colour, marker) of a point."""
     if row["role"] == "baseline":
         return "baseline", INK, "s"
-    if row["within_bound"] is False:
-        return "over the quality limit", RED, "^"
     if row["role"] in ("chosen", "best so far"):
         return row["role"], GREEN, "o"
-    if row["judgement"] == "faster":
-        return "faster, within the limit", BLUE, "o"
+    word = str(row["judgement"])
+    if row["within_bound"] is False or word == "over the quality limit":
+        return "over the quality limit", RED, "^"
+    if word == "did not hold":
+        return "did not hold when confirmed", RED, "v"
+    if word.startswith("faster"):
+        return ("faster, within the limit" if word == "faster" else word), BLUE, "o"
     return "slower or no clear difference", GREY, "D"
 
 
@@ -247,7 +252,7 @@ def latency_bars(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
                 value, colour = row[key], _kind(row)[1]
                 axes.barh(i, value or 0.0, height=0.32, color=GREY if colour == INK else colour)
                 name = short(row["name"], 40)
-                if row["role"] == "chosen" or row["within_bound"] is False:
+                if row["role"] == "chosen" or row["within_bound"] is False or row["judgement"] == "did not hold":
                     name += f" ({row['judgement']})"
                 if axes is panels[0]:
                     axes.text(0, i - 0.2, name, va="bottom", fontsize=10, fontweight="bold" if row["role"] else None)

@@ -148,7 +148,9 @@ def _judgement(trial: Mapping[str, Any], role: str) -> str:
     """What became of a trial, in words."""
     if role == "baseline":
         return "baseline"
-    status = trial.get("status")
+    if word := dig(trial, "standing", "word"):
+        return plain(word)
+    status = trial.get("status")  # a file of an earlier version
     if status != "measured":
         return {"failed": "failed", "invalid": "invalid", "not_reached": "not reached"}.get(str(status), plain(status))
     if role in ("chosen", "best so far"):
@@ -160,8 +162,8 @@ def _judgement(trial: Mapping[str, Any], role: str) -> str:
 
 def _cause(trial: Mapping[str, Any], limit: Any) -> str:
     """Why a trial was not taken, in words; empty for one that measured well."""
-    if trial.get("reason"):
-        return plain(trial["reason"])
+    if trial.get("reason") or dig(trial, "standing", "why"):
+        return plain(trial.get("reason") or trial["standing"]["why"])
     status = trial.get("status")
     if status == "not_reached":
         return "the time budget ended before its turn"
@@ -179,7 +181,7 @@ def winner_role(result: Mapping[str, Any]) -> str:
 
 
 def trial_rows(result: Mapping[str, Any]) -> list[Row]:
-    """One flat row per trial: the winner, then by speed-up, then what failed, then what was not reached."""
+    """One flat row per trial: the winner, then by speed-up, then what failed, was excluded, was not reached."""
     limit = dig(result, "goal", "max_ppl_increase")
     rows: list[Row] = []
     for trial in result.get("trials") or []:
@@ -222,7 +224,7 @@ def trial_rows(result: Mapping[str, Any]) -> list[Row]:
                 "cause": _cause(trial, limit),
             }
         )
-    order = {"measured": 1, "failed": 2, "invalid": 2, "not_reached": 3}
+    order = {"measured": 1, "failed": 2, "invalid": 2, "excluded": 3, "not_reached": 4}
 
     def key(row: Row) -> tuple[int, float, str]:
         rank = 0 if row["role"] in ("chosen", "best so far") else order.get(str(row["status"]), 2)
@@ -264,6 +266,8 @@ TRIAL_COLUMNS: tuple[Column, ...] = (
     Column("guarantee", "Guarantee", _guarantee_cell, numeric=False, term="Guarantee"),
     Column("cause", "Cause", lambda r: r.get("cause") or "-", numeric=False),
 )
+
+EXCLUDED_COLUMNS: tuple[Column, ...] = (TRIAL_COLUMNS[0], Column("cause", "Why it cannot win", numeric=False))
 
 # What fits on a terminal; the file beside it and the report hold the rest.
 SHORT_COLUMNS: tuple[Column, ...] = (

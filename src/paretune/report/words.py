@@ -64,7 +64,7 @@ def top_of(result: Result) -> dict[str, Any]:
         badge, tone, headline = "Winner found", "good", said[0] if said else _winner_headline(result, winner)
     elif outcome == "baseline":
         badge, tone = "Keep the baseline", "same"
-        headline = "Nothing beat the baseline beyond noise: keep it."
+        headline = said[0] if said else "Nothing beat the baseline beyond noise: keep it."
     elif outcome == "none":
         badge, tone = "Nothing reaches the goal", "warn"
         limit, speed = number(dig(result, "goal", "max_ppl_increase")), number(dig(result, "goal", "min_speedup"))
@@ -86,8 +86,6 @@ def top_of(result: Result) -> dict[str, Any]:
         )
     if any(peer.get("verdict") == "faster" for peer in result.get("peers") or []):
         badge, tone = f"{badge}; another engine is faster", "warn"
-        if outcome == "baseline":
-            headline = "None of our recipes beat the baseline beyond noise: keep it."
     seen = {headline.strip(". ").lower()}
     sentences = []
     for sentence in said:
@@ -283,6 +281,7 @@ def space_sentence(result: Result) -> str:
             ("n_legal", "combinations are possible here"),
             ("n_measured", "were measured"),
             ("n_failed", "failed"),
+            ("n_excluded", "cannot win, by the figures beside them"),
             ("n_not_reached", "were planned and not reached"),
             ("n_illegal", "mechanisms or combinations cannot work here"),
         )
@@ -290,12 +289,9 @@ def space_sentence(result: Result) -> str:
     ]
     if not parts:
         return "The size of the search was not recorded."
-    rest = " The search does not try every combination: it goes on from those that measured well."
-    n_legal, n_seen = (
-        number(space.get("n_legal")),
-        sum(number(space.get(k)) or 0 for k in ("n_measured", "n_failed")),
-    )
-    return "; ".join(parts) + "." + (rest if n_legal is not None and n_seen < n_legal else "")
+    n_late = number(space.get("n_not_reached")) or 0
+    rest = " The time ended before the others had their turn: a larger --budget reaches them." if n_late else ""
+    return "; ".join(parts) + "." + rest
 
 
 def illegal_groups(result: Result) -> list[tuple[str, str]]:

@@ -67,6 +67,18 @@ class Training:
         return {"sec": sec, "peak_bytes": device.get("device_allocated_bytes") or memory.peak_rss_bytes()}
 
 
-if __name__ == "__main__":
+def preload() -> None:
+    import paretune.train.objective
+    import paretune.train.schedule  # noqa: F401
+    from paretune.measure import worker
+
+    worker.preload()
+
+
+def main() -> None:
     training = Training()
     serve({"load": training.load, "step": training.step})
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ class Journal:
     def stop_clock(self) -> None:
         """What follows is not of the budget."""
         self.used_sec, self._started = self.elapsed_sec, None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done inside is not of the budget: an earlier run has paid for it."""
+        used_sec, is_running = self.elapsed_sec, self._started is not None
+        self.used_sec, self._started = used_sec, None
+        try:
+            yield
+        finally:
+            if is_running:
+                self.start_clock()
 
     def record(self, event: str, **data: Any) -> dict[str, Any]:
         """Appends an event."""

@@ -16,13 +16,13 @@ from paretune.errors import ParetuneError
 from paretune.measure import bench as measure
 from paretune.measure.peers import envs
 from paretune.measure.peers.catalogue import engines_of
+from paretune.tune.outcome import baseline_recipe
 from paretune.tune.race import BASELINE
-from paretune.tune.search import baseline_recipe
 
 if TYPE_CHECKING:
     from paretune.recipe import Recipe
     from paretune.tune.goal import Goal
-    from paretune.tune.search import Outcome
+    from paretune.tune.outcome import Outcome
 
 SAMPLES = "peers.jsonl"
 SHARE, LEAST_EACH_SEC = 0.15, 10.0  # timing: of the budget, and at least for each process, warm-up included

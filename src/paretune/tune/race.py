@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,21 +13,23 @@ import numpy as np
 import torch
 
 from paretune import clock, hardware
-from paretune.errors import NoEffectError, NotExactError, ParetuneError
-from paretune.evaluate.fidelity import Fidelity, Scores, compare
+from paretune.errors import NoEffectError, NotExactError
+from paretune.evaluate.fidelity import Scores
 from paretune.files import write_bytes
-from paretune.measure.interleave import Blocks, Sample, SubjectError, run_blocks
-from paretune.measure.session import TrialProcess
+from paretune.measure.interleave import Blocks, SubjectError, run_blocks
+from paretune.measure.session import LOST, TrialProcess
 from paretune.measure.workload import Workload
 from paretune.recipe import Recipe
 from paretune.tune.goal import Goal
 from paretune.tune.journal import Journal
 
 WORKER = "paretune.tune.worker"
+CONFIRMATION = "confirm"  # how the ids of trials begin that are measured again in new processes
+REFERENCES = "references"  # folder of what trials are checked against
 BASELINE, TWIN = "baseline", "baseline-again"
 START_TIMEOUT_SEC = 600.0
 WARM_UP_SEC = 4.0
-KEEP_POSITIONS = 1024  # at which the whole distribution is kept, for the KL divergence
+KEEP_POSITIONS = 256  # at which the whole distribution is kept, for the KL divergence: 50 MB of 50,000 words
 
 
 @dataclass
@@ -41,6 +44,7 @@ class TrialState:
     failure_kind: str = "failed"  # failed, invalid (no effect, not exact)
     start_sec: float = 0.0
     seed: int = 0
+    is_known: bool = False  # an earlier run has started it, and this one not yet
 
 
 class Race:
@@ -51,8 +55,8 @@ class Race:
         self.trials: dict[str, TrialState] = {}
         self.probe: hardware.BandwidthProbe | None = None
         self.check_prompt: list[int] = []
-        (folder / "logs").mkdir(exist_ok=True)
-        (folder / "scores").mkdir(exist_ok=True)
+        for name in ("logs", "scores", REFERENCES):
+            (folder / name).mkdir(exist_ok=True)
 
     # -- life of the processes
 
@@ -62,7 +66,7 @@ class Race:
             state = TrialState(id, recipe, seed=self.goal.seed if seed is None else seed)
             loaded, failed = self.journal.find("loaded", trial=id), self.journal.find("failed", trial=id)
             if loaded:
-                state.facts, state.start_sec = loaded["facts"], loaded["start_sec"]
+                state.facts, state.start_sec, state.is_known = loaded["facts"], loaded["start_sec"], True
             if failed and id not in (BASELINE, TWIN):  # without these nothing goes on: a resumed run tries them again
                 state.failure, state.failure_kind = failed["reason"], failed["kind"]
             self.trials[id] = state
@@ -71,35 +75,50 @@ class Race:
     def start(self, ids: Sequence[str]) -> None:
         """Starts the processes that are not running yet; a failure becomes a row.
 
-        They import their libraries side by side and then load and warm up one by one: two that compute at once would
-        wait for each other's threads and spoil each other's load and compile times.
+        They load and warm up one by one: two that compute at once would wait for each other's threads and spoil each
+        other's load and compile times. What an earlier run has started and paid for, a resumed one does not pay again.
         """
         waiting = [self.trials[i] for i in ids if not self.trials[i].failure and self.trials[i].process is None]
+        if not waiting:
+            return
+        known = [state for state in waiting if state.is_known]
+        with self.journal.paused() if known else contextlib.nullcontext():
+            self._start(known)
+        self._start([state for state in waiting if state not in known])
+        self.start(ids)  # those that were lost with the fork server; newly executed ones cannot be
+
+    def _start(self, waiting: Sequence[TrialState]) -> None:
         began = clock.now()
         for state in waiting:
             try:
-                self._spawn(state)
+                state.process = self._spawn(state)
             except SubjectError as error:
-                self.fail(state, error)
-        for state in waiting:
+                self._ended(state, error)
+        for state in waiting:  # newly executed ones import their libraries side by side
             self._guard(state, lambda process: process.receive(START_TIMEOUT_SEC))
             if state.process is not None:
                 state.process.pause()
         import_sec = (clock.now() - began) / max(1, len(waiting))
         for state in waiting:
-            if state.failure:
+            if state.process is None:
                 continue
             self.say(f"starting {state.recipe.name}")
             began = clock.now()
             self._guard(state, functools.partial(self._load, state))
+            state.is_known = False
             if state.facts is not None and not self.journal.find("loaded", trial=state.id):
                 state.start_sec = import_sec + clock.now() - began
                 self.journal.record("loaded", trial=state.id, facts=state.facts, start_sec=state.start_sec)
 
-    def _spawn(self, state: TrialState) -> None:
+    def _spawn(self, state: TrialState) -> TrialProcess:
         log = self.folder / "logs" / f"{state.id}.log"
-        state.process = TrialProcess(state.id, self.goal.sample_kind, log, WORKER)
-        state.process.send("ready")
+        # A process that is confirmed shares nothing with those of the search; CUDA does not survive a fork.
+        fresh = state.id.startswith(CONFIRMATION) or self.goal.device != "cpu"
+        process = TrialProcess(state.id, self.goal.sample_kind, log, WORKER, fresh=fresh)
+        if process.note:
+            self.say(process.note)
+        process.send("ready")
+        return process
 
     def _load_request(self, state: TrialState) -> dict[str, Any]:
         g = self.goal
@@ -111,40 +130,43 @@ class Race:
             "threads": g.threads,
             "workload": workload.__dict__,
             "check_prompt": self.check_prompt,
+            "references": str((self.folder / REFERENCES).resolve()),
             "is_checked": True,  # the space was asked `requires` once, on a quiet machine
+            "kinds": [g.sample_kind],
+            "warm_sec": WARM_UP_SEC,
+            "side": ["ttft", "tpot"],  # beside the objective
         }
 
     def _load(self, state: TrialState, process: TrialProcess) -> None:
         process.resume()
-        answer = process.ask("load", START_TIMEOUT_SEC, **self._load_request(state))
-        warm = process.ask("warm", kind=self.goal.sample_kind, max_sec=WARM_UP_SEC)
+        answer = process.ask("start", START_TIMEOUT_SEC, **self._load_request(state))
+        process.pause()
         if state.facts is None:
-            # Beside the objective: one sample each, shown but never compared.
-            side = {kind: process.ask("sample", kind=kind)["sec"] for kind in ("ttft", "tpot")}
-            memory = process.ask("memory")
+            warm = answer.pop("warm")[self.goal.sample_kind]
             notes = state.recipe.notes(self.goal.device)
+            if process.note:
+                notes.append(process.note)
             if not warm["settled"]:
                 notes.append(f"its timings still drifted after {WARM_UP_SEC:.0f} s of warming up")
-            state.facts = {
-                **answer,
-                "notes": notes,
-                "memory": memory,
-                "side_sec": side,
-                "warm_settled": warm["settled"],
-                "n_warm": len(warm["timings_sec"]),
-            }
-        process.pause()
+            settled = {"warm_settled": warm["settled"], "n_warm": len(warm["timings_sec"])}
+            state.facts = {**answer, "notes": notes, **settled}
 
     def _guard(self, state: TrialState, act: Callable[[TrialProcess], Any]) -> Any:
-        """Runs `act` on the trial's process; what goes wrong with it is its row's cause."""
-        if state.failure:
+        """Runs `act` on the trial's process, if it has one; what goes wrong with it is its row's cause."""
+        if state.failure or state.process is None:
             return None
-        assert state.process is not None
         try:
             return act(state.process)
         except SubjectError as error:
-            self.fail(state, error)
+            self._ended(state, error)
             return None
+
+    def _ended(self, state: TrialState, error: SubjectError) -> None:
+        if error.kind == LOST:  # no fault of its own: it is started again when it is needed
+            self.say(f"{state.recipe.name}: {error.cause}")
+            self.stop(state.id)
+        else:
+            self.fail(state, error)
 
     def fail(self, state: TrialState, error: SubjectError) -> None:
         """Ends a trial; one that had no effect or is not exact is invalid, any other has failed."""
@@ -230,7 +252,9 @@ class Race:
             done=list(self.journal.samples),
         )
         for name, error in run.failures.items():
-            self.fail(self.trials[name], error)
+            self._ended(self.trials[name], error)
+        if any(error.kind == LOST for error in run.failures.values()):
+            return self.blocks(stage, ids, n_blocks, deadline_sec)
         return not run.is_cut
 
     def is_whole(self, stage: str) -> bool:
@@ -245,27 +269,27 @@ class Race:
     def measured(self) -> Blocks:
         return Blocks(self.journal.samples)
 
-    def samples_of(self, stage: str) -> list[Sample]:
-        """The samples of one stage."""
-        known = self.journal.find("stage", stage=stage)
-        if not known:
-            return []
-        return [s for s in self.journal.samples if known["first"] <= s.block < known["first"] + known["n_blocks"]]
-
     # -- quality
 
-    def score(self, id: str, split: str, windows: torch.Tensor, text_name: str) -> Scores | None:
-        """Scores of a trial on a text, from disk where they are there already; None where the trial failed."""
-        out = self.folder / "scores" / f"{id}.{split}.npz"
+    def score(
+        self, id: str, split: str, windows: torch.Tensor, text_name: str, start: int = 0, stop: int | None = None
+    ) -> Scores | None:
+        """Scores of a trial on windows `start` to `stop` of a text, from disk where they are there already.
+
+        None where the trial failed.
+        """
+        stop = windows.size(0) if stop is None else stop
+        out = self.folder / "scores" / f"{id}.{split}.{start}-{stop}.npz"
         state = self.trials[id]
-        if not (out.is_file() and self.journal.find("scored", trial=id, split=split)):
+        about = {"trial": id, "split": split, "start": start, "stop": stop}
+        if not (out.is_file() and self.journal.find("scored", **about)):
             path = self.folder / "scores" / f"windows.{split}.npy"
             if not path.is_file():
                 write_bytes(path, _npy(windows))
             self.start([id])
             if state.process is None:
                 return None
-            self.say(f"scoring {state.recipe.name} on the {split} text")
+            self.say(f"scoring {state.recipe.name} on windows {start + 1} to {stop} of the {split} text")
             state.process.resume()
             answer = self._guard(
                 state,
@@ -273,27 +297,20 @@ class Race:
                     "score",
                     timeout_sec=START_TIMEOUT_SEC,
                     windows=str(path.resolve()),
+                    start=start,
+                    stop=stop,
                     out=str(out.resolve()),
                     batch_size=self.goal.batch_size,
-                    keep_positions=KEEP_POSITIONS,
+                    keep_positions=max(2, KEEP_POSITIONS * (stop - start) // windows.size(0)),
                     text_name=text_name,
                 ),
             )
-            if answer is None:
-                return None
+            if answer is None or state.process is None:
+                # Started and scored again where it was lost with the fork server.
+                return None if state.failure else self.score(id, split, windows, text_name, start, stop)
             state.process.pause()
-            self.journal.record("scored", trial=id, split=split, **answer)
+            self.journal.record("scored", **about, **answer)
         return Scores.load(out)
-
-    def quality(self, id: str, base_id: str, split: str, windows: torch.Tensor, text_name: str) -> Fidelity | None:
-        """Paired comparison of a trial with the baseline on one text."""
-        base = self.score(base_id, split, windows, text_name)
-        if base is None:
-            raise ParetuneError(
-                f"the baseline cannot be scored: {self.trials[base_id].failure}", "Try another text or --device"
-            )
-        variant = self.score(id, split, windows, text_name)
-        return None if variant is None else compare(base, variant, self.goal.max_ppl_increase)
 
 
 def _npy(windows: torch.Tensor) -> bytes:

@@ -26,7 +26,7 @@ from paretune.tune.race import BASELINE
 
 if TYPE_CHECKING:
     from paretune.tune.goal import Goal
-    from paretune.tune.search import Outcome
+    from paretune.tune.outcome import Outcome
 
 SAMPLES = "regimes.jsonl"
 AUTO_BATCHES, AUTO_LENGTHS = (1, 8), (128, 512, 2048)

@@ -21,12 +21,13 @@ from paretune.model import checkpoint
 from paretune.ops.attention.pattern import parse
 from paretune.recipe import Recipe
 from paretune.tune import peers, regimes
+from paretune.tune.outcome import Outcome, Standing, baseline_recipe
 from paretune.tune.plan import PLAN_FILE, SCHEMA_VERSION
 from paretune.tune.race import BASELINE, TWIN, TrialState
-from paretune.tune.search import Outcome, baseline_recipe
 
 SIDE_LOSS = 1.3  # a single sample each: smaller differences may be noise
 INSTANT_SEC = 1.0  # a conversion that takes longer is stored with the plan
+STATUSES = ("measured", "failed", "invalid", "excluded", "not_reached")
 RATE_OF = {None: "fp32", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -37,13 +38,8 @@ def result_of(out: Outcome) -> dict[str, Any]:
     aa = blocks.ratio(BASELINE, TWIN) if BASELINE in blocks.subjects else None
     trials = [_trial(out, state) for id, state in race.trials.items() if id != TWIN and not id.startswith("confirm")]
     known = {state.recipe.hash for state in race.trials.values()}
-    trials += [
-        {"id": c.id, "name": c.recipe.name, "recipe": c.recipe.to_dict(), "status": "not_reached",
-         "reason": "the budget was used up before it was its turn"}
-        for c in out.space.legal
-        if c.id not in known
-    ]  # fmt: skip
-    counts = {s: sum(t["status"] == s for t in trials) for s in ("measured", "failed", "invalid", "not_reached")}
+    trials += [_left_out(out, c.id, c.recipe) for c in out.space.legal if c.id not in known]
+    counts = {s: sum(t["status"] == s for t in trials) for s in STATUSES}
     ceilings = out.ceilings
     states = blocks.by_state(BASELINE, TWIN) if BASELINE in blocks.subjects else None
     result: dict[str, Any] = {
@@ -77,6 +73,7 @@ def result_of(out: Outcome) -> dict[str, Any]:
             "n_illegal": len(out.space.illegal),
             "n_measured": counts["measured"],
             "n_failed": counts["failed"] + counts["invalid"],
+            "n_excluded": counts["excluded"],
             "n_not_reached": counts["not_reached"],
             "illegal": [{"name": n, "reason": r} for n, r in out.space.illegal],
         },
@@ -93,6 +90,20 @@ def result_of(out: Outcome) -> dict[str, Any]:
     return result
 
 
+def _left_out(out: Outcome, id: str, recipe: Recipe) -> dict[str, Any]:
+    """The row of a candidate that was never started."""
+    standing = out.standing(id)
+    row = {"id": id, "name": recipe.name, "recipe": recipe.to_dict(), "standing": dataclasses.asdict(standing)}
+    return row | _unmeasured(standing)
+
+
+def _unmeasured(standing: Standing) -> dict[str, Any]:
+    """Status and reason of a candidate without a measurement."""
+    if standing.word in ("excluded", "over the quality limit"):
+        return {"status": "excluded", "reason": standing.why}
+    return {"status": "not_reached", "reason": standing.why or "the run ended before it was measured"}
+
+
 def _trial(out: Outcome, state: TrialState) -> dict[str, Any]:
     blocks = out.race.measured()
     row: dict[str, Any] = {
@@ -102,11 +113,12 @@ def _trial(out: Outcome, state: TrialState) -> dict[str, Any]:
         "status": "measured",
         "reason": None,
         "label": _label(state.recipe, out.qualities.get(state.id)),
+        "standing": dataclasses.asdict(out.standing(state.id)),
     }
     if state.failure:
         return row | {"status": state.failure_kind, "reason": state.failure}
     if state.facts is None or state.id not in blocks.subjects:
-        return row | {"status": "not_reached", "reason": "the run ended before it was measured"}
+        return row | _unmeasured(out.standing(state.id))
     facts = state.facts
     median = float(_median(blocks.values(state.id)))
     times = dict(facts["side_sec"]) | ({out.goal.sample_kind: median} if out.goal.sample_kind != "throughput" else {})
@@ -230,14 +242,13 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
                 f"(95 % interval {s['low']:.2f} to {s['high']:.2f}"
                 + (", in fresh processes)." if confirmed else ", not confirmed yet).")
             )
-        q = confirmed["quality"] if confirmed else out.qualities[out.winner].to_json()
-        limit = f"{goal.max_ppl_increase:.3g}"
-        if q.get("identical"):
-            said.append("Its quality is the same to the last bit.")
+        if not winner.recipe.changes_numbers:
+            said.append("It is lossless: it gives the tokens of the reference, which was checked before it was timed.")
         else:
+            q = confirmed["quality"] if confirmed else out.qualities[out.winner].to_json()
             said.append(
                 f"Perplexity changes by {q['ppl_increase'] * 100:+.2f} %, surely less than "
-                f"{q['ppl_increase_upper'] * 100:+.2f} %; you allowed {float(limit) * 100:g} %."
+                f"{q['ppl_increase_upper'] * 100:+.2f} %; you allowed {goal.max_ppl_increase * 100:g} %."
             )
         w, b = winner.facts["weights_bytes"], base.facts["weights_bytes"]
         if w != b:
@@ -252,8 +263,11 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
         )
     elif out.kind == "interrupted":
         said.append("The run was interrupted before anything was shown to beat the baseline: it is kept so far.")
-    elif not result["space"]["n_measured"] > 1 or (not out.goal.in_bytes and math.isinf(out.resolution)):
+        said += _not_taken(out)
+    elif not out.rows() or (not out.goal.in_bytes and math.isinf(out.resolution)):
         said.append("The budget was too short to judge any candidate: the baseline is kept. Allow more with --budget.")
+    elif not_taken := _not_taken(out):
+        said += ["The baseline is kept, although others were faster.", *not_taken]
     elif out.kind == "baseline":
         said.append("Nothing that keeps the quality beat the baseline beyond noise: keep it.")
         if open_ := _undecided(out):
@@ -279,18 +293,25 @@ def _other_phase(out: Outcome, winner: TrialState, base: TrialState) -> list[str
     return told
 
 
+def _not_taken(out: Outcome, most: int = 3) -> list[str]:
+    """What was surely faster and why it is not the plan, the fastest first."""
+    told = []
+    faster = [i for i in out.rows() if out.verdict(i) == "faster"]
+    for id in sorted(faster, key=lambda i: -out.ratio(i).value)[:most]:
+        standing, name = out.standing(id), out.race.trials[id].recipe.name
+        why = f": {standing.why}" if standing.why else ""
+        what = "times smaller" if out.goal.in_bytes else "times as fast"
+        told.append(f"{name} was {out.ratio(id).value:.2f} {what} and was not taken ({standing.word}{why}).")
+    return told
+
+
 def _undecided(out: Outcome) -> list[str]:
-    """Candidates that look faster and were neither shown to be nor refused for their quality."""
+    """Candidates that look faster and were neither shown to be nor turned away."""
     if out.goal.in_bytes:
         return []
-    blocks = out.race.measured()
-    refused = out.refused | {i for i, quality in out.qualities.items() if not quality.within_bound}
     least = out.resolution if math.isfinite(out.resolution) else stats.DELTA
-    ids = [
-        i for i, s in out.race.trials.items() if not s.failure and i in blocks.subjects and not i.startswith("confirm")
-    ]
-    ids = [i for i in ids if i not in refused | {BASELINE, TWIN} and out.ratio(i).value > 1 + least]
-    return [i for i in ids if out.verdict(i) in ("undecided", "faster")]
+    ids = [i for i in out.rows() if i not in out.rejected and i not in out.refused]
+    return [i for i in ids if out.ratio(i).value > 1 + least and out.verdict(i) == "undecided"]
 
 
 def result_speed(out: Outcome, id: str) -> dict[str, Any]:

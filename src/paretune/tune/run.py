@@ -15,10 +15,11 @@ from paretune.tune import result as results
 from paretune.tune.goal import Goal
 from paretune.tune.journal import EVENTS, SAMPLES
 from paretune.tune.plan import PLAN_FILE
+from paretune.tune.race import REFERENCES
 from paretune.tune.search import Search
 
 REPORTS = ("trials.jsonl", PLAN_FILE, "report.json", "report.html")
-OURS = (EVENTS, SAMPLES, *REPORTS, peers.SAMPLES, regimes.SAMPLES, "logs", "scores", "model")
+OURS = (EVENTS, SAMPLES, *REPORTS, peers.SAMPLES, regimes.SAMPLES, "logs", "scores", REFERENCES, "model")
 
 
 def run(

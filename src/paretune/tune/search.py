@@ -1,8 +1,9 @@
-"""The search: waves of candidates raced against the baseline, a quality gate, finals, and a confirmation.
+"""The search: waves of candidates raced against the baseline, a quality gate after each, finals, and a confirmation.
 
-    baseline and its twin -> waves (prove, warm up, race, drop what loses) -> gate the best on paired quality
+    baseline and its twin -> [propose a wave -> race it in blocks -> gate what leads on paired quality] ...
     -> finals with corrected intervals -> the winner again in fresh processes, on fresh prompts and unseen text
 
+From the first candidate that is surely faster and keeps the quality on there is an answer, and it can only get better.
 The baseline wins unless it is beaten beyond noise. Ties go to the simpler recipe. Whatever happens, what was found so
 far is written.
 """
@@ -12,95 +13,45 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from paretune import hardware, stats
 from paretune.errors import ParetuneError, UsageError
-from paretune.evaluate.fidelity import Fidelity, windows_of
+from paretune.evaluate.fidelity import windows_of
 from paretune.evaluate.perplexity import MIN_BLOCKS, count_blocks
 from paretune.evaluate.texts import read_text, text_of
+from paretune.measure.bench import n_parameters, trial_bytes
+from paretune.measure.bench_rows import Cell
 from paretune.measure.environment import versions
 from paretune.measure.interleave import Blocks
-from paretune.measure.workload import Workload
+from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.model.tokenizer import Tokenizer
-from paretune.recipe import Recipe
 from paretune.tune import space as spaces
+from paretune.tune.confirm import CONFIRM_BLOCKS, CONFIRM_ROUNDS, Confirmer
+from paretune.tune.estimate import Estimator
+from paretune.tune.gate import Gate
 from paretune.tune.goal import Goal
 from paretune.tune.journal import Journal
-from paretune.tune.race import BASELINE, TWIN, Race, TrialState
+from paretune.tune.outcome import MIN_BYTES_GAIN, Outcome
+from paretune.tune.propose import DEFAULT_START_SEC, Proposer
+from paretune.tune.race import BASELINE, TWIN, Race
 
 WAVE = 6  # candidates at once: a block then takes about two seconds
 SCREEN_BLOCKS = 6  # enough for a finite interval (stats.MIN_BLOCKS)
+TWIN_BLOCKS = 18  # from here on the twin rests until the finals: what the machine resolves is known
 FINAL_LOOKS = stats.looks(14, 40)  # blocks after which a final may end
-CONFIRM_ROUNDS, CONFIRM_BLOCKS = 2, 10
 N_FINALISTS = 3
-# Of the budget: the search, the quality gate, the finals have ended.
-SEARCH_SHARE, GATE_SHARE, FINAL_SHARE = 0.5, 0.62, 0.78
-SLICE_SEC = 0.45  # one slice with its probes, repeats and the change of processes, roughly
-PROFILE_SEC = 5.0  # a quick profile of a trial that is loaded and warm, roughly
+MOST_RESERVED = 0.5  # of the budget, for finals and confirmation: a short budget searches too
+OVERHEAD_SEC = 0.15  # of a slice: its probes, repeats and the change of processes, roughly
+IMPORT_SEC = 4.0  # a newly executed process more than a forked one, roughly
 WINDOW_LEN = 257  # tokens: 128 scored in prefill, 128 in decode
 MAX_WINDOWS = {"search": 40, "confirm": 48}  # many are scored in the search, one is confirmed
-TOO_NOISY = 0.25  # A/A half width above which no verdict is given
-MIN_BYTES_GAIN = 1.02
-
-
-@dataclass
-class Outcome:
-    """What the search found, before it is told to anybody."""
-
-    goal: Goal
-    model_name: str
-    model_folder: Path
-    config: ModelConfig
-    space: spaces.Space
-    race: Race
-    ceilings: hardware.Ceilings | None = None
-    kind: str = "baseline"  # winner, baseline, none, interrupted
-    winner: str | None = None
-    qualities: dict[str, Fidelity] = field(default_factory=dict)
-    confirmation: dict[str, Any] | None = None
-    notes: list[str] = field(default_factory=list)
-    refused: set[str] = field(default_factory=set)  # won the finals and did not hold
-    too_noisy: bool = False
-    peers: dict[str, Any] | None = None  # of `peers.compare`
-    explanations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the winner and the baseline
-    quality_len: int = WINDOW_LEN  # tokens of a window that quality was measured on
-    regimes: dict[str, Any] | None = None  # of `regimes.explore`
-
-    @property
-    def resolution(self) -> float:
-        """A/A half width over all blocks so far; infinite while there are too few."""
-        return self.race.measured().aa_resolution(BASELINE, TWIN)
-
-    def ratio(self, id: str, level: float = stats.LEVEL) -> stats.Interval:
-        """How many times better than the baseline: speed, or bytes where the objective is in bytes."""
-        if self.goal.in_bytes:
-            value = objective_bytes(self.goal, self.race.trials[BASELINE]) / objective_bytes(
-                self.goal, self.race.trials[id]
-            )
-            return stats.Interval(value, value, value, 1)
-        return self.race.measured().ratio(BASELINE, id, level)
-
-    def verdict(self, id: str, level: float = stats.LEVEL) -> str:
-        if self.goal.in_bytes:
-            value = self.ratio(id).value
-            return "faster" if value >= MIN_BYTES_GAIN else "slower" if value < 1 else "indistinguishable"
-        return stats.verdict(self.ratio(id, level), resolution=self.resolution)
-
-
-def objective_bytes(goal: Goal, state: TrialState) -> float:
-    """Stored weights ("size"), or weights, cache and activations ("memory")."""
-    assert state.facts is not None
-    memory = state.facts["memory"]
-    if goal.objective == "size":
-        return memory["weights_bytes"]
-    return memory["weights_bytes"] + memory["kv_cache_bytes"] + (memory["activation_peak_bytes"] or 0)
+TOO_NOISY = 0.25  # A/A half width above which what is not surely faster is not called equal either
 
 
 class Search:
@@ -149,6 +100,7 @@ class Search:
             "machine": hardware.fingerprint_id(hardware.fingerprint()),
             "versions": versions(),
         }
+        self.has_room_for_twin = _check_memory(config, goal)
         space = spaces.build(goal.device, config, n_tokens)  # before the clock of the budget runs
         prepare()
         self.journal = Journal(folder, key, resume)
@@ -156,8 +108,9 @@ class Search:
         # Long enough for what a window skips to be among what is checked.
         n_check = 48 if self.window_len == WINDOW_LEN else spaces.WINDOW + 48
         race.check_prompt = self.windows["search"][0, :n_check].tolist()
-        self.out = Outcome(goal, model, model_folder, config, space, race)
+        self.out = Outcome(goal, str(model), model_folder, config, space, race)
         self.out.quality_len = self.windows["search"].size(1)
+        self.gate = Gate(self.out, self.windows["search"], self.text_name, say, any_scorer=self.has_room_for_twin)
 
     def _windows(self, config: ModelConfig, text: Path | None) -> dict[str, torch.Tensor]:
         """Disjoint windows for search and confirmation.
@@ -196,7 +149,7 @@ class Search:
             self._run()
         except KeyboardInterrupt:
             self.out.kind = "interrupted"
-            self.out.winner = self._best_so_far()
+            self.out.winner = self.out.leader()
         finally:
             self.out.race.stop_all()
         return self.out
@@ -211,6 +164,7 @@ class Search:
             hardware.set_threads(goal.threads)
             self.out.ceilings = hardware.ceilings(goal.device, quick=True)
             self.journal.record("ceilings", ceilings=self.out.ceilings.to_json())
+        self.proposer = Proposer(self.out, Estimator(self.out.config, goal, self.out.ceilings))
         base = spaces.baseline()
         race.add(BASELINE, base)
         race.add(TWIN, base)
@@ -219,46 +173,113 @@ class Search:
         if failure:
             raise ParetuneError(f"the baseline itself does not run: {failure}", "Try `paretune generate` on the model")
         self.journal.start_clock()
-        self._waves()
-        finalists = self._gate()
-        winner = self._finals(finalists)
-        self._confirm(winner, finalists)
+        if not self.has_room_for_twin:  # what the machine resolves is measured first, and the twin's place is free then
+            race.blocks("twin", [BASELINE, TWIN], TWIN_BLOCKS, 0.25 * goal.budget_sec)
+            race.stop(TWIN)
+        confirmer = Confirmer(self.out, self.gate, self.windows["confirm"], self.text_name, self.say)
+        index = 0
+        while True:
+            index = self._search(index)
+            finalists = self._finalists(index)
+            winner = self._finals(index, finalists)
+            if confirmer.confirm(winner, finalists) or winner not in self.out.refused or self._left() <= 0:
+                return
+            index += 1  # nobody held: others, and what was left out because of them, may win after all
 
-    def _left(self, share: float) -> float:
-        return share * self.goal.budget_sec - self.journal.elapsed_sec
+    def _left(self) -> float:
+        """Seconds of the budget that the search may still use: finals and confirmation have theirs."""
+        return self.goal.budget_sec - self._reserved_sec() - self.journal.elapsed_sec
+
+    def _reserved_sec(self) -> float:
+        """What finals and confirmation take, from what this run has seen of starts, slices and scores."""
+        out = self.out
+        leader = out.leader() or BASELINE
+        base, ours = (self._slice_sec(i) for i in (BASELINE, leader))
+        start = sum(out.race.trials[i].start_sec + IMPORT_SEC for i in (BASELINE, leader))
+        confirm = CONFIRM_ROUNDS * (start + CONFIRM_BLOCKS * (base + ours))
+        finals = 0.0 if self.goal.in_bytes else FINAL_LOOKS[0] * (2 * base + N_FINALISTS * ours)
+        scoring = sum(self._window_sec(i) for i in (out.scorer, leader)) * self.windows["confirm"].size(0)
+        return min(MOST_RESERVED * self.goal.budget_sec, confirm + finals + scoring)
+
+    def _slice_sec(self, id: str) -> float:
+        """Seconds that a slice of a trial takes in a block, its probes included."""
+        goal = self.goal
+        values = self.out.race.measured().values(id) if id in self.out.race.measured().subjects else np.array([])
+        if not len(values):
+            return MIN_SLICE_SEC + OVERHEAD_SEC
+        units = {
+            "tpot": min(DECODE_SLICE, max(1, goal.output_len - 1)),
+            "throughput": goal.batch_size * goal.output_len,
+        }
+        return max(MIN_SLICE_SEC, float(np.median(values)) * units.get(goal.sample_kind, 1)) + OVERHEAD_SEC
+
+    def _window_sec(self, id: str) -> float:
+        """Seconds to score one window with a trial, as seen; 0 where it scored none."""
+        seen = [e for e in self.journal.all("scored") if e["trial"] == id and "score_sec" in e]
+        return max((e["score_sec"] / max(1, e["stop"] - e["start"]) for e in seen), default=0.0)
 
     # -- waves
 
-    def _waves(self) -> None:
+    def _search(self, index: int) -> int:
+        """Waves until the space or the time for them is used up; gives the index of the wave that was not."""
         race = self.out.race
-        index = 0
         while True:
-            known = self.journal.find("wave", index=index)
-            if known:
-                by_id = {c.id: c for c in self.out.space.legal}
-                wave = [by_id[i] for i in known["trials"] if i in by_id]  # a compiler may be gone since
-            else:
-                room = self._room()
-                # A wave that starts has time for its blocks too, or its rows would say nothing.
-                left = self._left(SEARCH_SHARE) - SCREEN_BLOCKS * SLICE_SEC * (2 + room)
-                if left <= 0:
-                    return
-                tried = set(race.trials)
-                wave = spaces.next_wave(self.out.space, tried, self._singles(), self._start_secs(), left, room)
-                if not wave:
-                    return
-                self.journal.record("wave", index=index, trials=[c.id for c in wave])
+            wave = self._wave(index)
+            if not wave:
+                return index
             ids = [race.add(c.id, c.recipe).id for c in wave]
-            deadline = self.goal.budget_sec * (SEARCH_SHARE + 0.05)
-            if not race.is_whole(f"wave {index}") and self.journal.elapsed_sec < deadline:
-                race.start(ids)
+            stage = f"wave {index}"
+            deadline = self.goal.budget_sec - 0.5 * self._reserved_sec()
+            if not race.is_whole(stage):
+                ids = self._start(ids, deadline)
             self.say(f"racing {len(race.alive(ids))} candidates against the baseline")
-            race.blocks(f"wave {index}", [BASELINE, TWIN, *ids], SCREEN_BLOCKS, deadline)
+            race.blocks(stage, [*self._yardsticks(), *ids], SCREEN_BLOCKS, deadline)
             if race.trials[BASELINE].failure:  # without it no block can be judged
                 cause = race.trials[BASELINE].failure
                 raise ParetuneError(f"the baseline failed: {cause}", "Free memory and try again")
+            self._gate_wave(index)
+            self._say_leader()
             self._drop_losers()
             index += 1
+
+    def _start(self, ids: Sequence[str], deadline_sec: float) -> list[str]:
+        """Starts a wave one by one, as long as there is time to measure what was started; gives those."""
+        started: list[str] = []
+        for id in ids:
+            blocks_sec = SCREEN_BLOCKS * sum(self._slice_sec(i) for i in [*self._yardsticks(), *started, id])
+            if self.journal.elapsed_sec + blocks_sec > deadline_sec:
+                break
+            self.out.race.start([id])
+            started.append(id)
+        return started
+
+    def _yardsticks(self) -> list[str]:
+        """The baseline, and its twin while the resolution of this machine is not known well."""
+        blocks = self.out.race.measured()
+        n = len(blocks.paired(BASELINE, TWIN)[0]) if TWIN in blocks.subjects else 0
+        return [BASELINE, TWIN] if n < TWIN_BLOCKS and self.has_room_for_twin else [BASELINE]
+
+    def _wave(self, index: int) -> list[spaces.Candidate]:
+        """The candidates of a wave: those of the journal, or the next ones that the time is enough for."""
+        known = self.journal.find("wave", index=index)
+        if known:
+            by_id = {c.id: c for c in self.out.space.legal}
+            return [by_id[i] for i in known["trials"] if i in by_id]  # a compiler may be gone since
+        if self.journal.find("searched", index=index):
+            self._propose()  # for what it says of the candidates that are left out
+            return []
+        wave = self._propose()
+        if wave:
+            self.journal.record("wave", index=index, trials=[c.id for c in wave])
+        else:
+            self.journal.record("searched", index=index)
+        return wave
+
+    def _propose(self) -> list[spaces.Candidate]:
+        slices = sum(self._slice_sec(i) for i in self._yardsticks())
+        left = self._left() - SCREEN_BLOCKS * slices
+        sec_of = self._start_secs() | {"blocks": SCREEN_BLOCKS * (MIN_SLICE_SEC + OVERHEAD_SEC)}
+        return self.proposer.next_wave(left, self._room(), sec_of)
 
     def _room(self) -> int:
         """How many candidates fit into memory beside those that are kept alive."""
@@ -270,106 +291,112 @@ class Search:
 
     def _drop_losers(self) -> None:
         """Ends the processes of trials that cannot win any more; their rows stay."""
-        scores = {i: self.out.ratio(i) for i in self._rows()}
-        best_low = max([1.0] + [r.low for r in scores.values()])
-        ranked = sorted(scores, key=lambda i: -scores[i].value)
-        for id in ranked:
-            if scores[id].high < best_low or id not in ranked[: 2 * N_FINALISTS]:
-                self.out.race.stop(id)
-
-    def _rows(self) -> list[str]:
-        """Trials that have been measured, the baseline and its twin aside."""
-        race, blocks = self.out.race, self.out.race.measured()
-        return [
-            i
-            for i, s in race.trials.items()
-            if i not in (BASELINE, TWIN)
-            and not i.startswith("confirm")
-            and not s.failure
-            and i in blocks.subjects
-            # The deadline may have cut a first block before the baseline's turn: that compares with nothing.
-            and len(blocks.paired(BASELINE, i)[0])
-        ]
-
-    def _singles(self) -> dict[tuple[str, str | None], float]:
-        rows = set(self._rows())
-        failed = {i for i, s in self.out.race.trials.items() if s.failure}
-        out: dict[tuple[str, str | None], float] = {}
-        for c in self.out.space.legal:
-            if change := c.single:
-                if c.id in rows:
-                    gain = math.log(self.out.ratio(c.id).value)
-                    # What runs natively alone is compared with the native runner by itself.
-                    alone = gain if len(c.changes) == 1 else gain - out.get(("runner", "native"), 0.0)
-                    out[change] = max(alone, out.get(change, -math.inf))  # a mechanism is seen eager and native
-                elif c.id in failed:
-                    out.setdefault(change, -10.0)  # what fails alone is not tried in company first
-        return out
+        out = self.out
+        scores = {i: out.ratio(i) for i in out.rows()}
+        leader = out.leader()
+        least = max(1.0, scores[leader].low) if leader else 1.0
+        ranked = sorted((i for i in scores if i not in out.rejected), key=lambda i: -scores[i].value)
+        for id, score in scores.items():
+            kept = self.has_room_for_twin and id in ranked[: 2 * N_FINALISTS] and score.high >= least
+            if not kept and id != out.scorer:
+                out.race.stop(id)
 
     def _start_secs(self) -> dict[str, float]:
         """Start-up seconds by runner as seen here; a runner not seen yet scales with those that were."""
+        known = [(c.choice[3], c.id) for c in self.out.space.legal] + [(spaces.BASELINE[3], BASELINE)]
         seen: dict[str, list[float]] = {}
-        for c in self.out.space.legal:
-            state = self.out.race.trials.get(c.id)
+        for runner, id in known:
+            state = self.out.race.trials.get(id)
             if state and state.start_sec:
-                seen.setdefault(c.choice[3], []).append(state.start_sec)
-        out = {runner: max(times) for runner, times in seen.items()}
-        defaults = spaces.DEFAULT_START_SEC
-        scale = max([out[r] / defaults[r] for r in out], default=1.0)
-        return {r: out.get(r, defaults[r] * max(1.0, scale)) for r in defaults}
+                seen.setdefault(runner, []).append(state.start_sec)
+        out = {runner: float(np.median(times)) for runner, times in seen.items()}
+        scale = max([out[r] / DEFAULT_START_SEC[r] for r in out], default=1.0)
+        return {r: out.get(r, DEFAULT_START_SEC[r] * max(1.0, scale)) for r in DEFAULT_START_SEC}
 
     # -- gate and finals
 
-    def _ranked(self) -> list[str]:
-        return sorted(self._rows(), key=lambda i: -self.out.ratio(i).value)
-
-    def _gate(self) -> list[str]:
-        """The best candidates whose paired quality is within the bound, at most `N_FINALISTS`."""
-        known = self.journal.find("finalists")
-        if known:  # decided by what had been measured then: a resumed run does not decide anew
-            return [i for i in known["trials"] if i in self.out.race.trials and self._quality(i) is not None]
-        passed: list[str] = []
-        for id in self._ranked():
-            if len(passed) == N_FINALISTS or self._left(GATE_SHARE) <= 0:
+    def _gate_wave(self, index: int) -> None:
+        """Judges the quality of what is ahead of the leader, the fastest first, until one of them keeps it."""
+        known = self.journal.find("gate", index=index)
+        if known:  # decided by what had been measured then; the scores lie on disk
+            for id in known["trials"]:
+                if id in self.out.race.trials and not self.out.race.trials[id].failure:
+                    self.gate.judge(id)
+            return
+        judged: list[str] = []
+        # What a candidate needs to be turned away is little; a whole judgement is the confirmation's time at most.
+        limit = self.goal.budget_sec - 0.5 * self._reserved_sec()
+        for id in self._ahead():
+            verdict = self.gate.judge(id, lambda: self.journal.elapsed_sec < limit)
+            judged.append(id)
+            if verdict is not False:
                 break
-            if self.out.ratio(id).high < 1 or self.out.verdict(id) == "slower":
+        self.journal.record("gate", index=index, trials=judged)
+
+    def _ahead(self) -> list[str]:
+        """Candidates that look better than the leader and were not turned away, the best first."""
+        out = self.out
+        leader = out.leader()
+        least = out.ratio(leader).value if leader else 1.0
+        ids = [i for i in out.rows() if i not in out.rejected and i not in out.refused and i != leader]
+        ids = [i for i in ids if out.ratio(i).value > least and out.verdict(i) != "slower"]
+        return sorted(ids, key=lambda i: -out.ratio(i).value)
+
+    def _say_leader(self) -> None:
+        if leader := self.out.leader():
+            ratio, name = self.out.ratio(leader), self.out.race.trials[leader].recipe.name
+            self.say(f"best so far: {name}, {ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]")
+
+    def _finalists(self, index: int) -> list[str]:
+        """The best candidates that keep the quality, at most `N_FINALISTS`."""
+        out = self.out
+        known = self.journal.find("finalists", index=index)
+        if known:  # decided by what had been measured then: a resumed run does not decide anew
+            return [i for i in known["trials"] if i in out.race.trials and self.gate.judge(i)]
+        passed: list[str] = []
+        leader = out.leader()
+        least = out.ratio(leader).low if leader else 1.0
+        for id in sorted(out.rows(), key=lambda i: -out.ratio(i).value):
+            if len(passed) == N_FINALISTS:
+                break
+            if id in out.rejected or id in out.refused or out.verdict(id) == "slower" or out.ratio(id).high < least:
                 continue
-            quality = self._quality(id)
-            if quality is None:
-                continue
-            if quality.within_bound:
+            is_known = out.is_accepted(id) or self._left() > 0
+            if is_known and self.gate.judge(id, lambda: self._left() > 0):
                 passed.append(id)
-            else:
-                self.out.race.stop(id)
-        self.journal.record("finalists", trials=passed)
+        self.journal.record("finalists", index=index, trials=passed)
         return passed
 
-    def _quality(self, id: str) -> Fidelity | None:
-        quality = self.out.race.quality(id, BASELINE, "search", self.windows["search"], f"{self.text_name}/search")
-        if quality is not None:
-            self.out.qualities[id] = quality
-        return quality
-
-    def _finals(self, finalists: Sequence[str]) -> str | None:
+    def _finals(self, index: int, finalists: Sequence[str]) -> str | None:
         """Races the finalists until each is decided; returns the winner."""
-        race, goal = self.out.race, self.goal
+        race, goal, out = self.out.race, self.goal, self.out
         if not finalists:
+            out.too_noisy = not goal.in_bytes and TOO_NOISY < out.resolution < math.inf and not self._any_verdict()
             return None
         level = stats.LEVEL
         if not goal.in_bytes:
             done = 0
+            deadline = goal.budget_sec - (self._reserved_sec() - self._finals_sec(finalists))
             for i, n in enumerate(FINAL_LOOKS):
                 level = stats.look_level(i, len(FINAL_LOOKS))
                 self.say(f"finals: {len(race.alive(finalists))} candidates, {n} blocks")
-                whole = race.blocks(f"final {i}", [BASELINE, TWIN, *finalists], n - done, FINAL_SHARE * goal.budget_sec)
+                yardsticks = [BASELINE, TWIN] if self.has_room_for_twin else [BASELINE]
+                whole = race.blocks(f"final {index} {i}", [*yardsticks, *finalists], n - done, deadline)
                 done = n
-                if not whole or all(self.out.verdict(f, level) != "undecided" for f in race.alive(finalists)):
+                if not whole or all(out.verdict(f, level) != "undecided" for f in race.alive(finalists)):
                     break
+        winner = self._choose(race.alive(finalists), level)
         # Without a resolution (too few blocks) it was the budget, not the noise.
-        self.out.too_noisy = not goal.in_bytes and TOO_NOISY < self.out.resolution < math.inf
-        if self.out.too_noisy:
-            return None
-        return self._choose(race.alive(finalists), level)
+        noisy = not goal.in_bytes and TOO_NOISY < out.resolution < math.inf
+        out.too_noisy = noisy and winner is None and not self._any_verdict()
+        return winner
+
+    def _any_verdict(self) -> bool:
+        """Whether anything was told apart from the baseline: then the noise did not hide it."""
+        return any(self.out.verdict(i) in ("faster", "slower") for i in self.out.rows())
+
+    def _finals_sec(self, finalists: Sequence[str]) -> float:
+        return FINAL_LOOKS[0] * (2 * self._slice_sec(BASELINE) + sum(self._slice_sec(f) for f in finalists))
 
     def _choose(self, ids: Sequence[str], level: float) -> str | None:
         """The best that is surely better than the baseline; among equals the simpler one."""
@@ -397,113 +424,6 @@ class Search:
             out.notes.append(f"{names[0]} and {names[1]} cannot be told apart: the simpler one was taken.")
         return simplest
 
-    # -- confirmation
-
-    def _confirm(self, winner: str | None, finalists: Sequence[str]) -> None:
-        """Measures the winner again; where it does not hold, the next one has its turn."""
-        left = [f for f in finalists if f != winner]
-        while winner is not None:
-            for id in list(self.out.race.trials):
-                self.out.race.stop(id)
-            confirmation, cause = self._confirmed(winner)
-            name = self.out.race.trials[winner].recipe.name
-            if confirmation is not None:
-                out, wanted = self.out, self.goal.min_speedup or 0
-                value = confirmation["speedup"]["value"]
-                if out.confirmation is None or value > out.confirmation["speedup"]["value"]:
-                    out.winner, out.confirmation = winner, confirmation
-                out.kind = "winner" if value >= wanted else "none"
-                if out.kind == "winner":
-                    return
-                out.notes.append(f"{name} reached {value:.2f}x in fresh processes, not the {wanted:g}x asked for.")
-            else:
-                self.out.refused.add(winner)
-                self.out.notes.append(
-                    f"{name} won the finals but did not hold in fresh processes ({cause}): not taken."
-                )
-            better = [f for f in left if self.out.verdict(f) == "faster" and not self.out.race.trials[f].failure]
-            winner = max(better, key=lambda i: self.out.ratio(i).value) if better and self._left(0.9) > 0 else None
-            left = [f for f in left if f != winner]
-        if BASELINE not in self.out.explanations:
-            self._explain(BASELINE, BASELINE)
-        if self.out.confirmation is None:
-            wanted = (self.goal.min_speedup or 0) > 1 and not self.out.too_noisy
-            self.out.kind = "none" if wanted else "baseline"
-
-    def _confirmed(self, winner: str) -> tuple[dict[str, Any] | None, str]:
-        """The winner and the baseline in fresh processes, on fresh prompts and unseen text; or why it does not hold."""
-        race, goal = self.out.race, self.goal
-        recipe = race.trials[winner].recipe
-        pairs: list[tuple[Any, Any]] = []
-        values: dict[str, list[float]] = {"ours": [], "base": []}
-        quality: Fidelity | None = None
-        for round in range(CONFIRM_ROUNDS):
-            done = self.journal.find("stage", stage=f"confirm {winner} {round}")
-            if round and not done and self._left(1.0) < race.trials[winner].start_sec:
-                self.out.notes.append("The budget allowed one confirmation round, not two.")
-                break
-            base, ours = f"confirm-{winner}-{round}-baseline", f"confirm-{winner}-{round}"
-            self.say(f"confirming {recipe.name} in fresh processes ({round + 1} of {CONFIRM_ROUNDS})")
-            race.add(base, race.trials[BASELINE].recipe, seed=goal.seed + 1000 + round)
-            race.add(ours, recipe, seed=goal.seed + 1000 + round)
-            race.blocks(f"confirm {winner} {round}", [base, ours], CONFIRM_BLOCKS, None)
-            if failure := race.trials[ours].failure:
-                return None, failure
-            if failure := race.trials[base].failure:
-                return None, f"the baseline beside it failed: {failure}"
-            blocks = race.measured()
-            pairs.append(blocks.paired(base, ours))
-            values["base"] += blocks.values(base).tolist()
-            values["ours"] += blocks.values(ours).tolist()
-            if quality is None:
-                quality = race.quality(ours, base, "confirm", self.windows["confirm"], f"{self.text_name}/confirm")
-                self._explain(BASELINE, base)
-                self._explain(winner, ours)
-            sides = {i: race.trials[i].facts for i in (base, ours)}
-            race.stop(base)
-            race.stop(ours)
-        import numpy as np
-
-        a, b = (np.concatenate([p[k] for p in pairs]) for k in (0, 1))
-        speed = stats.speed_ratio(a, b)
-        verdict = stats.verdict(speed, resolution=min(self.out.resolution, TOO_NOISY))
-        if quality is None or not quality.within_bound:
-            return None, quality.reason if quality else "it could not be scored"
-        if not goal.in_bytes and verdict != "faster":
-            return None, f"{speed.value:.2f} times as fast, {speed.low:.2f} to {speed.high:.2f}: {verdict}"
-        facts, base_facts = sides[ours], sides[base]
-        assert facts is not None and base_facts is not None
-        median = {k: float(np.median(v)) for k, v in values.items()}
-        result: dict[str, Any] = {
-            "speedup": {"value": speed.value, "low": speed.low, "high": speed.high, "n_blocks": speed.n},
-            "quality": quality.to_json(),
-            "n_processes": len(pairs),
-            "median_sec": median,
-            "note": f"{len(pairs)} fresh {'pair' if len(pairs) == 1 else 'pairs'} of processes, fresh prompts, "
-            "text that the search did not see",
-        }
-        result["speedup"]["verdict"] = verdict
-        for kind in ("ttft", "tpot"):
-            timed = goal.sample_kind == kind
-            result[f"{kind}_sec"] = median["ours"] if timed else facts["side_sec"][kind]
-            result[f"baseline_{kind}_sec"] = median["base"] if timed else base_facts["side_sec"][kind]
-        return result, ""
-
-    def _explain(self, id: str, process: str) -> None:
-        """Why a trial is as fast as it is, from a profile in the process of its twin `process`, if time is left."""
-        assert self.out.ceilings is not None
-        if self._left(1.0) < PROFILE_SEC and not self.journal.find("why", trial=process):
-            return
-        found = self.out.race.why(process, self.out.ceilings)
-        if found is not None:
-            self.out.explanations[id] = found
-
-    def _best_so_far(self) -> str | None:
-        """For an interrupted run: the best row that is surely better and was gated."""
-        passed = [i for i, q in self.out.qualities.items() if q.within_bound and i in self._rows()]
-        sure = [i for i in passed if self.out.verdict(i) == "faster"]
-        return max(sure, key=lambda i: self.out.ratio(i).value) if sure else None
-
 
 def check_device(device: str) -> None:
     """Raises UsageError where there is no such device."""
@@ -511,11 +431,26 @@ def check_device(device: str) -> None:
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
 
 
+def _check_memory(config: ModelConfig, goal: Goal) -> bool:
+    """Whether the baseline, its twin and a candidate fit into memory side by side.
+
+    Raises:
+        ParetuneError: not even the baseline and a candidate do.
+    """
+    if goal.device != "cpu":
+        return True  # what a GPU holds is its own affair: a trial that does not fit is a row with its cause
+    each = trial_bytes(config, n_parameters(config), Cell(goal.input_len, goal.output_len, goal.batch_size))
+    free = hardware.available_memory_bytes()
+    if 2 * each > free:
+        raise ParetuneError(
+            f"the model takes {each / 1e9:.1f} GB in fp32, and the baseline and a candidate have to fit side by side; "
+            f"{free / 1e9:.1f} GB are free",
+            "Free memory, or use a machine with more",
+        )
+    return 3 * each <= free
+
+
 def _surely_better(blocks: Blocks, best: str, other: str) -> bool:
     if len(blocks.paired(other, best)[0]) < stats.MIN_BLOCKS:
         return True
     return blocks.ratio(other, best).low > 1.0
-
-
-def baseline_recipe(out: Outcome) -> Recipe:
-    return out.race.trials[BASELINE].recipe if BASELINE in out.race.trials else spaces.baseline()

@@ -1,9 +1,8 @@
-"""Every legal combination of the transforms and runners, and in which order to try them."""
+"""Every legal combination of the transforms and runners, and why the others are not."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,19 +13,20 @@ from paretune.recipe import Recipe, preset
 
 ATTENTION = ("sdpa", "eager")
 PRECISION = (None, "bf16", "fp16")
-QUANTIZE = (None, "int8", "int8-linear", "int4", "w8a8")
+QUANTIZE = (None, "int8", "int8-linear", "int4", "w8a8", "w7a7")
 RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
 # On a GPU the way to a kernel costs more than a short kernel: graphs of them are a choice of their own.
-GPU_QUANTIZE = (*QUANTIZE[:4], "nf4", "w8a8")
+GPU_QUANTIZE = (*QUANTIZE[:4], "nf4", "w8a8", "w7a7")
 GPU_RUNNERS = ("eager", "compile:default", "compile:reduce-overhead")
 CACHE = (None, "bf16", "int8", "int4")  # what the native runner keeps keys and values in; None follows the model
 FAMILIES = ("attention", "precision", "quantize", "runner", "cache")
 Choice = tuple[str, str | None, str | None, str, str | None]
 # What has a fast form in native code alone: elsewhere every call would dequantise, or convert the cache.
-NATIVE_ONLY = {("quantize", "int4"), ("quantize", "w8a8"), *(("cache", c) for c in CACHE if c)}
+NATIVE_ONLY = {*(("quantize", q) for q in ("int4", "w8a8", "w7a7")), *(("cache", c) for c in CACHE if c)}
 GROUPS = {
     "int4": {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
     "w8a8": {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
+    "w7a7": {"name": "groups", "bits": 7, "group": 128, "head_bits": 8, "activation_bits": 7},
 }
 # What attention computes, in place of a form of it; quality is measured at the length of the request.
 WINDOW = 256
@@ -36,15 +36,15 @@ MECHANISMS: dict[str, dict[str, object]] = {
     "alibi": {"name": "mechanism", "alibi": True},
 }
 # What rounds inputs to gain nothing on a GPU, whose kernels multiply in 16 bits.
-NOT_ON_GPU = {"w8a8": "inputs of 8 bits are multiplied in 16 on a GPU: they save nothing over int8"}
+NOT_ON_GPU = {
+    "w8a8": "inputs of 8 bits are multiplied in 16 on a GPU: they save nothing over int8",
+    "w7a7": "inputs of 7 bits are multiplied in 16 on a GPU: they save nothing over int8",
+}
 ALL_QUANTISED = (
     "every weight is quantised: the number format would change the cache alone, which is a choice of its own"
 )
 SAME_ATTENTION = "native code runs the same attention whatever the form: a duplicate"
 BASELINE: Choice = ("sdpa", None, None, "eager", None)
-
-# Log gain that a change nobody has measured yet is credited with, so that each is looked at once, cheap ones first.
-UNSEEN = {"attention": 0.3, "precision": 0.4, "quantize": 0.5, "runner": 0.6, "cache": 0.05}
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,41 @@ class Candidate:
             changes.remove(("runner", "native"))
             return changes[0] if changes[0] in NATIVE_ONLY or changes[0][1] in MECHANISMS else None
         return changes[0] if len(changes) == 1 else None
+
+    @property
+    def kind(self) -> str:
+        """The runner, its mode aside."""
+        return self.choice[3].partition(":")[0]
+
+    @property
+    def is_native(self) -> bool:
+        return self.kind == "native"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the baseline's own runner executes it: it starts at once."""
+        return self.choice[3] == BASELINE[3]
+
+    @property
+    def native_alone(self) -> Candidate:
+        """The native runner with nothing else changed."""
+        choice = (*BASELINE[:3], "native", None)
+        return Candidate(choice, recipe_of(choice))
+
+    @property
+    def weights(self) -> tuple[str, str | None, str | None]:
+        """What is computed, with which numbers: candidates that share it differ in the runner and the cache alone."""
+        mechanism = self.choice[0] if self.choice[0] in MECHANISMS else ""
+        return mechanism, self.choice[1], self.choice[2]
+
+    @property
+    def numbers(self) -> frozenset[tuple[str, str | None]]:
+        """The changes that change numbers: all but the runner and exact forms of attention."""
+        return frozenset(
+            (family, change)
+            for family, change in self.changes.items()
+            if family != "runner" and (family != "attention" or change in MECHANISMS)
+        )
 
 
 @dataclass
@@ -142,7 +177,7 @@ def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> 
         reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
         if r == "native" and a != BASELINE[0]:
             reason = reason or SAME_ATTENTION
-        if r == "native" and p and q in ("int8", "int4", "w8a8"):
+        if r == "native" and p and q in ("int8", *GROUPS):
             reason = reason or ALL_QUANTISED
         if reason:
             space.illegal.append((candidate.recipe.name, reason))
@@ -175,73 +210,3 @@ def _add_mechanisms(
                 space.illegal.append((candidate.recipe.name, reason))
             else:
                 space.legal.append(candidate)
-
-
-def predicted_log_gain(candidate: Candidate, singles: Mapping[tuple[str, str | None], float]) -> float:
-    """Log gain if gains multiplied: an order to try in, never a result (they do not multiply).
-
-    Args:
-        singles: measured log ratio of each change alone.
-    """
-    total = 0.0
-    for change in candidate.changes.items():
-        gain = singles.get(change, math.nan)  # NaN: not seen, or the deadline cut its first block
-        if not math.isnan(gain):
-            total += gain
-        elif change == candidate.single:  # in company an unknown change is worth nothing yet: alone comes first
-            total += UNSEEN[change[0]]
-    return total
-
-
-def next_wave(
-    space: Space,
-    tried: set[str],
-    singles: Mapping[tuple[str, str | None], float],
-    start_sec: Mapping[str, float],
-    budget_sec: float,
-    size: int,
-) -> list[Candidate]:
-    """The next candidates to measure together.
-
-    Changes alone that start quickly come first (they teach the most). Then the rest by predicted gain and start-up, and
-    in each wave, after the two best of them, the next change alone: a runner that compiles for a minute has its turn
-    before the budget ends, but not before what promises most. What would not start within the budget is left out.
-    """
-
-    def cost(c: Candidate) -> float:
-        return start_sec.get(c.choice[3], DEFAULT_START_SEC[c.choice[3]])
-
-    left = [c for c in space.legal if c.id not in tried and cost(c) <= budget_sec]
-
-    def rank(c: Candidate) -> tuple[bool, float]:
-        is_cheap_single = c.single is not None and c.choice[3] in ("eager", "native")
-        return (not is_cheap_single, -predicted_log_gain(c, singles) / (1 + cost(c) / 60))
-
-    def take(candidates: list[Candidate], most: int) -> list[Candidate]:
-        chosen: list[Candidate] = []
-        spent = 0.0
-        for candidate in candidates:
-            if len(chosen) < most and spent + cost(candidate) <= budget_sec:
-                chosen.append(candidate)
-                spent += cost(candidate)
-        return chosen
-
-    ordered = sorted(left, key=rank)
-    alone = [c for c in ordered if c.single]
-    if alone and ordered[0] is not alone[0]:
-        ordered.remove(alone[0])
-        ordered.insert(2, alone[0])
-    promising = [c for c in ordered if c.single or predicted_log_gain(c, singles) > 0]
-    # Nothing promising is left: the rest is measured too while there is time.
-    return take(promising, size) or take(ordered, min(size, 2))
-
-
-# Before anything was measured; replaced by what this run sees.
-DEFAULT_START_SEC = {
-    "eager": 7.0,
-    "native": 7.0,
-    "compile:default": 45.0,
-    "compile:freeze": 50.0,
-    "compile:max-autotune": 90.0,
-    "compile:reduce-overhead": 60.0,
-}

@@ -19,7 +19,7 @@ def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     from paretune import clock
     from paretune.evaluate import fidelity
 
-    windows = torch.from_numpy(np.load(request["windows"]))
+    windows = torch.from_numpy(np.load(request["windows"])[request["start"] : request["stop"]])
     runner = trial.loaded.runner
     # A compiled decode graph has a fixed batch: it is scored as it was timed.
     n_rows = max(1, EAGER_ROWS * ROW_LEN // max(ROW_LEN, windows.size(1)))
@@ -59,7 +59,20 @@ def why(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     return {"explanations": found["explanations"], "sec": found["whole"]["sec"]}
 
 
-if __name__ == "__main__":
+def preload() -> None:
+    """As `measure.worker.preload`, and what scores and profiles."""
+    import paretune.evaluate.fidelity
+    import paretune.measure.profile  # noqa: F401
+    from paretune.measure import worker
+
+    worker.preload()
+
+
+def main() -> None:
     trial = Trial()
     own = {"score": lambda request: score(trial, request), "why": lambda request: why(trial, request)}
     serve({**trial.handlers(), **own})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""An outcome put together by hand: which candidates were measured, at which seconds, on a machine of known ceilings.
+
+Not a test file: tests of the parts of the search import it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from paretune.hardware import Ceilings
+from paretune.measure.interleave import Blocks, Sample
+from paretune.model import checkpoint
+from paretune.tune import space as spaces
+from paretune.tune.estimate import Estimator
+from paretune.tune.goal import Goal
+from paretune.tune.outcome import Outcome
+from paretune.tune.race import BASELINE, TWIN
+
+N_BLOCKS = 8
+ROWS = tuple(
+    {"bytes": n << 20, "threads": 2, "bytes_per_sec": 1e10, "kind": "made", "samples": [1e10], "state": "high"}
+    for n in (4, 64)
+)
+CEILINGS = Ceilings("cpu", "made", 2, ROWS, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11}, 1e11)
+
+
+def choices() -> list[spaces.Choice]:
+    """The whole space of a CPU without asking this machine."""
+    import itertools
+
+    every = itertools.product(spaces.ATTENTION, spaces.PRECISION, spaces.QUANTIZE, spaces.RUNNERS, spaces.CACHE)
+    return [
+        c
+        for c in every
+        if c != spaces.BASELINE
+        and not (c[0] == "eager" and c[3] == "native")
+        and not (c[3] != "native" and (c[4] or ("quantize", c[2]) in spaces.NATIVE_ONLY))
+        and not (c[3] == "native" and c[1] and c[2] in ("int8", *spaces.GROUPS))
+    ]
+
+
+def candidate(*choice: str | None) -> spaces.Candidate:
+    return spaces.Candidate(choice, spaces.recipe_of(choice))  # type: ignore[arg-type]
+
+
+def outcome(
+    seconds: dict[spaces.Choice, float],
+    *,
+    legal: list[spaces.Choice] | None = None,
+    base_sec: float = 0.010,
+    failures: dict[spaces.Choice, str] | None = None,
+    noise: float = 0.002,
+    **goal,
+) -> Outcome:
+    """Candidates of `seconds` were measured in `N_BLOCKS` blocks beside a baseline of `base_sec`; others were not."""
+    config = checkpoint.read_config(checkpoint.resolve("pocket"))
+    space = spaces.Space([spaces.Candidate(c, spaces.recipe_of(c)) for c in (legal or choices())])
+    random = np.random.default_rng(7)
+    samples = []
+    trials = {}
+    memory = {"weights_bytes": 28 << 20, "kv_cache_bytes": 1 << 20, "activation_peak_bytes": 1 << 20}
+
+    def add(id, recipe, sec, failure=None):
+        facts = {"memory": dict(memory), "weights_bytes": memory["weights_bytes"], "side_sec": {}, "notes": []}
+        trials[id] = SimpleNamespace(
+            id=id,
+            recipe=recipe,
+            facts=None if failure else facts,
+            failure=failure,
+            failure_kind="failed",
+            start_sec=1.0,
+            process=None,
+        )
+        if sec:
+            times = sec * np.exp(random.normal(0, noise, N_BLOCKS))
+            samples.extend(Sample(id, b, 0, float(t)) for b, t in enumerate(times))
+
+    add(BASELINE, spaces.baseline(), base_sec)
+    add(TWIN, spaces.baseline(), base_sec)
+    for choice, sec in seconds.items():
+        one = candidate(*choice)
+        add(one.id, one.recipe, sec)
+    for choice, cause in (failures or {}).items():
+        one = candidate(*choice)
+        add(one.id, one.recipe, None, cause)
+    race = SimpleNamespace(trials=trials, measured=lambda: Blocks(samples), journal=None)
+    return Outcome(Goal(**goal), "pocket", Path("pocket"), config, space, race, CEILINGS)
+
+
+def estimator(out: Outcome) -> Estimator:
+    return Estimator(out.config, out.goal, CEILINGS)
