@@ -6,7 +6,6 @@ and is marked. All rows are scored on the same tokens, so a band holds what a fo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from paretune.evaluate.perplexity import Perplexity, perplexity
 from paretune.evaluate.texts import read_text
 from paretune.files import ensure_folder, write_json, write_text
 from paretune.model import checkpoint
-from paretune.recipe import EngineOptions, Recipe, preset
+from paretune.recipe import EngineOptions, Recipe
 from paretune.registry import TRANSFORMS
 from paretune.transforms.base import Context
 from paretune.transforms.formats import FORMATS, transforms_of
@@ -56,9 +55,7 @@ class Row:
     of_file: bool = False
 
 
-ROWS = [
-    ROWS_HERE
-]
+ROWS = [ROWS_HERE]
 NAMES = [row.name for row in ROWS]
 
 
