@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-.PHONY: tune test test-slow check gpu clean
+.PHONY: tune test test-slow real check gpu clean
 
 tune: $(STAMP)
 	$(VENV)/bin/paretune tune pocket --objective tpot --max-ppl-increase 1% --budget 270s -o runs/pocket --force
@@ -15,6 +15,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m "slow and not gpu"
+	$(MAKE) real
+
+# The real model: fetched once, then held against transformers, the gguf package and llama.cpp. 15 minutes on two cores.
+real: $(STAMP)
+	$(VENV)/bin/paretune get smollm2
+	$(PY) -m pytest -m real --durations=0 -rsP tests/real
 
 # On a machine with a GPU: kernels are compiled and checked, then timed against the library's.
 gpu: $(STAMP)

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from paretune import files
-from paretune.errors import EXIT_FAILURE, ParetuneError
+from paretune.errors import EXIT_FAILURE, ParetuneError, WriteError
 
 CAUSES = {
     errno.ENOSPC: "disk is full",
@@ -291,3 +291,46 @@ def test_errors_are_one_line_whatever_they_are_made_of():
     error = ParetuneError("a\nb\r\n  c", "do\tthis\nnow")
     assert str(error) == "a b c. do this now"
     assert str(ParetuneError("only a cause")) == "only a cause"
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+def test_a_scratch_folder_vanishes(tmp_path):
+    with pytest.raises(KeyError), files.scratch_folder(tmp_path / "x.whl") as folder:
+        (folder / "a").write_text("1")
+        assert names(tmp_path) == [folder.name]
+        raise KeyError
+    assert names(tmp_path) == []
+
+
+def test_a_scratch_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError) as error, files.scratch_folder(tmp_path / "file" / "x"):
+        pass
+    assert_one_line(error.value, "cannot write")
+
+
+NOBODY = 1 << 30  # no process has that number
+
+
+def test_what_killed_processes_left_is_removed(tmp_path):
+    for name in (f".x.{NOBODY}.tmp", f".x.{NOBODY}.old"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    kept = ["x", f".x.{os.getpid()}.tmp", f".x.y.{NOBODY}.tmp", f".x.{NOBODY}.log", ".x.notes.tmp", f".xy.{NOBODY}.tmp"]
+    for name in [f".x[1].{NOBODY}.tmp", *kept]:
+        (tmp_path / name).write_text("")
+    files.remove_leftovers(tmp_path / "x")
+    files.remove_leftovers(tmp_path / "x[1]")
+    files.remove_leftovers(tmp_path / "absent" / "x")
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_the_cure_of_a_cache_is_another_cache(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError) as error, files.into_cache():
+        files.write_text(tmp_path / "file" / "x", "1")
+    assert_one_line(error.value, "cannot write", "PARETUNE_CACHE")
+    assert "-o" not in error.value.cure
+    with pytest.raises(ParetuneError, match="no cure of ours"), files.into_cache():
+        raise ParetuneError("x", "no cure of ours")

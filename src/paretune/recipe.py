@@ -16,6 +16,7 @@ from paretune.registry import RUNNERS, TRANSFORMS
 
 if TYPE_CHECKING:
     from paretune.model.base import LanguageModel
+    from paretune.model.config import ModelConfig
     from paretune.transforms.base import Context, Transform
 
 SCHEMA_VERSION = 1
@@ -166,6 +167,33 @@ class Recipe:
             reasons.append(f"the {runner.name} runner has no {cache_dtype} cache")
         reasons.append(runner.requires(device))
         return next((r for r in reasons if r), None)
+
+    def fits(self, config: ModelConfig) -> str | None:
+        """The first reason why this recipe cannot be applied to a model of this config, or None; no weight is read."""
+        from paretune.model import checkpoint  # PyTorch with it, which recipes as plain data need not
+
+        formats = {*checkpoint.stored_formats(config).values(), *(t.format for t in self.transforms if t.format)}
+        for transform in self.transforms:
+            if reason := transform.fits(config):
+                return reason
+            config = transform.changed(config)
+        return RUNNERS.get(self.engine.runner).fits(config, formats, self.engine.cache_dtype)
+
+    def why_not(self, device: str, config: ModelConfig) -> str | None:
+        """The first reason why this recipe cannot run such a model on `device`, or None.
+
+        The model is asked first, whose answer costs nothing: devices are asked by trying.
+        """
+        return self.fits(config) or self.requires(device)
+
+    def check(self, device: str, config: ModelConfig) -> None:
+        """Refuses a recipe that cannot run such a model on `device`, before anything is loaded.
+
+        Raises:
+            UsageError: with the recipe's name and the reason.
+        """
+        if reason := self.why_not(device, config):
+            raise UsageError(f"{self.name} cannot run here: {reason}", "Choose another --config (`paretune ls`)")
 
     def notes(self, device: str) -> list[str]:
         """What the user should know before it runs here."""

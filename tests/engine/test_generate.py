@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from paretune import clock
 from paretune.engine.exact import TIE_MARGIN
-from paretune.engine.generate import check_request, generate, naive_generate
+from paretune.engine.generate import FRAME_SEC, check_request, generate, naive_generate
 from paretune.engine.runners.eager import EagerRunner
 from paretune.engine.sampling import SamplingOptions
 from paretune.errors import UsageError
@@ -231,17 +231,18 @@ def pocket(pocket_folder):
     return Tokenizer(pocket_folder)
 
 
-def stream(tokenizer, ids, stop=(), eos=(), n=None):
-    """The finished generation, and the pieces that were streamed."""
+def stream(tokenizer, ids, stop=(), eos=(), n=None, step_sec=FRAME_SEC):
+    """The finished generation, and the pieces that were streamed; by default each token is late enough to be shown."""
     pieces = []
-    result = generate(
-        Scripted(ids, eos=eos),
-        [[1]],
-        n or len(ids),
-        tokenizer=tokenizer,
-        stop=stop,
-        on_text=lambda row, piece: pieces.append(piece),
-    )
+    with clock.use(clock.FakeClock()) as fake:
+        result = generate(
+            Scripted(ids, eos=eos, decode_sec=step_sec, fake=fake),
+            [[1]],
+            n or len(ids),
+            tokenizer=tokenizer,
+            stop=stop,
+            on_text=lambda row, piece: pieces.append(piece),
+        )
     return result.generations[0], pieces
 
 
@@ -255,6 +256,38 @@ def test_streamed_text_is_the_text(pocket):
     assert len(pieces) > 10 and all(pieces)
     assert not any("\ufffd" in piece for piece in pieces)
     assert any(len(pocket.encode(c)) > 1 for c in "東🙂")  # some characters did span tokens
+
+
+def test_fast_tokens_are_shown_together(pocket):
+    """Five tokens a frame: the first at once, then five at a time, nothing lost."""
+    text = "one two three four five six seven eight nine ten eleven twelve"
+    ids = pocket.encode(text)
+    generation, pieces = stream(pocket, ids, step_sec=FRAME_SEC / 4.5)  # no sum of steps is a frame to the bit
+    assert "".join(pieces) == generation.text == text and generation.tokens == ids
+    groups = [ids[:1], *(ids[i : i + 5] for i in range(1, len(ids), 5))]
+    assert len(groups) >= 4 and pieces == [pocket.decode(group) for group in groups]
+
+
+def test_text_alone_is_made_at_the_end(pocket, monkeypatch):
+    """Nobody reads along and nothing can stop it: the tokens are decoded once."""
+    calls = []
+    whole = pocket.decode
+    monkeypatch.setattr(pocket, "decode", lambda ids, *rest: calls.append(list(ids)) or whole(ids, *rest))
+    ids = pocket.encode(STORY)
+    result = generate(Scripted(ids), [[1]], len(ids), tokenizer=pocket)
+    assert result.generations[0].text == STORY and calls.count(ids) == 1
+
+
+@pytest.mark.parametrize("step_sec", [0.0, FRAME_SEC / 3, FRAME_SEC])
+def test_a_stop_string_ends_generation_at_once(pocket, step_sec):
+    """However fast tokens come: no step is run after the one that completes the stop string."""
+    ids = pocket.encode(STORY)
+    with clock.use(clock.FakeClock()) as fake:
+        runner = Scripted(ids, decode_sec=step_sec, fake=fake)
+        result = generate(runner, [[1]], len(ids), tokenizer=pocket, stop=["the dog"], on_text=lambda row, piece: None)
+    tokens = result.generations[0].tokens
+    assert runner.step == len(tokens) < len(ids)
+    assert "the dog" in pocket.decode(tokens) and "the dog" not in pocket.decode(tokens[:-1])
 
 
 @pytest.mark.parametrize(
@@ -289,10 +322,14 @@ words = st.lists(st.sampled_from(["a", "b", "ab", " ", "é", "🙂", "aab", "\n"
 
 
 @settings(max_examples=150, deadline=None)
-@given(words, st.lists(st.text("ab é🙂", min_size=1, max_size=5), max_size=3))
-def test_no_part_of_a_stop_string_leaks(pocket, text, stops):
+@given(
+    words,
+    st.lists(st.text("ab é🙂", min_size=1, max_size=5), max_size=3),
+    st.sampled_from([0.0, FRAME_SEC / 3, FRAME_SEC]),
+)
+def test_no_part_of_a_stop_string_leaks(pocket, text, stops, step_sec):
     ids = pocket.encode(text)
-    generation, shown = stream(pocket, ids, stops)
+    generation, shown = stream(pocket, ids, stops, step_sec=step_sec)
     assert "".join(shown) == generation.text
     assert text.startswith(generation.text)
     assert not any(s in generation.text for s in stops)

@@ -158,9 +158,7 @@ def test_bad_input_leaves_nothing(written, tiny, tmp_path):
     out = tmp_path / "out"
     _, made = written("gpt2", "int8")
     refused(made.folder, out, UsageError, "quantised already.*rounded twice")
-    narrow = tiny("gpt2")[2]  # 48 wide
-    refused(narrow, out, UsageError, "groups of 32 do not divide", "int4")
-    refused(narrow, out, UsageError, "blocks of 64 do not divide", "nf4")
+    narrow = tiny("gpt2")[2]
     refused(narrow, out, UsageError, "'blocks.*' matches no layer.*mlp", exclude=("blocks.*",))
     refused(narrow, out, NoEffectError, "no layer was quantised", exclude=("*",))
     model, _, _ = tiny("gpt2")

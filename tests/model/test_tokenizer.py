@@ -130,6 +130,7 @@ def test_llama_stream_keeps_the_space_after_a_special_token(story):
 def test_llama_stream_equals_decode(story, text):
     ids = story.encode(text)
     assert "".join(stream(story, ids)) == story.decode(ids)
+    assert "".join(in_groups(story, ids, [1, 3, 2, 5])) == story.decode(ids)
 
 
 # ---- the embedded tokenizer -----------------------------------------------------------------------
@@ -163,6 +164,22 @@ def test_stream_equals_decode(text):
 def test_stream_equals_decode_of_any_ids(ids):
     """A model may emit bytes that are no text."""
     assert "".join(stream(POCKET, ids)) == POCKET.decode(ids)
+
+
+def in_groups(tokenizer, ids, sizes):
+    """What a stream gives of tokens that come several at a time."""
+    s, out, at = TextStream(tokenizer), [], 0
+    for size in sizes:
+        out.append(s.push(*ids[at : at + size]))
+        at += size
+    return [*out, s.push(*ids[at:]), s.flush()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60).map(POCKET.encode) | st.lists(st.integers(0, 8191), max_size=40), st.data())
+def test_groups_of_tokens_give_the_same_text(ids, data):
+    sizes = data.draw(st.lists(st.integers(0, 7), max_size=12))
+    assert "".join(in_groups(POCKET, ids, sizes)) == POCKET.decode(ids)
 
 
 def test_stream_holds_back_half_a_character():

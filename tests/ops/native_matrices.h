@@ -10,6 +10,7 @@ struct Kind {
   const char* name;
   std::int32_t format, group, activation_bits;
   bool has_minimum;
+  std::int32_t lowest = 0;  // what the minimum stands for
 };
 
 constexpr Kind kKinds[] = {
@@ -20,11 +21,15 @@ constexpr Kind kKinds[] = {
     {"int8, 8-bit inputs", kInt8, 0, 8, false},
     {"int8 in 32", kInt8, 32, 16, false},
     {"int8 in 128, 8-bit inputs", kInt8, 128, 8, false},
-    {"int8 in 64 with minimum", kInt8, 64, 16, true},
+    {"int8 in 64 with minimum", kInt8, 64, 16, true, -128},
+    {"int8 in 128 with minimum", kInt8, 128, 16, true, -128},
+    {"int8 in 32 with minimum, 7-bit inputs", kInt8, 32, 7, true, -128},
+    {"int8 in 128, 7-bit inputs", kInt8, 128, 7, false},
     {"int4 in 32", kInt4, 32, 16, false},
-    {"int4 in 128 with minimum", kInt4, 128, 16, true},
+    {"int4 in 128 with minimum", kInt4, 128, 16, true, -8},
+    {"int4 in 32 with the minimum of an older folder", kInt4, 32, 16, true, 0},
     {"int4 in 32, 8-bit inputs", kInt4, 32, 8, false},
-    {"int4 in 64 with minimum, 8-bit inputs", kInt4, 64, 8, true},
+    {"int4 in 64 with minimum, 8-bit inputs", kInt4, 64, 8, true, -8},
     {"nf4 in 64", kNf4, 64, 16, false},
 };
 
@@ -55,7 +60,7 @@ struct Made {
 
   Made(const Kind& kind, int N, int C, Random& random, float size = 1.0f)
       : packed(packed_bytes(kind.format, N, C)), exact(static_cast<std::size_t>(N) * C) {
-    const int padded = round_up(N, kBlock), groups = kind.group == 0 ? 1 : C / kind.group, g = C / groups;
+    const int padded = round_up(N, kBlock), g = kind.group == 0 ? C : kind.group, groups = (C + g - 1) / g;
     const int limit = is_nibbles(kind.format) ? 7 : 127;
     const double largest = kind.format == kNf4 ? 1.0 : limit;
     if (kind.group != 0) {
@@ -78,8 +83,8 @@ struct Made {
         } else if (kind.format == kInt8) {
           row_scale[n] = factor;
         }
-        for (int c = part * g; c < (part + 1) * g; ++c) {
-          std::uint8_t* at = source.data() + n * row_bytes + c * row_bytes / C;
+        for (int c = part * g; c < std::min(C, (part + 1) * g); ++c) {
+          std::uint8_t* at = source.data() + n * row_bytes + (is_nibbles(kind.format) ? c / 2 : c * row_bytes / C);
           const float value = normal(random) * size;
           double& number = exact[static_cast<std::size_t>(n) * C + c];
           if (kind.format == kFp32) {
@@ -92,7 +97,7 @@ struct Made {
             const int q = static_cast<int>(random() % (2 * limit + 2)) - limit - 1;
             if (kind.format == kInt8) *at = static_cast<std::uint8_t>(q);
             else source[n * row_bytes + c / 2] |= static_cast<std::uint8_t>((q + 8) << (c % 2 * 4));
-            number = number_of(kind.format, q) * factor + least;
+            number = (number_of(kind.format, q) - kind.lowest) * factor + least;
           }
         }
       }
@@ -102,7 +107,7 @@ struct Made {
                          : kind.format == kInt8 ? static_cast<const void*>(row_scale.data())
                                                 : nullptr;
     matrix = {packed.data(), scales, kind.has_minimum ? minimum.data() : nullptr, kind.format, N, C, kind.group,
-              kind.activation_bits};
+              kind.activation_bits, 128, kind.lowest};
   }
   Made(Made&&) = default;
 };

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import itertools
 import os
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from paretune.ops.native.program import ACTIVATIONS, CannotLower
 from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.ops.weights.int_groups import IntGroups
+from paretune.ops.weights.mixed_int8 import MixedInt8
 from paretune.ops.weights.nf4 import CODES, NF4
 from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context
@@ -73,14 +76,14 @@ def by_input(scales, weight):
 
 def numbers(weight):
     """The stored numbers in float64."""
-    if isinstance(weight, Int8Rows):
+    if isinstance(weight, Int8Rows | MixedInt8):
         return weight.q.double() * weight.scale.double()[:, None]
     if isinstance(weight, IntGroups):
         out = (weight.integers().double() - weight.lowest) * by_input(weight.scale, weight)
         return out if weight.minimum is None else out + by_input(weight.minimum, weight)
     if isinstance(weight, NF4):  # native code has the codes in steps of 1/1023 and the scales in fp16
         codes = torch.round(torch.tensor(CODES).double() * 1023) / 1023
-        scales = weight.absmax().half().double().repeat_interleave(64, dim=1)
+        scales = by_input(weight.absmax().half(), weight)
         return codes[weight.integers().int()] * scales
     return weight.values.double()
 
@@ -95,6 +98,51 @@ def rounded(x, bits):
     least = torch.round(low * factor) if bits == 7 else torch.full_like(size, -limit)
     q = torch.round(padded * factor).maximum(least).minimum(least + limit if bits == 7 else -least)
     return (q.double() * (size / limit).double()).flatten(-2)[:, : x.size(1)]
+
+
+WIDTHS = (1, 31, 72, 100, 127, 129, 192, 576, 960, 1600)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that is not written holds NaN, or the largest integers."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def grouped():
+    """Every way to round in groups, by what a layer of it is called."""
+    for bits, minimum, inputs in itertools.product((4, 7, 8), (False, True), (16, 8, 7)):
+        for group in (32, 64, 128):
+            form = {"minimum": minimum, "activation_bits": inputs}
+            name = f"int{bits}-g{group}{'-min' if minimum else ''}-a{inputs}"
+            yield name, inputs, functools.partial(IntGroups.quantize, bits=bits, group=group, **form)
+    yield "nf4", 16, NF4.quantize
+    yield "int8 rows", 16, Int8Rows.quantize
+    yield "llm.int8", 16, functools.partial(MixedInt8.quantize, threshold=6.0)
+
+
+@pytest.mark.parametrize(("name", "inputs", "make"), list(grouped()), ids=lambda x: x if isinstance(x, str) else "")
+def test_any_width(poisoned, name, inputs, make):
+    """The last group of a row is shorter: products against float64, the same bits alone and together, nothing lost.
+
+    The bound is that of `test_products`."""
+    for n_in in WIDTHS:
+        g = torch.Generator().manual_seed(n_in)
+        weight = make(torch.randn(33, n_in, generator=g))
+        native, x = packed(weight), torch.randn(33, n_in, generator=g)
+        seen, exact = rounded(x, inputs), numbers(weight)
+        together = native.matmul(x)
+        bound = 4 * min(n_in, 256) * max(1, n_in / 256) ** 0.5 * 2**-24 + 2**-20
+        assert float((together.double() - seen @ exact.T).abs().max()) < bound, n_in
+        for n_rows in (1, 2, 7):
+            assert torch.equal(native.matmul(x[:n_rows]), together[:n_rows]), (n_in, n_rows)
+        before, after = weight.to_tensors(), native.to_tensors()
+        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), n_in
+        if weight.format != "nf4":  # whose native numbers are steps of 1/1023
+            index = torch.tensor([0, 32, 7])
+            assert torch.equal(native.rows(index), weight.rows(index)), n_in
 
 
 def cases():

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paretune.ops.quantized_linear import op, reference, tiles
 from paretune.ops.quantized_linear.tiles import Tile
 from paretune.ops.weights.int8_rows import Int8Rows
+from paretune.ops.weights.int_groups import IntGroups
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -111,6 +112,34 @@ def test_quantized_gemv(kernels, name, shape, dtype, parts):
 )
 def test_quantized_gemm(kernels, name, n_rows, shape, dtype, tile, parts):
     run(kernels, name, n_rows, shape, dtype, tile, parts)
+
+
+@needs_triton
+@pytest.mark.parametrize("n_in", [1, 31, 72, 100, 127, 129, 192, 576, 960, 1600])
+@pytest.mark.parametrize("name", MAKE)
+def test_any_width(kernels, name, n_in):
+    """The last group is shorter, the last byte of an odd width half empty; one row takes one kernel, more the other."""
+    for n_rows in (1, 2, 7, 33) if n_in < 200 else (1, 7):  # the interpreter is slow
+        run(kernels, name, n_rows, (33, n_in), torch.float32, parts=1 + n_in % 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", MAKE)
+def test_tiles_that_are_wider_and_narrower_than_a_group_meet_its_rest(kernels, name):
+    for n_in, tile, parts in ((129, Tile(64, 64), 2), (100, Tile(64, 128), 1), (192, Tile(64, 32), 3)):
+        run(kernels, name, 7, (33, n_in), torch.float16, tile, parts)
+
+
+@needs_triton
+def test_minima_of_older_folders(kernels):
+    """They stand for the integer 0, not for the smallest."""
+    for kind, make in (("int4", MAKE["int4 with minimum"]), ("int8", MAKE["int8 groups with minimum"])):
+        made = make(torch.randn(20, 384))
+        weight = IntGroups(made.q, made.scale, made.minimum, torch.float32, group=made.group, lowest=0)
+        for n_rows in (1, 3):
+            x = torch.randn(n_rows, 384)
+            got = kernels.quantized_linear(x, *weight.gpu(), format=kind, group=weight.group, tile=Tile(32, 32))
+            assert float((got - x @ weight.dequantize().T).norm() / got.norm()) < LIMITS[torch.float32]
 
 
 @needs_triton
@@ -231,12 +260,13 @@ def test_a_compiled_layer_is_one_graph(everywhere):
 @pytest.mark.parametrize("name", MAKE)
 def test_the_formula_of_the_operator(name):
     """Bit for bit what the weight says of itself; and what runs where the kernels do not."""
-    weight = MAKE[name](torch.randn(18, 1152))
-    kind = "nf4" if name == "nf4" else f"int{weight.bits}"
-    assert torch.equal(reference.dequantize(*weight.gpu(), kind, weight.group, 1152), weight.dequantize())
-    x, bias = torch.randn(3, 1152), torch.randn(18)
-    got = op.quantized_linear(x, *weight.gpu(), bias, kind, weight.group)
-    assert torch.equal(got, reference.linear(x, weight.dequantize(), bias))
+    for n_in in (1152, 129, 31):
+        weight = MAKE[name](torch.randn(18, n_in))
+        kind = "nf4" if name == "nf4" else f"int{weight.bits}"
+        assert torch.equal(reference.dequantize(*weight.gpu(), kind, weight.group, n_in), weight.dequantize())
+        x, bias = torch.randn(3, n_in), torch.randn(18)
+        got = op.quantized_linear(x, *weight.gpu(), bias, kind, weight.group)
+        assert torch.equal(got, reference.linear(x, weight.dequantize(), bias))
 
 
 def test_where_gradients_are_wanted_the_formula_runs():

@@ -57,6 +57,35 @@ def test_gptq_equals_the_equations(act_order, minimum):
     assert float((got.integers() == expected).double().mean()) > 0.99
 
 
+@pytest.mark.parametrize("n_in", [1, 31, 72, 100, 127, 129])
+@pytest.mark.parametrize("minimum", [True, False])
+def test_gptq_of_any_width_equals_the_equations(minimum, n_in):
+    """The last group is shorter; more than one block of columns where there are more than 128."""
+    w, x = torch.randn(24, n_in), torch.randn(1500, n_in) @ torch.randn(n_in, n_in)
+    h, group = moments(x), 64
+    got = rounding.gptq(w, h.clone(), 4, group, minimum=minimum, damping=0.05)
+    order = torch.argsort(h.diagonal(), descending=True)
+    low = torch.zeros_like(got.scale) if got.minimum is None else got.minimum
+    expected = textbook(w, h, got.scale, low, got.lowest, 4, group, order, 0.05)
+    assert got.in_features == n_in and float((got.integers() == expected).double().mean()) > 0.99
+
+
+@pytest.mark.parametrize("n_in", [1, 31, 72, 100, 127, 129])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_short_group_is_searched_as_a_group_of_its_own(bits, n_in):
+    """And so is the rest of HQQ: as if its inputs stood alone."""
+    w, importance = torch.randn(9, n_in), torch.ones(n_in)
+    whole = n_in // 32 * 32
+    parts = [part for part in (slice(0, whole), slice(whole, n_in)) if part.start < part.stop]
+    for minimum in (False, True):
+        alone = [rounding.search_scales(w[:, part], importance[part], bits, 32, minimum) for part in parts]
+        scale, low = rounding.search_scales(w, importance, bits, 32, minimum)
+        assert torch.equal(scale, torch.cat([a[0] for a in alone], dim=1))
+        assert low is None or torch.equal(low, torch.cat([a[1] for a in alone], dim=1))
+    made = torch.cat([rounding.hqq(w[:, part], bits, 32).dequantize() for part in parts], dim=1)
+    assert torch.equal(rounding.hqq(w, bits, 32).dequantize(), made)
+
+
 @pytest.mark.parametrize("minimum", [True, False])
 def test_gptq_halves_the_error_of_nearest(minimum):
     w, x = torch.randn(64, 256), correlated(4000, 256)

@@ -50,16 +50,19 @@ def test_the_study_writes_everything(folder, tmp_path, monkeypatch):
     assert any("The batch size does not change quality" in s for s in result["summary"])
 
 
-def test_a_format_that_does_not_fit_is_a_row(folder, tmp_path, monkeypatch, pocket_folder):
-    shape = dict(checkpoint.read_config(folder).hf) | {"n_embd": 40}
+def test_a_format_that_cannot_hold_the_weights_is_a_row(folder, tmp_path, monkeypatch, pocket_folder):
+    """Too large for fp16 scales, in an inner row that the layer after it takes nothing of."""
     odd = tmp_path / "odd"
     odd.mkdir()
-    checkpoint.save(checkpoint.new(checkpoint.ModelConfig.from_hf(shape), 0), odd, pocket_folder)
+    model = checkpoint.load(folder)
+    model.h[0].mlp.c_fc.weight.values[0] = 1e5
+    model.h[0].mlp.c_proj.weight.values[:, 0] = 0
+    checkpoint.save(model, odd, pocket_folder)
     monkeypatch.setattr(bench, "bench", fake_bench)
     monkeypatch.setattr(quantization, "QUICK_TOKENS", 700)
     monkeypatch.setattr(quantization, "QUICK_FORMATS", ("int8", "nf4"))
     result = quantization.run(str(odd), tmp_path / "out", quick=True)
-    assert any("nf4: not made" in s and "do not divide" in s for s in result["summary"])
+    assert any("nf4: not made" in s and "too large for fp16 scales" in s for s in result["summary"])
     assert {r["format"] for r in result["rows"]} == {"fp32", "int8"}
 
 

@@ -122,6 +122,8 @@ def evaluate(
     if len(sides) == 1 and (task == "fidelity" or bound is not None):
         raise UsageError(f"config {name!r} is the baseline: there is nothing to compare", "Pass --config, such as int8")
     folder, recipe = sides[-1]
+    for side_folder, side_recipe in sides:  # minutes before the last one is loaded
+        side_recipe.check(device, checkpoint.read_config(side_folder))
     n_positions = checkpoint.read_config(folder).n_positions
     context = min(1024, n_positions) if context is None else context
     if context > checkpoint.read_config(folder).longest:

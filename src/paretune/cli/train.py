@@ -135,6 +135,7 @@ def train(
         raise UsageError(f"--device {device}, and there is no usable GPU", "Use --device cpu")
     if device == "cpu" and checkpoint.DTYPE_ALIASES.get(dtype, dtype) == "fp16":
         raise UsageError("fp16 training with loss scaling needs a GPU", "Use --dtype bf16 or fp32")
+    attention = train_source.attention_of(config, device, config_)
     say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     # Wrong flags fail here, before the data is read.
     n_steps = 1000 if steps is None else steps
@@ -195,7 +196,7 @@ def train(
             say(f"{folder} is finished")
             continue
         net = checkpoint.new(config_, seed + i) if fresh else checkpoint.load(tokenizer_folder)
-        net = train_source.converted(net, config, device, say)
+        net = train_source.converted(net, attention, device, say)
         results.append(
             _fit(
                 net,

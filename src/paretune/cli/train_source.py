@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from paretune.evaluate.pairs import PairSet
     from paretune.model.base import LanguageModel
+    from paretune.model.config import ModelConfig
+    from paretune.recipe import Recipe
     from paretune.train.objective import Teacher
     from paretune.train.pairs import PairSource
     from paretune.train.schedule import TrainOptions
@@ -108,23 +110,37 @@ def teacher(name: str | None, weight: float, temperature: float, device: str) ->
     return Teacher(net.eval().requires_grad_(False), key, weight, temperature)
 
 
-def converted(net: LanguageModel, config: str | None, device: str, say: Say) -> LanguageModel:
-    """The model with the attention of a recipe; unchanged where none is named.
+def attention_of(config: str | None, device: str, shape: ModelConfig) -> Recipe | None:
+    """The recipe whose attention a model is trained with; None where none is named.
 
     Raises:
-        UsageError: the recipe does more than change attention.
+        UsageError: it does more than change attention, or cannot be trained or had with this model here.
     """
     if config is None:
-        return net
+        return None
     from paretune.errors import UsageError
     from paretune.recipe import preset
-    from paretune.transforms.base import Context, Stage
+    from paretune.transforms.base import Stage
 
     recipe = preset(config)
     other = [t.title for t in recipe.transforms if t.stage > Stage.ATTENTION]
     if other or recipe.engine.runner != "eager":
         what = other[0] if other else f"the {recipe.engine.runner} runner"
         raise UsageError(f"--config {config}: {what} cannot be trained", "Name a recipe that changes attention alone")
+    if reason := next((reason for t in recipe.transforms if (reason := t.trains(device))), None):
+        raise UsageError(
+            f"--config {config}: {reason}", "Name one with another form of attention, or use --device cuda"
+        )
+    recipe.check(device, shape)
+    return recipe
+
+
+def converted(net: LanguageModel, recipe: Recipe | None, device: str, say: Say) -> LanguageModel:
+    """The model with the attention of a recipe; unchanged where there is none."""
+    if recipe is None:
+        return net
+    from paretune.transforms.base import Context
+
     say(f"attention: {recipe.name}")
     return recipe.apply(net, Context(device=device))
 

@@ -6,14 +6,19 @@ al. 2024, "Self-calibration for Language Model Quantization and Pruning", arXiv:
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from paretune import hardware
+from paretune.engine.runners.base import Runner
 from paretune.engine.runners.eager import EagerRunner
+from paretune.engine.runners.native import NativeRunner
 from paretune.errors import UsageError
-from paretune.model.base import LanguageModel
+from paretune.model.base import CannotLower, LanguageModel
+from paretune.model.layers import Embedding, Linear
 from paretune.model.tokenizer import Tokenizer
 
 WINDOWS, WINDOW_LEN = 32, 256
@@ -41,16 +46,42 @@ def from_text(folder: Path, text: str, n_windows: int = WINDOWS, window_len: int
 def from_model(model: LanguageModel, n_windows: int = WINDOWS, window_len: int = WINDOW_LEN, seed: int = 0) -> Tensor:
     """What the model writes by itself, drawn from its own distribution, int64 `[n_windows, window_len]`.
 
-    The first token is drawn evenly from the vocabulary, so that the windows differ.
+    The first token is drawn evenly from the vocabulary, so that the windows differ. The model is left as it is. The
+    same machine, threads and seed give the same text; another runner adds in another order, so a token may differ.
     """
     generator = torch.Generator().manual_seed(seed)
     window_len = min(window_len, model.config.n_positions)
-    runner = EagerRunner(model)
+    runner = _writer(model)
     cache = runner.new_cache(n_windows, window_len)
     token = torch.randint(model.config.vocab_size, (n_windows, 1), generator=generator)
     tokens = [token]
     for _ in range(window_len - 1):
-        logits = runner.forward(token.to(runner.device), cache, "last")[:, 0].float().cpu()
-        token = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        logits = runner.forward(token.to(runner.device), cache, "last")[:, 0]
+        token = _draw(logits.float().cpu(), generator)
         tokens.append(token)
     return torch.cat(tokens, dim=1)
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token of each row's distribution, int64 `[B, 1]`, of logits `[B, V]`: one random number a row.
+
+    `torch.multinomial` draws one for each token of the vocabulary, which takes as long as a small model's step.
+    """
+    up_to = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    at = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * up_to[:, -1:]
+    # Right of what is equal: a token without probability ends where the one before it does, and is never found.
+    return torch.searchsorted(up_to, at, right=True).clamp_(max=logits.size(1) - 1)
+
+
+def _writer(model: LanguageModel) -> Runner:
+    """The fastest runner that leaves the model alone: native on a copy of its weights where there is room for one."""
+    if NativeRunner.requires(model.embedding.weight.device.type) is None:
+        weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, Linear | Embedding)}
+        if sum(weight.stored_bytes for weight in weights.values()) < hardware.available_memory_bytes() // 2:
+            # Modules are copied and their weights shared: the runner gives the copy packed ones in their place.
+            twin = copy.deepcopy(model, dict(weights))
+            try:
+                return NativeRunner(twin)
+            except CannotLower:
+                pass  # attention or a format that native code does not have
+    return EagerRunner(model)

@@ -246,7 +246,7 @@ class Dispatcher:
         device = str(loaded.runner.device)
         self._memory_left = functools.partial(hardware.memory_left, device)
         for form in table.forms.values():
-            if form.name == PLAN or form.recipe.requires(device):
+            if form.name == PLAN or form.recipe.why_not(device, loaded.runner.config):
                 continue
             if shares_weights(form.recipe, loaded.recipe):
                 self.runners[form.name] = view(loaded.runner.model, form.recipe, loaded.recipe)

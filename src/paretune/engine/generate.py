@@ -1,4 +1,9 @@
-"""Generation on top of a runner: prefill, decode, sampling, stop strings, streaming, batches of unequal prompts."""
+"""Generation on top of a runner: prefill, decode, sampling, stop strings, streaming, batches of unequal prompts.
+
+Between two steps stands only what the next step needs. Text is made of several tokens at once where they come fast:
+decoding and writing after every token would cost a small model as much as half a step (its code has left the caches,
+and the reader of a pipe wakes up on a core that the step needs).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,8 @@ from paretune.engine.sampling import Sampler, SamplingOptions, argmax
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.tokenizer import TextStream, Tokenizer
+
+FRAME_SEC = 0.02  # streamed text goes out 50 times a second at most, which reads as steady
 
 
 @dataclass
@@ -133,7 +140,8 @@ def generate(
         stop: strings that end a sequence; they are not part of the text.
         ignore_eos: fixed output length, for measurements.
         eos_run: end tokens in a row that end a sequence; 2 where a model ends each of its sentences with one.
-        on_text: called with (row, piece) as text becomes certain.
+        on_text: called with (row, piece) as text becomes certain: after the first token, then after the first one that
+            is `FRAME_SEC` or later than the call before, then at the end.
     """
     config = runner.config
     check_request(prompts, max_new_tokens, config.longest, config.vocab_size)
@@ -144,7 +152,7 @@ def generate(
     eos = () if ignore_eos else config.eos_token_ids
     plain_greedy = sampling.greedy and sampling.repetition_penalty == 1
     timing = Timing()
-    started = clock.now()
+    started = shown_at = clock.now()
 
     lengths = [len(p) for p in prompts]
     cache = runner.new_cache(len(prompts), max(lengths) + max_new_tokens)
@@ -166,6 +174,10 @@ def generate(
             chosen = _choose(logits, rows, plain_greedy)
         for row, token in zip(rows, chosen, strict=True):
             row.accept(token, eos, eos_run)
+        if on_text is not None and (i == 0 or clock.now() - shown_at >= FRAME_SEC):
+            for row in rows:
+                row.show()
+            shown_at = clock.now()
         if i == 0:
             timing.ttft_sec = clock.now() - started
         else:
@@ -204,7 +216,9 @@ class _Row:
         self.stream = TextStream(tokenizer) if tokenizer else None
         self.generation = Generation(list(prompt))
         self.done = False
+        self._longest_stop = max((len(s) for s in self.stop), default=1)
         self._eos_run = 0  # end tokens in a row
+        self._unread: list[int] = []  # tokens that are not part of the text yet
         self._shown = 0  # characters already given to on_text
 
     def accept(self, token: int, eos: Sequence[int], eos_run: int = 1) -> None:
@@ -215,32 +229,38 @@ class _Row:
         if self._eos_run >= eos_run:
             self.done, self.generation.finish_reason = True, "eos"
             return
-        if self.stream is None:
-            return
-        self.generation.text += self.stream.push(token)
-        cut = _first_stop(self.generation.text, self.stop)
-        if cut is not None:
-            self.generation.text = self.generation.text[:cut]
-            self.done, self.generation.finish_reason = True, "stop"
-        self._show(hold_back=0 if self.done else max((len(s) for s in self.stop), default=1) - 1)
+        if self.stream is not None:
+            self._unread.append(token)
+        if self.stop:  # each token can be the last one
+            self._read()
 
-    def finish(self) -> None:
-        if self.stream is not None and self.generation.finish_reason != "stop":
-            self.generation.text += self.stream.flush()
-            cut = _first_stop(self.generation.text, self.stop)
-            if cut is not None:  # it stood before half a character, which held it back
-                self.generation.text = self.generation.text[:cut]
-                self.generation.finish_reason = "stop"
-        self._show(hold_back=0)
-
-    def _show(self, hold_back: int) -> None:
+    def show(self) -> None:
         """Streams what can no longer become part of a stop string."""
+        self._read()
+        hold_back = 0 if self.done else self._longest_stop - 1
         upto = max(len(self.generation.text) - hold_back, self._shown)
         if self.on_text is not None and upto > self._shown:
             self.on_text(self.index, self.generation.text[self._shown : upto])
         self._shown = upto
 
+    def finish(self) -> None:
+        self._read()
+        if self.stream is not None and self.generation.finish_reason != "stop":
+            self._add(self.stream.flush())  # a stop string may stand before half a character, which held it back
+        self.done = True
+        self.show()
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    found = [at for at in (text.find(s) for s in stop) if at >= 0]
-    return min(found) if found else None
+    def _read(self) -> None:
+        if self.stream is not None and self._unread:
+            unread, self._unread = self._unread, []
+            self._add(self.stream.push(*unread))
+
+    def _add(self, piece: str) -> None:
+        """Appends to the text and cuts it before the first stop string, which ends the row."""
+        # No stop string ends within the text so far: a new one overlaps the piece.
+        start = max(0, len(self.generation.text) - self._longest_stop + 1)
+        self.generation.text += piece
+        found = [at for at in (self.generation.text.find(s, start) for s in self.stop) if at >= 0]
+        if found:
+            self.generation.text = self.generation.text[: min(found)]
+            self.done, self.generation.finish_reason = True, "stop"

@@ -11,7 +11,7 @@ from paretune import clock, hardware
 from paretune.engine import calibration
 from paretune.engine.probe import Observation, observe
 from paretune.engine.runners.base import CACHE_DTYPES, Runner
-from paretune.errors import NoEffectError, UsageError
+from paretune.errors import NoEffectError
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
 from paretune.model.layers import Embedding, Linear
@@ -53,11 +53,10 @@ def load_recipe(
             seconds of micro-kernels, and more on a busy machine).
 
     Raises:
-        UsageError: the recipe cannot run here; the reason is in the message.
+        UsageError: the recipe cannot run this model here; the reason is in the message.
     """
-    reason = recipe.requires(device) if check else None
-    if reason:
-        raise UsageError(f"{recipe.name} cannot run here: {reason}", "Choose another recipe")
+    if check:
+        recipe.check(device, checkpoint.read_config(folder))
     started = clock.now()
     if recipe.engine.threads:
         hardware.set_threads(recipe.engine.threads)

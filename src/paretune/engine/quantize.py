@@ -21,6 +21,7 @@ from paretune.model.layers import Embedding, Linear
 from paretune.model.stored import StoredTensors
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
+from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context, Transform, config_of, weight_holders
 from paretune.transforms.quantize import Quantize, matrices
 
@@ -145,14 +146,17 @@ def quantize(
         NoEffectError: nothing was quantised, or what was written is not what was made.
     """
     refuse_quantized(folder)
+    config = checkpoint.read_config(folder)
     for transform in transforms:
-        reason = transform.requires("cpu")
-        if reason:
-            raise UsageError(f"{transform.title} cannot be made here: {reason}", "Choose another --format")
+        if reason := transform.fits(config) or transform.requires("cpu"):
+            raise UsageError(
+                f"{transform.title} cannot be made here: {reason}", "Choose another --format, --include or --exclude"
+            )
+        config = transform.changed(config)
     calibrated = [transform for transform in transforms if transform.needs_calibration]
     if calibration_text is not None and not calibrated:
         raise UsageError(f"{transforms[0].title} needs no calibration text", "Leave out --calibration")
-    window_len = min(calibration.WINDOW_LEN, checkpoint.read_config(folder).n_positions)
+    window_len = min(calibration.WINDOW_LEN, config.n_positions)
     windows = None
     if calibration_text is not None:
         windows = calibration.from_text(folder, calibration_text, window_len=window_len)
@@ -168,6 +172,8 @@ def quantize(
         stored = _dtype_of(folder)
         # What runs the model to calibrate it runs it in fp32.
         model = checkpoint.load(folder, torch.float32 if calibrated else None, convert if streams else None)
+        if calibrated:  # as recipes run it; what a folder says of attention does not change
+            model = Attention("sdpa").apply(model, Context())
         if calibrated and windows is None:
             say("the model writes its calibration text")
             windows = calibration.from_model(model)

@@ -257,7 +257,8 @@ class _Run:
     log: IO[str] | None = None
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of kept processes
     kept: dict[str, TrialProcess] = field(default_factory=dict)
-    asked: dict[str, tuple[str | None, list[str]]] = field(default_factory=dict)  # requirement and notes by recipe
+    # Why not, and notes, by recipe and folder.
+    asked: dict[tuple[str, str], tuple[str | None, list[str]]] = field(default_factory=dict)
     checked: set[tuple[int, str, str]] = field(default_factory=set)  # cell, recipe and folder that are exact
     failed: dict[str, Trial] = field(default_factory=dict)  # what failed once is not started again for each cell
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -280,20 +281,25 @@ class _Run:
         table = self.tables.get(config)
         if table is None:
             recipe = self.configs[config]
-            return Trial(name, recipe, notes=list(self.answers(recipe)[1]))
+            return self._trial(name, recipe)
         # Second copies of the weights are not granted: what shares the plan's own can run.
         shared = [f.name for f in table.forms.values() if not f.weights_bytes]
         length = cell.input_len + cell.output_len
         left = functools.partial(hardware.memory_left, self.device)
         choice = table.choose(cell.batch_size, length, "plan", left, shared)
         recipe = table.forms[choice.form].recipe
-        return Trial(name, recipe, notes=[f"chosen by the plan's table: {choice}", *self.answers(recipe)[1]])
+        return self._trial(name, recipe, f"chosen by the plan's table: {choice}")
 
-    def answers(self, recipe: Recipe) -> tuple[str | None, list[str]]:
-        """Why a recipe cannot run here, and what is to be said of it: found out once, not by each of its processes."""
-        if recipe.hash not in self.asked:
-            self.asked[recipe.hash] = recipe.requires(self.device), recipe.notes(self.device)
-        return self.asked[recipe.hash]
+    def _trial(self, name: str, recipe: Recipe, *notes: str) -> Trial:
+        """A trial that has failed already where its recipe cannot run this model here."""
+        folder = self.folders.get(name, self.folder)
+        key = recipe.hash, str(folder)
+        if key not in self.asked:  # once, not by each of its processes
+            config = self.config if folder == self.folder else checkpoint.read_config(folder)
+            self.asked[key] = recipe.why_not(self.device, config), recipe.notes(self.device)
+        reason, own_notes = self.asked[key]
+        cause = None if reason is None else f"{recipe.name} cannot run here: {reason}"
+        return Trial(name, recipe, notes=[*notes, *own_notes], cause=cause)
 
     def cell(self, cell: Cell, index: int, n_left: int) -> None:
         """Measures one cell, in as many groups as memory asks for."""
@@ -330,6 +336,8 @@ class _Run:
             processes: dict[str, TrialProcess] = {}
             started = clock.now()
             for i, trial in enumerate(trials.values()):
+                if trial.cause is not None:
+                    continue
                 if trial.name in self.failed:
                     trial.cause, trial.is_invalid = self.failed[trial.name].cause, self.failed[trial.name].is_invalid
                     continue
@@ -372,8 +380,6 @@ class _Run:
                 raise
             self.kept[trial.name] = kept
             return kept
-        if trial.recipe is not None and (reason := self.answers(trial.recipe)[0]):
-            raise SubjectError(f"{trial.recipe.name} cannot run here: {reason}", "Choose another recipe")
         process = (
             self.peers.start(trial.name, self.kinds[0], workload, log)
             if is_peer

@@ -84,6 +84,7 @@ def profile(
     check_phase(phase, recipe, name)
     config = checkpoint.read_config(folder)
     check_memory(config, phase, input_len, batch_size, recipe)
+    recipe.check(device, config)
     threads_read = hardware.set_threads(recipe.engine.threads or threads)
     header = environment.header(seed=seed)
     are_given = ceilings is not None
@@ -92,7 +93,7 @@ def profile(
         ceilings = hardware.ceilings(device, quick=True)
     say(f"loading {recipe.name}")
     with _named_kernels(recipe, device):
-        loaded = load_recipe(folder, recipe, device)
+        loaded = load_recipe(folder, recipe, device, check=False)
         watch = profile_facts.BreakCounter()
         step = Step(loaded, phase, input_len, batch_size, seed)
         say(f"warming up {phase}")

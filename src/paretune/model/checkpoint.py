@@ -175,7 +175,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, on_weight: OnWeight | N
     """
     config = read_config(folder)
     model = build(config)
-    formats = _formats(config)
+    formats = stored_formats(config)
     tensors = StoredTensors(weight_files(folder))
     rename = _renamer(model, tensors)
     _swap_formats_(model, formats, tensors, rename, dtype, on_weight)
@@ -338,7 +338,12 @@ def _dense_slots(model: LanguageModel) -> Iterator[tuple[str, tuple[nn.Module, s
                 yield f"{name}.{attribute}", (module, attribute)
 
 
-def _formats(config: ModelConfig) -> dict[str, str]:
+def stored_formats(config: ModelConfig) -> dict[str, str]:
+    """The formats of the weights that a folder keeps in another form than dense, by name.
+
+    Raises:
+        CheckpointError: another tool has quantised it, or the table is damaged.
+    """
     quantization = config.hf.get("quantization_config")
     if not quantization:
         return {}
@@ -351,6 +356,12 @@ def _formats(config: ModelConfig) -> dict[str, str]:
     formats = quantization.get("formats") if isinstance(quantization, dict) else None
     if not isinstance(formats, dict):
         raise CheckpointError("config.json: quantization_config has no table of formats", "Save the model again")
+    for name, format_name in formats.items():
+        if format_name not in FORMATS.names():
+            raise CheckpointError(
+                f"config.json: quantization_config says {name} is {format_name!r}, which is not read here",
+                f"Known: {', '.join(FORMATS.names())}",
+            )
     return dict(formats)
 
 

@@ -145,9 +145,9 @@ class TextStream:
         self._start = 0  # first id of the window that is decoded
         self._settled = 0  # ids whose text has been given out
 
-    def push(self, token: int) -> str:
-        """Returns the text that became certain with this token."""
-        self._ids.append(token)
+    def push(self, *tokens: int) -> str:
+        """Returns the text that became certain with these tokens."""
+        self._ids += tokens
         before = self._tokenizer.decode(self._ids[self._start : self._settled])
         text = self._tokenizer.decode(self._ids[self._start :])
         if text.endswith("\ufffd") or len(text) == len(before):  # half a character, or a token without text
@@ -157,6 +157,8 @@ class TextStream:
 
     def flush(self) -> str:
         """What was held back, as it is."""
+        if self._settled == len(self._ids):
+            return ""
         before = self._tokenizer.decode(self._ids[self._start : self._settled])
         text = self._tokenizer.decode(self._ids[self._start :])
         self._start = self._settled = len(self._ids)

@@ -286,7 +286,7 @@ def _speed(
     configs = [(m.name, m.recipe()) for m in chosen]
     if device == "cpu":
         runner = data.Mechanism("Dense, native runner", "dense").recipe(runner="native")
-        if runner.requires(device) is None:
+        if runner.why_not(device, config) is None:
             configs.append(("Dense, native runner", runner))
     return bench.bench(
         folder,

@@ -19,8 +19,8 @@ from paretune.errors import ParetuneError
 from paretune.evaluate import fidelity, texts
 from paretune.evaluate.perplexity import perplexity
 from paretune.measure import bench
+from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
-from paretune.ops.native.program import CannotLower
 from paretune.recipe import Recipe
 from paretune.registry import RUNNERS
 from paretune.report import html
@@ -83,7 +83,7 @@ def run(
             say(f"quantising: {format_name}")
             try:
                 made = quantize(folder, transforms_of(format_name), Path(scratch) / format_name)
-            except ParetuneError as error:  # a width that its groups do not divide: a row with its cause
+            except ParetuneError as error:  # whatever it is: a row with its cause
                 sizes.append({"format": format_name, "model_bytes": None, "cause": error.cause})
                 continue
             folders[format_name] = made.folder
@@ -145,15 +145,12 @@ def run(
 
 def _load(folder: Path, runners: Sequence[str], device: str) -> Loaded:
     """The folder in the first runner that has a form of its weights; the rows say which."""
-    for name in runners:
-        sdpa = {"name": "attention", "form": "sdpa"}
-        recipe = Recipe.from_dict({"transforms": [sdpa], "engine": {"runner": name}})
-        try:
-            return load_recipe(folder, recipe, device, check=False)
-        except CannotLower:
-            if name == runners[-1]:
-                raise
-    raise AssertionError("no runner was asked")
+    sdpa = {"name": "attention", "form": "sdpa"}
+    recipes = [Recipe.from_dict({"transforms": [sdpa], "engine": {"runner": name}}) for name in runners]
+    config = checkpoint.read_config(folder)
+    recipe = next((recipe for recipe in recipes if recipe.fits(config) is None), recipes[-1])
+    recipe.check(device, config)
+    return load_recipe(folder, recipe, device, check=False)
 
 
 _PUBLISHED_KEYS = ("train_perplexity", "valid_perplexity", "memory_bytes")

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import nn
 
 from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
 from paretune.model.layers import DEFAULT_ATTENTION
 from paretune.registry import ATTENTION
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, kernels_like
@@ -36,6 +37,14 @@ class Attention(Transform):
     def requires(self, device: str) -> str | None:
         module = importlib.import_module(ATTENTION.get(self.form).__module__)
         return module.requires(device) if hasattr(module, "requires") else None
+
+    def trains(self, device: str) -> str | None:
+        module = importlib.import_module(ATTENTION.get(self.form).__module__)
+        return module.trains(device) if hasattr(module, "trains") else None
+
+    def fits(self, config: ModelConfig) -> str | None:
+        module = importlib.import_module(ATTENTION.get(self.form).__module__)
+        return module.fits(config.attention_pattern) if hasattr(module, "fits") else None
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         function = ATTENTION.get(self.form)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from paretune.errors import NoEffectError
 from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.base import Weight
 
@@ -68,6 +69,7 @@ class Transform:
     stage: ClassVar[Stage]
     exact: ClassVar[bool] = False  # claims the reference's results: checked before it is timed
 
+    format: ClassVar[str | None] = None  # in `registry.FORMATS`, where it makes weights of one
     # `convert` does all that `apply` does to weights: a model can be converted while it is read.
     per_weight: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
@@ -85,6 +87,18 @@ class Transform:
     def requires(self, device: str) -> str | None:
         """Why this cannot run on `device`, or None."""
         return None
+
+    def trains(self, device: str) -> str | None:
+        """Why the model has no gradients on `device` under this, or None."""
+        return None
+
+    def fits(self, config: ModelConfig) -> str | None:
+        """Why this cannot be applied to a model of this config, or None: known before any weight is read."""
+        return None
+
+    def changed(self, config: ModelConfig) -> ModelConfig:
+        """The config of the model that `apply` leaves, for what comes after it."""
+        return config
 
     def notes(self, device: str) -> list[str]:
         """What the user should know before it runs (an emulated dtype, say)."""

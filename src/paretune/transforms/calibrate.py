@@ -14,6 +14,7 @@ from paretune.model.layers import Linear
 from paretune.transforms.base import Context
 
 TOKENS_AT_ONCE = 4096
+STRIP = 256  # rows of the second moments that are summed together
 
 
 class _Captured(Exception):
@@ -74,7 +75,8 @@ class SecondMoments:
                 self._n.append(0)
             at = self._of[name]
             flat = x.reshape(-1, x.size(-1)).float()
-            self._sums[at].addmm_(flat.t(), flat)
+            for i in range(0, flat.size(1), STRIP):  # they are symmetric: from the diagonal on
+                self._sums[at][i : i + STRIP, i:].addmm_(flat[:, i : i + STRIP].t(), flat[:, i:])
             self._sizes[at] += flat.abs().sum(0)
             self._n[at] += flat.size(0)
             self._last = (at, x)
@@ -92,7 +94,8 @@ class SecondMoments:
     def of(self, name: str) -> Tensor:
         """Raises `ParetuneError` where the calibration text gave NaN or infinity."""
         at = self._of[name]
-        moments = self._sums[at] * (2 / self._n[at])
+        upper = self._sums[at].triu()
+        moments = (upper + upper.triu(1).t()) * (2 / self._n[at])
         if not bool(torch.isfinite(moments).all()):
             raise ParetuneError("its inputs are not finite on the calibration text", "Use fp32")
         return moments

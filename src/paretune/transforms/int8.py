@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from paretune.model.base import LanguageModel
+from paretune.ops.int8_linear import aten
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.transforms.base import Observation, ensure
@@ -42,8 +43,11 @@ class Int8(Quantize):
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:
         if next(model.parameters()).device.type == "cuda":
             return fast_kernel(self, model, probe, "native::int8")
-        kernel = "native::int8" if "native::int8" in probe.kernels else Int8Rows.kernel
         if probe.compiled:
             return []
+        kernel = "native::int8" if "native::int8" in probe.kernels else Int8Rows.kernel
+        products = [c for c in self.chosen(model) if self.is_mine(c) and c.is_product]
+        if kernel == Int8Rows.kernel and not any(c.weight.in_features % aten.STEP == 0 for c in products):
+            return [f"no layer goes through {kernel}, which takes inputs by {aten.STEP}: converted at every call"]
         ensure(bool(kernel and probe.kernels.get(kernel)), self, f"the profile of one step shows no {kernel}")
         return [f"{kernel} ran {probe.kernels[kernel]} times in one prefill and one decode step"]

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
 from paretune.ops.attention import alibi
 from paretune.ops.attention.pattern import parse
 from paretune.transforms.attention import attention_layers
@@ -51,19 +52,28 @@ class Mechanism(Transform):
         words = ["alibi" if self.positions == "removed" else "alibi+positions"] if self.alibi else []
         return " ".join([*words, self.pattern]).strip()
 
+    def fits(self, config: ModelConfig) -> str | None:
+        if self.alibi and config.alibi:
+            return "the model has ALiBi already"
+        try:
+            if self.pattern:
+                parse(self.pattern).check(config.n_positions)
+        except UsageError as error:
+            return error.cause
+        return None
+
+    def changed(self, config: ModelConfig) -> ModelConfig:
+        if self.pattern:
+            config = replace(config, pattern=self.pattern)
+        return replace(config, alibi=True, has_positions=self.positions == "kept") if self.alibi else config
+
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         """Raises `UsageError` where the pattern does not fit the context or the model has no positions to replace."""
-        config = model.config
-        if self.pattern:
-            parse(self.pattern).check(config.n_positions)
-            config = replace(config, pattern=self.pattern)
-        if self.alibi:
-            if config.alibi:
-                raise UsageError("the model has ALiBi already", "Leave `alibi` out of the recipe")
-            config = replace(config, alibi=True, has_positions=self.positions == "kept")
-            if not config.has_positions:
-                model.drop_positions_()
-        model.config = config
+        if reason := self.fits(model.config):
+            raise UsageError(reason, "Name another pattern, or leave the transform `mechanism` out of the recipe")
+        model.config = config = self.changed(model.config)
+        if self.alibi and not config.has_positions:
+            model.drop_positions_()
         slopes = alibi.slopes(config.n_head) if config.alibi else None
         for module in attention_layers(model):
             module.spec = replace(module.spec, pattern=config.attention_pattern, slopes=slopes)  # type: ignore[type-var]

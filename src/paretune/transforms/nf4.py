@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from paretune.model.base import LanguageModel
+from paretune.ops import grouping
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.nf4 import BLOCK, NF4, SCALE_BLOCK
 from paretune.transforms.base import Observation
@@ -43,11 +44,12 @@ class NormalFloat4(Quantize):
 
     def expected_bytes(self, layer: Chosen) -> float:
         weight = layer.weight
-        n_blocks = weight.out_features * weight.in_features // BLOCK
-        # Four bits, a byte a block, four bytes a block of blocks and the offset.
-        own = weight.padded_rows * weight.padded_inputs / 2 + n_blocks + 4 * (-(-n_blocks // SCALE_BLOCK)) + 4
+        of_row = grouping.count(weight.in_features, BLOCK)
+        n_blocks = weight.out_features * of_row
+        # Four bits, a byte a block, four bytes a block of blocks, the offset and the width.
+        own = weight.padded_rows * weight.padded_inputs / 2 + n_blocks + 4 * (-(-n_blocks // SCALE_BLOCK)) + 8
         # Packed for native code, the scales are also there in fp16.
-        packed = 2 * weight.padded_rows * weight.padded_inputs / BLOCK
+        packed = 2 * weight.padded_rows * of_row
         return own if weight.kernel is None else own + packed
 
     def proof_of_kernel(self, model: LanguageModel, probe: Observation) -> list[str]:

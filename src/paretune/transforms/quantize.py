@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from paretune.errors import ParetuneError, UsageError
+from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
 from paretune.model.layers import Embedding
 from paretune.ops.quantized_linear import op
 from paretune.ops.weights.base import Weight
@@ -38,12 +40,14 @@ class Chosen:
         names: of the layers that hold it.
         is_end: an embedding or the head.
         is_positions: the embedding of positions, a small table that no product goes through.
+        is_product: some layer multiplies with it; an embedding that is not the head too is a look-up.
     """
 
     names: tuple[str, ...]
     weight: Weight
     is_end: bool
     is_positions: bool = False
+    is_product: bool = True
 
     @property
     def name(self) -> str:
@@ -59,7 +63,8 @@ def matrices(model: LanguageModel) -> list[Chosen]:
         names = (*before.names, name) if before else (name,)
         is_positions = isinstance(module, Embedding) and module is not model.embedding
         is_end = is_end or (before is not None and before.is_end)
-        out[id(module.weight)] = Chosen(names, module.weight, is_end, is_positions)
+        is_product = not isinstance(module, Embedding) or (before is not None and before.is_product)
+        out[id(module.weight)] = Chosen(names, module.weight, is_end, is_positions, is_product)
     return list(out.values())
 
 
@@ -118,6 +123,19 @@ class Quantize(Transform):
 
     # -- what they share
 
+    def fits(self, config: ModelConfig) -> str | None:
+        stored = checkpoint.stored_formats(config)
+        if not (self.include or self.exclude or stored):
+            return None
+        try:
+            chosen = self.chosen(checkpoint.build(config))  # names and shapes, no memory
+        except UsageError as error:
+            return error.cause
+        by_layer = [next((stored[f"{n}.weight"] for n in c.names if f"{n}.weight" in stored), None) for c in chosen]
+        if chosen and all(found not in (None, self.format) for found in by_layer):
+            return f"its layers are stored as {', '.join(sorted({str(found) for found in by_layer}))} already"
+        return None
+
     @property
     def is_partial(self) -> bool:
         return bool(self.include or self.exclude) or not self.wants(is_end=True)
@@ -138,8 +156,9 @@ class Quantize(Transform):
             for pattern in _patterns(getattr(self, option)):
                 if not any(fnmatch.fnmatchcase(n, pattern) for c in everything for n in c.names):
                     raise UsageError(
-                        f"{self.name}: {option} pattern {pattern!r} matches no layer",
-                        f"Names look like {everything[-1].name}",
+                        f"{self.name}: {option} pattern {pattern!r} matches no layer "
+                        f"(names look like {everything[-1].name})",
+                        f"Correct the pattern in `{option}`",
                     )
         return [c for c in everything if self.takes(c) and self._passes(c.names)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from paretune.engine.cache_formats import INT4
 from paretune.engine.sampling import argmax
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
 
 Logits = Literal["last", "all"]
 CACHE_DTYPES = {
@@ -53,6 +55,19 @@ class Runner:
     def requires(device: str) -> str | None:
         """Why this runner cannot run on `device`, or None."""
         return None
+
+    @classmethod
+    def fits(cls, config: ModelConfig, formats: Collection[str] = (), cache_dtype: str | None = None) -> str | None:
+        """Why this runner cannot execute a model of this config, or None: known before any weight is read.
+
+        Args:
+            config: as the transforms leave it.
+            formats: of weights, in `registry.FORMATS`.
+            cache_dtype: that keys and values are to be kept in.
+        """
+        if cache_dtype is not None and cache_dtype not in cls.cache_dtypes:
+            return no_cache(cls.name, cache_dtype, cls.cache_dtypes)[0]
+        return cache_formats.int4_reason(config.head_dim) if cache_dtype == "int4" else None
 
     def set_cache_dtype_(self, name: str) -> None:
         """Keeps keys and values in another dtype than the model's.

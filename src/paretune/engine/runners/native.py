@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,13 @@ from paretune.engine.cache import KVCache
 from paretune.engine.cache_formats import position_bytes
 from paretune.engine.runners.base import Logits, Runner
 from paretune.model.base import CannotLower, LanguageModel
+from paretune.model.config import ModelConfig
 from paretune.model.layers import Embedding, Linear
-from paretune.ops.attention.pattern import Pattern, work
+from paretune.ops.attention.pattern import Pattern, prefix_and_window, work
 from paretune.ops.native import packed
 from paretune.ops.native import program as native
 from paretune.ops.native.packed import PackedWeight
+from paretune.registry import FAMILIES, FORMATS
 
 MAX_ROWS = 512  # tokens that go through at once; longer steps go in pieces, which bounds the working memory
 
@@ -101,6 +103,16 @@ class NativeRunner(Runner):
         except native_build.NativeUnavailable as error:
             return error.cause
         return None
+
+    @classmethod
+    def fits(cls, config: ModelConfig, formats: Collection[str] = (), cache_dtype: str | None = None) -> str | None:
+        if FAMILIES.get(config.family).lower is LanguageModel.lower:
+            return f"native code has no {config.family} models"
+        if prefix_and_window(config.attention_pattern) is None:
+            return f"native code has no {config.attention_pattern} attention"
+        if missing := sorted(name for name in formats if not FORMATS.get(name).is_native):
+            return f"native code has no weight format {missing[0]}"
+        return super().fits(config, formats, cache_dtype)
 
     @property
     def kernels(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from paretune.errors import UsageError
 from paretune.ops.attention import sdpa
-from paretune.ops.attention.pattern import prefix_and_window
+from paretune.ops.attention.pattern import Pattern, prefix_and_window
 from paretune.ops.attention.spec import AttentionSpec, LayerCache
 
 KERNEL = "flash_attn"
@@ -30,6 +30,12 @@ def requires(device: str) -> str | None:
     return None if (major, minor) >= FIRST_WITH_SLOPES else f"the flash-attn package is {version}, older than 2.4"
 
 
+def fits(pattern: Pattern) -> str | None:
+    """Why this form has no such pattern, or None."""
+    limits = prefix_and_window(pattern)
+    return f"flash-attn has no {pattern} attention" if limits is None or limits[0] else None
+
+
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Arguments and result as in `reference.attention`; 16-bit dtypes, dense or window patterns, with or without ALiBi.
 
@@ -41,11 +47,11 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
     start = 0 if layer_cache is None else getattr(layer_cache, "in_order_from", None)
     if start is None:
         return sdpa.attention(q, k_new, v_new, layer_cache, spec)
-    limits = prefix_and_window(spec.pattern)
-    if limits is None or limits[0]:
-        raise UsageError(f"flash-attn has no {spec.pattern} attention", "Use --attention flex")
+    if reason := fits(spec.pattern):
+        raise UsageError(reason, "Use a recipe with the form flex or sdpa")
+    window = (prefix_and_window(spec.pattern) or (0, 0))[1]
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise UsageError(f"flash-attn has no {q.dtype} form", "Use --dtype bf16 or fp16")
+        raise UsageError(f"flash-attn has no {q.dtype} form", "Add the transform `precision` to the recipe")
     from flash_attn import flash_attn_func
 
     k, v = k_new, v_new
@@ -55,7 +61,7 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
         *(t.transpose(1, 2) for t in (q, k, v)),  # its layout is (B, K, H, D)
         softmax_scale=spec.scale,
         causal=True,
-        window_size=(limits[1] - 1, 0) if limits[1] else (-1, -1),
+        window_size=(window - 1, 0) if window else (-1, -1),
         alibi_slopes=None if spec.slopes is None else torch.tensor(spec.slopes, device=q.device),
     )
     return out.transpose(1, 2)

@@ -34,6 +34,11 @@ def requires(device: str) -> str | None:
     return None
 
 
+def trains(device: str) -> str | None:
+    """Why this form has no gradients on `device`, or None."""
+    return "PyTorch's FlexAttention has no gradients on a CPU" if device == "cpu" else None
+
+
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Arguments and result as in `reference.attention`; exact up to the order of additions.
 
@@ -49,10 +54,9 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
     k, v = k_new, v_new
     if layer_cache is not None:
         k, v = layer_cache.append(k_new, v_new, spec.pattern)[:2]
-    if q.device.type == "cpu" and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
-        raise UsageError(
-            "PyTorch's FlexAttention has no gradients on a CPU", "Train with --attention sdpa, or on a GPU"
-        )
+    wants_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if wants_gradients and (reason := trains(q.device.type)):
+        raise UsageError(reason, "Train with a recipe of the form sdpa, or on a GPU")
     # Tokens are added at the end up to a whole block, so that nearby lengths share a compiled form. Exact: patterns are
     # causal, so no real query sees them, and what they give is cut off.
     K = q.size(2)
@@ -79,7 +83,7 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
             raise UsageError(
                 f"FlexAttention is compiled for each shape, and {MOST_SHAPES} in one process is the limit; "
                 f"a batch of {q.size(0)} with {K} tokens would be one more",
-                "Use --attention sdpa or native",
+                "Use a recipe with the form sdpa or native",
             ) from error
     return out[:, :, :K]
 

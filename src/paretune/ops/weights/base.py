@@ -98,6 +98,7 @@ class Weight(nn.Module):
     """
 
     format: ClassVar[str]  # the name in `registry.FORMATS`, written into checkpoints
+    is_native: ClassVar[bool] = False  # native code has it (`native`)
     kernel: ClassVar[str | None] = None  # operator that a profile of one step must show, where there is one
 
     out_features: int

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paretune.errors import ParetuneError
-from paretune.ops.weights.base import Weight
+from paretune.ops.weights.base import Weight, part_of
 
 LARGEST = 448.0  # of e4m3
 AT_ONCE = 1 << 22  # numbers that are rounded together
@@ -66,7 +66,9 @@ class Fp8(Weight):
 
     def matmul(self, x: Tensor) -> Tensor:
         """On a GPU that multiplies fp8, inputs get a scale a row too; elsewhere the layer is dequantised each time."""
-        if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9):
+        # The library's product takes whole sixteens of inputs and outputs only.
+        in_sixteens = self.in_features % 16 == 0 and self.out_features % 16 == 0
+        if in_sixteens and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 9):
             return _scaled_product(x, self.values, self.scale)
         return F.linear(x, self.dequantize().to(x.dtype))
 
@@ -82,7 +84,9 @@ class Fp8(Weight):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Fp8:
-        return cls(tensors["values"], tensors["scale"], tensors["compute"].dtype)
+        values = part_of(tensors, "values", (torch.float8_e4m3fn,), 2)
+        scale = part_of(tensors, "scale", (torch.float32,), (values.size(0),))
+        return cls(values, scale, part_of(tensors, "compute").dtype)
 
 
 def _scaled_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from paretune.errors import ParetuneError
 from paretune.ops.int8_linear import aten, reference
-from paretune.ops.weights.base import GpuForm, NativeForm, Weight
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight, part_of
 
 AT_ONCE = 1 << 22  # numbers that are rounded together
 
@@ -24,6 +24,7 @@ class Int8Rows(Weight):
     """
 
     format = "int8_rows"
+    is_native = True
     kernel = "aten::_weight_int8pack_mm"
     bits = 8
     q: Tensor
@@ -91,4 +92,6 @@ class Int8Rows(Weight):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Int8Rows:
-        return cls(tensors["q"], tensors["scale"], tensors["compute"].dtype)
+        q = part_of(tensors, "q", (torch.int8,), 2)
+        scale = part_of(tensors, "scale", (torch.float32,), (q.size(0),))
+        return cls(q, scale, part_of(tensors, "compute").dtype)

@@ -64,6 +64,7 @@ class IntGroups(Weight):
     """
 
     format = "int_groups"
+    is_native = True
     q: Tensor
     scale: Tensor
     minimum: Tensor | None

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from paretune.errors import CheckpointError
 from paretune.ops.int8_linear.mixed import KERNEL, mixed_int8_linear
-from paretune.ops.weights.base import NativeForm, Weight
+from paretune.ops.weights.base import NativeForm, Weight, part_of
 from paretune.ops.weights.int8_rows import Int8Rows
 
 
@@ -26,6 +27,7 @@ class MixedInt8(Weight):
     """
 
     format = "mixed_int8"
+    is_native = True
     kernel = KERNEL
     bits = 8
     q: Tensor
@@ -114,5 +116,13 @@ class MixedInt8(Weight):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> MixedInt8:
-        t = tensors
-        return cls(t["q"], t["scale"], t["columns"], t["side"], float(t["limit"]), t["compute"].dtype)
+        q = part_of(tensors, "q", (torch.int8,), 2)
+        scale = part_of(tensors, "scale", (torch.float32,), (q.size(0),))
+        columns = part_of(tensors, "columns", (torch.int64,), 1)
+        side = part_of(tensors, "side", (torch.float16,), (q.size(0), columns.numel()))
+        limit = float(part_of(tensors, "limit", (torch.float32,), (1,)))
+        if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < q.size(1):
+            raise CheckpointError(f"its outlier columns are not among {q.size(1)} inputs", "Save the model again")
+        if not limit > 0:
+            raise CheckpointError(f"its threshold is {limit}, not above 0", "Save the model again")
+        return cls(q, scale, columns, side, limit, part_of(tensors, "compute").dtype)

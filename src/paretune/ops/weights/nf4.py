@@ -3,6 +3,9 @@
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv:2305.14314: codes are quantiles of a normal
 distribution; a block's scale is its largest size; 256 scales share one fp32 scale of their own and are kept in 8 bits
 (the dynamic map of Dettmers 2015, arXiv:1511.04561) around the mean of all.
+
+bitsandbytes lays all rows in one line and cuts that into blocks; here a block ends with its row, so that rows can be
+read alone. The two are the same where 64 divides the width; elsewhere the last block of a row is shorter here.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paretune.errors import ParetuneError, UsageError
-from paretune.ops.weights.base import GpuForm, NativeForm, Weight
+from paretune.errors import CheckpointError, ParetuneError
+from paretune.ops import grouping
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight, part_of
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share one
@@ -79,14 +83,17 @@ class NF4(Weight):
     """`W[i, k] ~ CODES[q[i, k]] * absmax[i, k // 64]`.
 
     Args:
-        q: uint8 `[out, in / 2]`, two codes a byte, the even input in the low half.
-        scale: uint8 `[out, in / 64]`: `absmax = dynamic_map[scale] * scale_of_scales[block of 256] + offset`.
-        scale_of_scales: fp32 `[out * in / 64 / 256]`, rounded up.
+        q: uint8 `[out, in / 2]`, rounded up, two codes a byte, the even input in the low half.
+        scale: uint8 `[out, in / 64]`, rounded up:
+            `absmax = dynamic_map[scale] * scale_of_scales[block of 256] + offset`.
+        scale_of_scales: fp32, one for 256 scales in the order of memory, rounded up.
         offset: fp32 `[1]`.
         compute_dtype: of `rows` and `dequantize`.
+        in_features: None: as many as `q` holds.
     """
 
     format = "nf4"
+    is_native = True
     bits = 4
     group = BLOCK
     q: Tensor
@@ -96,17 +103,28 @@ class NF4(Weight):
     compute: Tensor
 
     def __init__(
-        self, q: Tensor, scale: Tensor, scale_of_scales: Tensor, offset: Tensor, compute_dtype: torch.dtype
+        self,
+        q: Tensor,
+        scale: Tensor,
+        scale_of_scales: Tensor,
+        offset: Tensor,
+        compute_dtype: torch.dtype,
+        *,
+        in_features: int | None = None,
     ) -> None:
         super().__init__()
         assert q.dtype == scale.dtype == torch.uint8 and scale_of_scales.dtype == offset.dtype == torch.float32
-        self.out_features, self.in_features = q.size(0), q.size(1) * 2
-        assert scale.shape == (self.out_features, self.in_features // BLOCK)
+        self.out_features = q.size(0)
+        self.in_features = q.size(1) * 2 if in_features is None else in_features
+        assert q.size(1) == -(-self.in_features // 2)
+        assert scale.shape == (self.out_features, grouping.count(self.in_features, BLOCK))
         assert scale_of_scales.numel() == -(-scale.numel() // SCALE_BLOCK) and offset.shape == (1,)
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
         self.register_buffer("scale_of_scales", scale_of_scales)
         self.register_buffer("offset", offset)
+        # The width, which the shapes say up to one, for a checkpoint.
+        self.register_buffer("layout", torch.tensor([self.in_features], dtype=torch.int32, device=q.device))
         # An empty tensor that carries the compute dtype into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
 
@@ -122,12 +140,9 @@ class NF4(Weight):
         """Rounds to the nearest code, and the scales to theirs.
 
         Raises:
-            UsageError: blocks of 64 do not divide the width.
             ParetuneError: the matrix holds NaN or infinity, or numbers too large for fp16 scales.
         """
         n_in = values.size(1)
-        if n_in % BLOCK:
-            raise UsageError(f"blocks of {BLOCK} do not divide {n_in} inputs", "Take int8 rows, or groups of 32")
         # Rows are independent up to here, and the steps in between take many times the memory.
         parts = [_codes(part) for part in values.detach().split(max(1, AT_ONCE // n_in))]
         q = torch.cat([codes for codes, _ in parts])
@@ -141,21 +156,22 @@ class NF4(Weight):
         # A matrix of equal blocks has nothing left to scale.
         inverse = torch.where(of_scales > 0, 1.0 / of_scales, torch.zeros_like(of_scales))
         scale = nearest_in_map((padded * inverse[:, None]).clamp_(-1, 1))
-        return cls(q, scale.view(-1)[: flat.numel()].view_as(absmax), of_scales, offset.reshape(1), values.dtype)
+        scale = scale.view(-1)[: flat.numel()].view_as(absmax)
+        return cls(q, scale, of_scales, offset.reshape(1), values.dtype, in_features=n_in)
 
     def absmax(self) -> Tensor:
-        """The scales as they are applied, fp32 `[out, in / 64]`."""
+        """The scales as they are applied, fp32 `[out, in / 64]`, rounded up."""
         numbers = dynamic_map().to(self.q.device)[self.scale.int()].view(-1)
         each = self.scale_of_scales.repeat_interleave(SCALE_BLOCK)[: numbers.numel()]
         return (numbers * each + self.offset).view_as(self.scale)
 
     def integers(self) -> Tensor:
         """The codes, uint8 `[out, in]`."""
-        return _halves(self.q)
+        return grouping.halves(self.q, self.in_features)
 
     def _numbers(self, q: Tensor, absmax: Tensor) -> Tensor:
-        values = torch.tensor(CODES, device=q.device)[_halves(q).int()]
-        return (values.unflatten(-1, (-1, BLOCK)) * absmax[..., None]).flatten(-2).to(self.compute_dtype)
+        values = torch.tensor(CODES, device=q.device)[grouping.halves(q, self.in_features).int()]
+        return grouping.scaled(values, absmax, None, BLOCK).to(self.compute_dtype)
 
     def matmul(self, x: Tensor) -> Tensor:
         """The layer is dequantised for every call: exact, and slow. The native runner and GPUs have fast forms."""
@@ -175,34 +191,44 @@ class NF4(Weight):
 
     def native(self) -> NativeForm | None:
         kept = {"scale": self.scale, "scale_of_scales": self.scale_of_scales, "offset": self.offset}
-        return NativeForm("nf4", self.q, self.absmax().half(), group=BLOCK, kept=kept)
+        return NativeForm("nf4", self.q, self.absmax().half(), group=BLOCK, kept=kept, n_in=self.in_features)
 
     @classmethod
     def from_native(cls, form: NativeForm, compute_dtype: torch.dtype) -> NF4:
         k = form.kept
-        return cls(form.data, k["scale"], k["scale_of_scales"], k["offset"], compute_dtype)
+        parts = form.data, k["scale"], k["scale_of_scales"], k["offset"]
+        return cls(*parts, compute_dtype, in_features=form.n_in)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.compute.dtype
 
+    @property
+    def padded_inputs(self) -> int:
+        return 2 * self.q.size(1)
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> NF4:
-        t = tensors
-        return cls(t["q"], t["scale"], t["scale_of_scales"], t["offset"], t["compute"].dtype)
-
-
-def _halves(q: Tensor) -> Tensor:
-    return torch.stack((q & 15, q >> 4), dim=-1).flatten(-2)
+        q = part_of(tensors, "q", (torch.uint8,), 2)
+        n_in = 2 * q.size(1)  # of folders written before widths could be odd
+        if "layout" in tensors:
+            n_in = int(part_of(tensors, "layout", (torch.int32,), (1,)))
+        if n_in < 1 or q.size(1) != -(-n_in // 2):
+            raise CheckpointError(f"codes {list(q.shape)} do not hold {n_in} inputs", "Save the model again")
+        scale = part_of(tensors, "scale", (torch.uint8,), (q.size(0), grouping.count(n_in, BLOCK)))
+        of_scales = part_of(tensors, "scale_of_scales", (torch.float32,), (-(-scale.numel() // SCALE_BLOCK),))
+        offset = part_of(tensors, "offset", (torch.float32,), (1,))
+        return cls(q, scale, of_scales, offset, part_of(tensors, "compute").dtype, in_features=n_in)
 
 
 def _codes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes two a byte, uint8 `[out, in / 2]`, and each block's largest size, fp32 `[out, in / 64]`."""
+    """Codes, two a byte, uint8 `[out, in / 2]`, and the largest size of each block, fp32 `[out, in / 64]`."""
     w = values.float()
     if not bool(torch.isfinite(w).all()):
         raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
-    blocks = w.unflatten(1, (-1, BLOCK))
-    absmax = blocks.abs().amax(dim=-1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[..., None]).clamp_(-1, 1).flatten(1)
-    codes = nearest(scaled, torch.tensor(CODES, device=w.device))
-    return codes[:, ::2] | codes[:, 1::2] << 4, absmax
+    absmax, scaled = [], []
+    for blocks in grouping.split(w, BLOCK):
+        absmax.append(blocks.abs().amax(dim=-1))
+        scaled.append((blocks * (1.0 / absmax[-1].clamp(min=1e-38))[..., None]).clamp_(-1, 1).flatten(1))
+    codes = nearest(torch.cat(scaled, dim=1), torch.tensor(CODES, device=w.device))
+    return grouping.pack_halves(codes), torch.cat(absmax, dim=1)

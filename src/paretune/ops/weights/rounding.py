@@ -2,7 +2,7 @@
 
 All give the same stored form, so every kernel serves them.
 
-Legend: N outputs, C inputs, g size of a group, G = C / g groups, the last one of a row shorter where g does not divide C.
+Legend: N outputs, C inputs, g size of a group, G = C / g groups, rounded up: the last of a row may be shorter.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from paretune.ops import grouping
 from paretune.ops.weights.int_groups import IntGroups
 
 COLUMNS = 128  # that GPTQ rounds before the rest of the matrix is brought up to date
+# Columns within them that are brought up to date one after the other. So few that PyTorch works on one thread: with a
+# barrier a column, a core that another program takes away now and then stops everything.
+FEW_COLUMNS = 16
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.05)  # scales that are tried, times the one of plain rounding
 AT_ONCE = 1 << 22  # numbers that are rounded together
 
@@ -139,21 +142,40 @@ def gptq(
     left = w.t()[order].contiguous()
     scales, lows = (x.t()[order].contiguous() for x in _of_inputs(scale, low, group, w.size(1)))
     lowest = levels(bits)[0] if minimum else 0
-    q = torch.empty_like(left)
-    for start in range(0, left.size(0), COLUMNS):
-        end = min(start + COLUMNS, left.size(0))
-        part, own = left[start:end], factor[start:end, start:end]
-        errors = torch.empty_like(part)
-        for i in range(end - start):
-            s, b = scales[start + i], lows[start + i]
-            q[start + i] = integers(part[i], s, b, bits, lowest)
-            errors[i] = (part[i] - (q[start + i] - lowest) * s - b) / own[i, i]
-            part[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
-        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    q = _rounded_in_turn(left, factor, scales, lows, bits, lowest)
     found = torch.empty_like(q)
     found[order] = q
     form = found.t().contiguous(), bits, scale, low, values.dtype, activation_bits
     return IntGroups.from_integers(*form, group=group)
+
+
+def _rounded_in_turn(left: Tensor, factor: Tensor, scales: Tensor, lows: Tensor, bits: int, lowest: int) -> Tensor:
+    """GPTQ's loop: the integers, as floats `[C, N]`, in the order in which inputs are rounded.
+
+    Args:
+        left: the weights `[C, N]`; overwritten.
+        factor: of `_inverse_factor`, `[C, C]`.
+        scales, lows: of each weight, `[C, N]`.
+        lowest: the integer that stands for the minimum.
+    """
+    q = torch.empty_like(left)
+    least, most = (level - lowest for level in levels(bits))  # counted from the minimum inside the loop
+    inverses = torch.where(scales != 0, 1 / scales, torch.zeros_like(scales))
+    diagonal = factor.diagonal().tolist()
+    has_lows = bool(lows.any())
+    for start in range(0, left.size(0), COLUMNS):
+        end = min(start + COLUMNS, left.size(0))
+        errors = torch.empty_like(left[start:end])
+        for few in range(start, end, FEW_COLUMNS):
+            stop = min(few + FEW_COLUMNS, end)
+            for i in range(few, stop):
+                x = left[i] - lows[i] if has_lows else left[i]
+                torch.mul(x, inverses[i], out=q[i]).round_().clamp_(least, most)
+                error = torch.addcmul(x, q[i], scales[i], value=-1, out=errors[i - start]).div_(diagonal[i])
+                left[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
+            left[stop:end].addmm_(factor[few:stop, stop:end].t(), errors[few - start : stop - start], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return q.add_(lowest)
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:
