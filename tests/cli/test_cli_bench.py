@@ -5,13 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from paretune.cli import bench as verb
 from paretune.cli.app import run
 from paretune.measure import bench as measure
+from paretune.measure import bench_run
+from paretune.report import bench as report
 
 TINY = [
     *("--input-len", "8", "--output-len", "4", "--min-blocks", "2", "--max-blocks", "2"),
@@ -32,7 +37,7 @@ def real_run(tiny_gpt2_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "out"
     arguments = ["bench", str(tiny_gpt2_folder), "--config", "baseline,eager_attn", *TINY, "--output_dir", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "WARM_UP_SEC", 1.0)  # these numbers need not be good
+        patch.setattr(bench_run, "WARM_UP_SEC", 1.0)  # these numbers need not be good
         return run(arguments), out
 
 
@@ -111,12 +116,55 @@ def test_lists_and_options_arrive(faked):
     assert (options["min_blocks"], options["max_blocks"]) == (30, 30)
 
 
-def test_a_noisy_machine_exits_5_after_the_files_are_written(faked, tmp_path, capsys):
-    faked.result["too_noisy"] = True
+@pytest.mark.parametrize(
+    ("too_noisy", "strict", "expected", "word"),
+    [(True, False, 5, "too noisy to judge"), (False, False, 0, ""), (False, True, 5, "for --strict")],
+)
+def test_exit_5_is_for_no_verdict_at_all_or_strict(faked, tmp_path, capsys, too_noisy, strict, expected, word):
+    faked.result |= {"is_noisy": True, "too_noisy": too_noisy}
     faked.result["aa"] = [{"cell": "8+4 x1", "kind": "tpot", "group": 0, "half_width": 0.4}]
-    assert run(["bench", "pocket", "-o", str(tmp_path / "out"), "--quiet"]) == 5
-    assert (tmp_path / "out" / "bench.json").is_file()
-    assert "too noisy" in capsys.readouterr().err
+    flags = ["--strict"] if strict else []
+    assert run(["bench", "pocket", "-o", str(tmp_path / "out"), "--quiet", *flags]) == expected
+    assert (tmp_path / "out" / "bench.json").is_file(), "written all the same"
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", [[], ["--json"], ["-o"]])
+def test_an_interrupt_prints_what_is_known_and_exits_130(faked, tmp_path, capsys, output):
+    faked.result |= {"interrupted": True, "ceilings": None}
+    flags = [*output, str(tmp_path / "out")] if output == ["-o"] else output
+    assert run(["bench", "pocket", "--quiet", *flags]) == 130
+    out, err = capsys.readouterr()
+    assert "eager_attn" in out and "interrupted" in err
+    if output == ["-o"]:
+        assert json.loads((tmp_path / "out" / "bench.json").read_text())["interrupted"] is True
+        assert "Interrupted: what follows" in (tmp_path / "out" / "bench.md").read_text()
+    assert faked.calls[0][2]["keeps_interrupted"] is True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_real_run_that_is_told_to_end_says_what_it_knows(tiny_gpt2_folder, tmp_path, number):
+    """Both signals, while it samples: a table, the files, exit code 130, and no process left behind."""
+    command = [sys.executable, "-m", "paretune", "bench", str(tiny_gpt2_folder), "--config", "baseline,eager_attn"]
+    command += ["--input-len", "8", "--output-len", "4", "--threads", "1", "--min-time", "600s", "--max-blocks", "9999"]
+    process = subprocess.Popen(
+        [*command, "-o", str(tmp_path / "out")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "First intervals" in line:  # every row has an interval
+            break
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, "".join(said) + err
+    assert "eager_attn" in out and "Interrupted: what follows" in out and "Traceback" not in err
+    result = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert result["interrupted"] and {row["status"] for row in result["rows"]} == {"measured"}
+    assert children and not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
 def test_failed_and_late_rows_are_shown(faked, capsys):
@@ -191,7 +239,7 @@ def test_a_read_only_output_folder_fails_at_the_start(faked, tmp_path, capsys):
 
 
 def test_the_columns_name_their_units():
-    titles = [title for title, _ in verb._columns()]
+    titles = [title for title, _ in report.columns_of_bench()]
     assert titles == ["Decode", "Prefill", "Memory and start"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,8 +196,8 @@ def fake_bench(folder, configs, **options):
         row["throughput_tokens_per_sec"] = speedup and 1e3 * speedup
         rows.append(row)
     assert options["output_lens"] == [32] and options["kinds"] == ["throughput"]  # 64 positions, 32 of them prompt
-    known = {"rows": rows, "ceilings": CEILINGS.to_json(), "threads": {"threads": 2}, "too_noisy": False}
-    return known | {"aa": [{"half_width": 0.13}]}
+    known = {"rows": rows, "ceilings": CEILINGS.to_json(), "threads": {"threads": 2}}
+    return known | {"too_noisy": False, "is_noisy": False, "aa": [{"half_width": 0.13}]}
 
 
 def test_study_kernels(command, tiny_gpt2_folder, tmp_path, monkeypatch):
@@ -221,6 +222,20 @@ def test_study_kernels(command, tiny_gpt2_folder, tmp_path, monkeypatch):
     assert shares["activation"] == 0.314 and shares["blocks"] == 0.898 and shares["cache_append"] is None
     assert {"schema_version", "command", "seed", "versions", "hardware"} <= set(result)
     assert "QKV projection" in (out / "results.csv").read_text("utf-8")
+
+
+def test_a_study_that_cannot_judge_speed_says_so_and_ends_well(command, tmp_path, monkeypatch):
+    """Its pages stand; `--strict` is for those who want the speeds or nothing."""
+    said = ["Speed could not be judged on this machine now: the baseline differs from itself by up to 40%."]
+
+    def study(model, out, **options):
+        return {"summary": ["Sizes stand."], "noise": said, "is_noisy": True, "too_noisy": True}
+
+    monkeypatch.setattr("paretune.cli.study.STUDIES", SimpleNamespace(get=lambda name: study))
+    code, text, err = command("study", "kernels", "-o", str(tmp_path / "x"))
+    assert (code, err) == (0, f"written: {tmp_path / 'x'}\n") and text == "Sizes stand.\n" + said[0] + "\n"
+    code, text, err = command("study", "kernels", "-o", str(tmp_path / "x"), "--strict")
+    assert code == 5 and "too noisy for --strict" in err and "Sizes stand." in text
 
 
 def test_every_published_share_has_a_row():

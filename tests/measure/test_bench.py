@@ -12,6 +12,7 @@ from paretune import clock, hardware
 from paretune.engine.dispatch import PLAN, Entry, Form, Table
 from paretune.errors import UsageError
 from paretune.measure import bench as measure
+from paretune.measure import bench_run, grid, session
 from paretune.measure.bench_rows import Cell
 from paretune.measure.interleave import SubjectError
 from paretune.recipe import Recipe, preset
@@ -32,23 +33,38 @@ class FakeProcess:
     alive: ClassVar[list[str]] = []
     most_alive: ClassVar[int] = 0
     awake: ClassVar[set[str]] = set()
+    processes: ClassVar[list[Any]] = []
+    slices: ClassVar[list[tuple[str, str, float | None]]] = []
+    on_ask: ClassVar[Any] = None
+    on_sample: ClassVar[Any] = None
 
-    def __init__(self, name: str, kind: str, log: Any = None) -> None:
-        self.name, self.kind, self.n = name, kind, 0
+    note = ""
+
+    def __init__(self, name: str, kind: str, log: Any = None, fresh: bool = False) -> None:
+        assert not fresh
+        self.name, self.kind, self.n, self.slice_sec, self.lost = name, kind, 0, None, False
+        FakeProcess.processes.append(self)
         FakeProcess.alive.append(name)
         FakeProcess.awake.add(name)
         FakeProcess.most_alive = max(FakeProcess.most_alive, len(FakeProcess.alive))
 
     def ask(self, do: str, timeout_sec: float = 120.0, **request: Any) -> dict[str, Any]:
+        memory = {"rss_bytes": 10, "rss_peak_bytes": 20, "activation_peak_bytes": 3, "device_used_bytes": None}
         if do == "memory":
-            return {"rss_bytes": 10, "rss_peak_bytes": 20, "activation_peak_bytes": 3, "device_used_bytes": None}
-        assert do in ("load", "shape")
+            return memory
+        assert do in ("start", "shape")
+        if FakeProcess.on_ask is not None:
+            FakeProcess.on_ask(self, do)
+        self._check()
         FakeProcess.did.append((do, self.name, request["workload"]["batch_size"]))
         FakeProcess.requests.append({"name": self.name, **request})
         clock.sleep(1.0)
         if self.name in self.fails_to_load:
             raise SubjectError("out of memory")
+        warm = {kind: {"timings_sec": [0.1] * 8, "settled": True} for kind in request["kinds"]}
         return {
+            **({"memory": memory} if do == "start" else {}),
+            "warm": warm,
             "load_sec": 3.0 if self.name == "int8" else 1.0,
             "compile_sec": 0.0,
             "weights_bytes": WEIGHTS + 50,
@@ -63,13 +79,22 @@ class FakeProcess:
 
     def sample(self) -> float:
         assert FakeProcess.awake == {self.name}, "one awake at a time"
+        self._check()
+        if FakeProcess.on_sample is not None:
+            FakeProcess.on_sample(self)
+        self._check()
         self.n += 1
+        FakeProcess.slices.append((self.name, self.kind, self.slice_sec))
         if self.n > self.dies_at.get(self.name, 10**9):
             raise SubjectError("the process was killed")
         clock.sleep(0.1)
         factors = self.wobble.get(self.name, [1.0])
         base = {"ttft": TTFT_SEC, "tpot": TPOT_SEC, "throughput": 0.025}[self.kind]
         return base * factors[self.n % len(factors)] / self.speed.get(self.name, 1.0)
+
+    def _check(self) -> None:
+        if self.lost:
+            raise SubjectError("the server that forks trials ended, and this trial with it", kind=session.LOST)
 
     def pause(self) -> None:
         FakeProcess.awake.discard(self.name)
@@ -96,11 +121,13 @@ class FakeProbe:
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch):
     fresh = {"speed": {}, "wobble": {}, "fails_to_load": set(), "dies_at": {}, "requests": [], "did": [], "alive": []}
+    fresh |= {"processes": [], "slices": [], "on_ask": None, "on_sample": None}
     for name, value in {**fresh, "most_alive": 0, "awake": set()}.items():
         monkeypatch.setattr(FakeProcess, name, value)
     sweep = ({"bytes": 1 << 20, "threads": 2, "bytes_per_sec": 1e10},)
     ceilings = hardware.Ceilings("cpu", "fake", 2, sweep, {"fp32": 1e11})
-    monkeypatch.setattr(measure, "TrialProcess", FakeProcess)
+    monkeypatch.setattr(bench_run, "TrialProcess", FakeProcess)
+    monkeypatch.setattr(session, "prepare", lambda: None)
     monkeypatch.setattr(hardware, "BandwidthProbe", FakeProbe)
     monkeypatch.setattr(hardware, "ceilings", lambda device, quick: ceilings)
     monkeypatch.setattr(hardware, "set_threads", lambda n: {"threads": n or 2})
@@ -172,7 +199,7 @@ def test_no_claim_is_smaller_than_what_the_twin_differs_by(tiny_gpt2_folder):
 def test_a_machine_without_resolution_is_too_noisy(tiny_gpt2_folder):
     FakeProcess.wobble = {"baseline again": [1.0, 3.0, 0.4]}
     result = run(tiny_gpt2_folder)
-    assert result["too_noisy"] is True and by_name(result)["int8"]["decode_verdict"] == "undecided"
+    assert result["too_noisy"] and result["is_noisy"] and by_name(result)["int8"]["decode_verdict"] == "undecided"
     assert by_name(result)["int8"]["decode_n"] == 27  # it went on to the end
 
 
@@ -181,7 +208,7 @@ def test_what_goes_far_beyond_the_noise_is_decided_all_the_same(tiny_gpt2_folder
     FakeProcess.speed = {"int8": 10.0}
     result = run(tiny_gpt2_folder)
     (aa,) = [entry for entry in result["aa"] if entry["kind"] == "tpot"]
-    assert result["too_noisy"] is True and 0.25 < aa["half_width"] < 1
+    assert result["is_noisy"] and not result["too_noisy"] and 0.25 < aa["half_width"] < 1
     assert by_name(result)["int8"]["decode_verdict"] == "faster"
 
 
@@ -262,7 +289,7 @@ def test_what_does_not_fit_the_model_is_a_row_before_any_process_starts(tiny_gpt
     rows = by_name(result)
     assert rows["window256"]["status"] == "failed"
     assert "cannot run here: pattern window:256: a window of 256 is larger" in rows["window256"]["cause"]
-    assert not any("loading window256" in line for line in said) and any("loading int8" in line for line in said)
+    assert not any("starting window256" in line for line in said) and any("starting int8" in line for line in said)
 
 
 def test_the_budget_ends_the_run_and_says_what_was_not_reached(tiny_gpt2_folder):
@@ -275,7 +302,7 @@ def test_the_budget_ends_the_run_and_says_what_was_not_reached(tiny_gpt2_folder)
 
 def test_memory_that_does_not_hold_all_makes_groups_around_the_baseline(tiny_gpt2_folder, monkeypatch):
     FakeProcess.speed = {"int8": 2.0, "bf16": 0.5}
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: int(3.6 * measure.PROCESS_BYTES))
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: int(3.6 * grid.PROCESS_BYTES))
     result = run(tiny_gpt2_folder, ("baseline", "int8", "bf16"))
     assert FakeProcess.most_alive == 3
     loaded = [r["name"] for r in FakeProcess.requests]
@@ -291,11 +318,11 @@ def test_memory_that_does_not_hold_all_makes_groups_around_the_baseline(tiny_gpt
     [(100, [["a", "b", "c"]]), (48, [["a", "b"], ["c"]]), (1, [["a"], ["b"], ["c"]])],
 )
 def test_groups_of(available, expected):
-    assert measure.groups_of(["a", "b", "c"], each_bytes=10, extra_bytes=3, available=available) == expected
+    assert grid.groups_of(["a", "b", "c"], each_bytes=10, extra_bytes=3, available=available) == expected
 
 
 def test_groups_of_the_baseline_alone():
-    assert measure.groups_of([], 10, 3, 100) == [[]]
+    assert grid.groups_of([], 10, 3, 100) == [[]]
 
 
 def test_a_sampled_throughput_counts_before_a_derived_one(tiny_gpt2_folder):
@@ -330,10 +357,10 @@ def test_a_cell_is_estimated_above_its_weights(tiny_gpt2_folder):
     from paretune.model import checkpoint
 
     config = checkpoint.read_config(tiny_gpt2_folder)
-    n = measure.n_parameters(config)
-    small, large = (measure.trial_bytes(config, n, Cell(8, 8, b)) for b in (1, 64))
-    assert measure.PROCESS_BYTES + 4 * n < small < large
-    low, high = measure.estimate_sec(2, 1, 2, 8, 27)
+    n = grid.n_parameters(config)
+    small, large = (grid.trial_bytes(config, n, Cell(8, 8, b)) for b in (1, 64))
+    assert grid.PROCESS_BYTES + 4 * n < small < large
+    low, high = grid.estimate_sec(2, 1, 2, 8, 27)
     assert 0 < low < high and math.isfinite(high)
 
 
@@ -342,8 +369,8 @@ def test_a_process_serves_every_cell_where_it_is_kept(tiny_gpt2_folder):
     names, options = ("baseline", "int8", "bf16"), {"batch_sizes": [1, 2], "input_lens": [16, 24]}
     kept = run(tiny_gpt2_folder, names, keeps_processes=True, **options)
     did = FakeProcess.did
-    assert [d for d in did if d[0] == "load"] == [
-        ("load", n, 1) for n in ("baseline", "baseline again", "int8", "bf16")
+    assert [d for d in did if d[0] == "start"] == [
+        ("start", n, 1) for n in ("baseline", "baseline again", "int8", "bf16")
     ]
     # What failed once is a row in every cell and is not started again.
     assert [d[1:] for d in did if d[0] == "shape"] == [
@@ -352,7 +379,7 @@ def test_a_process_serves_every_cell_where_it_is_kept(tiny_gpt2_folder):
     assert [r["cause"] for r in kept["rows"] if r["config"] == "bf16"] == ["out of memory"] * 4
     FakeProcess.did = []
     plain = run(tiny_gpt2_folder, names, **options)
-    assert all(d[0] == "load" for d in FakeProcess.did)
+    assert all(d[0] == "start" for d in FakeProcess.did)
     for ours, theirs in zip(kept["rows"], plain["rows"], strict=True):
         assert ours["decode_speedup"] == theirs["decode_speedup"] and ours["mbu"] == theirs["mbu"]
 
@@ -361,10 +388,10 @@ def test_kept_processes_end_where_memory_does_not_hold_all(tiny_gpt2_folder, mon
     sizes = iter([64 << 30, 1])
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: next(sizes))
     monkeypatch.setattr(
-        measure, "groups_of", lambda names, each, extra, n: [names] if n > 32 << 30 else [[n] for n in names]
+        bench_run, "groups_of", lambda names, each, extra, n: [names] if n > 32 << 30 else [[n] for n in names]
     )
     run(tiny_gpt2_folder, ("baseline", "int8", "bf16"), batch_sizes=[1, 2], keeps_processes=True)
-    assert [d[0] for d in FakeProcess.did] == ["load"] * (4 + 3 + 3)
+    assert [d[0] for d in FakeProcess.did] == ["start"] * (4 + 3 + 3)
 
 
 def test_a_plan_with_a_table_runs_what_it_says_in_each_cell(tiny_gpt2_folder):
@@ -386,7 +413,7 @@ def test_the_bytes_of_a_window_do_not_grow_with_the_context(tiny_gpt2_folder, mo
 
     def ask(self, do, timeout_sec=1.0, **request):
         answer = real(self, do, timeout_sec, **request)
-        return answer | ({"attention_pattern": "prefix:2+window:8"} if self.name == "int8" and do == "load" else {})
+        return answer | ({"attention_pattern": "prefix:2+window:8"} if self.name == "int8" and do == "start" else {})
 
     monkeypatch.setattr(FakeProcess, "ask", ask)
     rows = {(r["config"], r["input_len"]): r for r in run(tiny_gpt2_folder, input_lens=[16, 48])["rows"]}
@@ -394,3 +421,135 @@ def test_the_bytes_of_a_window_do_not_grow_with_the_context(tiny_gpt2_folder, mo
     assert rows["baseline", 48]["decode_bytes"] == WEIGHTS + KV_PER_TOKEN * 52.5
     assert rows["int8", 48]["prefill_mfu"] < rows["baseline", 48]["prefill_mfu"]
     assert rows["int8", 48]["decode_mfu"] == rows["int8", 16]["decode_mfu"]
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+
+def test_every_row_has_every_kind_before_any_has_more(tiny_gpt2_folder):
+    FakeProcess.speed = {"int8": 2.0}
+    run(tiny_gpt2_folder, ("baseline", "int8", "bf16"))
+    n_rows, first = 4, bench_run.FIRST_BLOCKS
+    for i, kind in enumerate(("ttft", "tpot")):
+        part = FakeProcess.slices[i * n_rows * first : (i + 1) * n_rows * first]
+        assert {k for _, k, _ in part} == {kind} and len({name for name, _, _ in part}) == n_rows
+        assert {sec for _, _, sec in part} == {bench_run.FIRST_SLICE_SEC}, "every row waits for them: they are short"
+    assert {sec for _, _, sec in FakeProcess.slices[2 * n_rows * first :]} == {None}
+
+
+def test_the_first_rows_are_shown_with_intervals_and_no_verdict_is_asked_of_them(tiny_gpt2_folder):
+    FakeProcess.speed = {"int8": 2.0}
+    shown: list[list[dict[str, Any]]] = []
+    taken: list[int] = []
+
+    def on_first(rows):
+        shown.append(rows)
+        taken.append(len(FakeProcess.slices))
+
+    run(tiny_gpt2_folder, ("baseline", "int8"), on_first=on_first)
+    rows = {row["config"]: row for row in shown[0]}
+    assert len(shown) == 1 and taken == [2 * 3 * bench_run.FIRST_BLOCKS]
+    assert rows["int8"]["decode_speedup_low"] == pytest.approx(2.0) and rows["int8"]["mbu"] is None
+    assert rows["int8"]["prefill_speedup_high"] == pytest.approx(2.0)
+    assert {row["decode_verdict"] for row in shown[0]} == {None}
+
+
+def test_what_is_decided_sits_out_and_the_yardsticks_do_not(tiny_gpt2_folder):
+    FakeProcess.speed, FakeProcess.wobble = {"bf16": 3.0}, {"int8": [1.0, 1.06]}
+    rows = by_name(run(tiny_gpt2_folder, ("baseline", "int8", "bf16"), min_blocks=8, max_blocks=20))
+    assert rows["bf16"]["decode_verdict"] == "faster" and rows["bf16"]["decode_n"] == 8
+    assert rows["int8"]["decode_n"] == rows["baseline"]["decode_n"] == rows["baseline again"]["decode_n"] == 20
+
+
+def test_a_budget_starves_no_row(tiny_gpt2_folder):
+    """Starting four takes 4 s; 8 s are left for two kinds of four rows at 0.13 s each: no row waits for another."""
+    result = run(tiny_gpt2_folder, ("baseline", "int8", "bf16"), budget_sec=12.0, min_time_sec=3.0)
+    rows = by_name(result)
+    assert all(row["status"] == "measured" for row in rows.values())
+    for phase in ("prefill", "decode"):
+        counts = [row[f"{phase}_n"] for row in rows.values()]
+        assert max(counts) - min(counts) <= 1 and min(counts) >= bench_run.FIRST_BLOCKS
+    assert all(rows[name]["decode_verdict"] for name in ("int8", "bf16"))
+
+
+def test_loading_leaves_time_to_measure_what_is_loaded(tiny_gpt2_folder):
+    names = ("baseline", "int8", "bf16", "int8_linear", "eager_attn")
+    rows = by_name(run(tiny_gpt2_folder, names, budget_sec=5.0))
+    assert rows["baseline"]["status"] == rows["int8"]["status"] == "measured"
+    late = rows["eager_attn"]
+    assert (late["status"], late["cause"]) == ("not_reached", "the time budget ended before its turn")
+
+
+@pytest.mark.parametrize("budget_sec", [None, 60.0])
+def test_progress_names_the_time_that_is_left(tiny_gpt2_folder, budget_sec):
+    said: list[str] = []
+    FakeProcess.wobble = {"int8": [1.0, 1.06]}
+    run(tiny_gpt2_folder, budget_sec=budget_sec, on_progress=said.append, max_blocks=40)
+    later = [line for line in said if "block" in line][1:]
+    assert later and all(" s left" in line for line in later)
+    assert any("0 of 1 decided" in line for line in later)
+
+
+def test_an_interrupt_goes_up_or_gives_what_is_known(tiny_gpt2_folder):
+    def interrupt(process):
+        if len(FakeProcess.slices) == 31:
+            raise KeyboardInterrupt
+
+    FakeProcess.on_sample = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_gpt2_folder, input_lens=[8, 16])
+    assert not FakeProcess.alive
+    FakeProcess.slices = []
+    result = run(tiny_gpt2_folder, input_lens=[8, 16], keeps_interrupted=True)
+    assert result["interrupted"] and not result["too_noisy"]
+    rows = by_name(result)
+    assert {row["cell"] for row in rows.values()} == {"8+9 x1"}
+    assert rows["int8"]["prefill_n"] == bench_run.FIRST_BLOCKS and rows["int8"]["decode_n"] in (4, 5)
+    assert len(result["samples"]) == 31
+
+
+def test_an_interrupt_while_loading_is_not_called_the_end_of_the_budget(tiny_gpt2_folder):
+    def interrupt(process, do):
+        if process.name == "int8":
+            raise KeyboardInterrupt
+
+    FakeProcess.on_ask = interrupt
+    rows = by_name(run(tiny_gpt2_folder, keeps_interrupted=True))
+    assert rows["int8"]["cause"] == "it was interrupted before its turn"
+
+
+@pytest.mark.parametrize("when", ["start", "sample"])
+def test_trials_lost_with_the_fork_server_are_started_again(tiny_gpt2_folder, when):
+    gone: list[str] = []
+
+    def lose(process):
+        gone.append(process.name)
+        for other in FakeProcess.processes:
+            other.lost = True
+
+    def on_ask(process, do):
+        if when == "start" and not gone and process.name == "int8":
+            lose(process)
+
+    def on_sample(process):
+        if when == "sample" and not gone and len(FakeProcess.slices) == 20:
+            lose(process)
+
+    FakeProcess.on_ask, FakeProcess.on_sample, FakeProcess.speed = on_ask, on_sample, {"int8": 2.0}
+    said: list[str] = []
+    result = run(tiny_gpt2_folder, ("baseline", "int8", "bf16"), on_progress=said.append)
+    rows = by_name(result)
+    assert gone and any("the server that forks trials ended" in line for line in said)
+    assert rows["int8"]["decode_verdict"] == "faster" and not any(row["cause"] for row in rows.values())
+    assert {row["prefill_n"] for row in rows.values()} == {8}, "every block is whole"
+    keys = [(s["kind"], s["subject"], s["block"]) for s in result["samples"]]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_single_verdict_stands_on_a_noisy_machine_and_none_is_too_noisy(tiny_gpt2_folder):
+    FakeProcess.wobble = {"baseline again": [1.0, 1.0, 1.8], "bf16": [1.0, 1.4, 0.8]}
+    result = run(tiny_gpt2_folder, ("baseline", "bf16"))
+    assert result["is_noisy"] and result["too_noisy"]
+    FakeProcess.speed = {"int8": 10.0}
+    result = run(tiny_gpt2_folder, ("baseline", "bf16", "int8"))
+    assert result["is_noisy"] and not result["too_noisy"]

@@ -108,7 +108,8 @@ def test_drift_that_fools_a_then_b_cancels():
 
 
 def test_a_sample_is_repeated_where_the_probes_differ(fake_clock):
-    readings = iter([10.0, 13.0, 13.0, 13.0] + [10.0, 11.9] + [10.0, 5.0] * 3)
+    # One between two slices: it is the last of the first and the first of the second.
+    readings = iter([10.0, 13.0, 13.0, 11.9, 5.0, 10.0, 5.0])
     seen: list[Sample] = []
     subject = Fake("a", 0.1)
     run = run_blocks(
@@ -117,8 +118,9 @@ def test_a_sample_is_repeated_where_the_probes_differ(fake_clock):
     assert run.samples == seen
     assert [s.n_repeated for s in seen] == [1, 0, 2]
     assert (seen[0].bandwidth_before, seen[0].bandwidth_after) == (13.0, 13.0)
+    assert (seen[1].bandwidth_before, seen[1].bandwidth_after) == (13.0, 11.9)
     assert (seen[2].bandwidth_before, seen[2].bandwidth_after) == (10.0, 5.0)  # kept, with its probes
-    assert subject.n_samples == 6 and Blocks(seen).n_repeated == 3
+    assert next(readings, None) is None and subject.n_samples == 6 and Blocks(seen).n_repeated == 3
 
 
 def test_a_killed_run_goes_on_in_the_same_order_without_repeats():
@@ -296,13 +298,13 @@ def test_false_positives_and_power_over_the_whole_schedule():
 
 
 def test_ratios_by_bandwidth_state():
-    host = Host(5, flip_per_slice=0.02)
+    host = Host(4, flip_per_slice=0.02)
     # Twice as fast where bandwidth is plenty; what reads less memory gains more in the low state.
     subjects = [
         host.subject("baseline", 0.2, slow_factor=2.0),
         host.subject("variant", 0.1, slow_factor=1.25),
     ]
-    blocks = Blocks(run_blocks(subjects, rng_seed=5, n_blocks=120, probe=host.probe).samples)
+    blocks = Blocks(run_blocks(subjects, rng_seed=4, n_blocks=120, probe=host.probe).samples)
     by_state = blocks.by_state("baseline", "variant")
     assert by_state is not None
     assert by_state[0].value == pytest.approx(3.2, rel=0.05) and by_state[0].low > 2.9

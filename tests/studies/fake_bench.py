@@ -33,4 +33,11 @@ def fake_bench(folder, configs, **options):
             if name == "bf16":
                 row = {k: None if k.startswith("throughput") else v for k, v in row.items()} | {"cause": "it crashed"}
             rows.append(row)
-    return {"rows": rows, "ceilings": CEILINGS.to_json(), "threads": {"threads": 2}, "too_noisy": False}
+    return {
+        "rows": rows,
+        "ceilings": CEILINGS.to_json(),
+        "threads": {"threads": 2},
+        "too_noisy": False,
+        "is_noisy": False,
+        "aa": [],
+    }

@@ -43,12 +43,14 @@ def test_the_files_of_a_study(tmp_path, tiny_gpt2_folder):
     head = common.header("attention", "tiny", config, quick=True, seed=3)
     figure = common.picture(tmp_path, "loss", lambda fmt: plots.loss_curve([{"loss": 1.0}], fmt), "a caption")
     sections = [html.section("First", ["Words."], figures=[figure])]
-    common.write_results(tmp_path, head, {"t": [{"a": 1}]}, sections, ["The answer."], 2)
+    result = {**head, "noise": ["The machine was busy."]}
+    common.write_results(tmp_path, result, {"t": [{"a": 1}]}, sections, ["The answer."], 2)
     assert {p.name for p in tmp_path.iterdir()} == {"loss.png", "report.html", "results.csv", "results.json"}
     result = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert {"schema_version", "command", "seed", "versions", "hardware", "study", "quick"} <= set(result)
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "tiny: the attention study" in page and "a caption" in page and "Machine" in page
+    assert page.index("The machine was busy.") < page.index("The answer.") < page.index("Words.")
 
 
 def test_a_report_never_prints_a_path(tiny_gpt2_folder):

@@ -9,6 +9,7 @@ from fake_bench import CEILINGS, fake_bench
 
 from paretune import hardware
 from paretune.measure import bench
+from paretune.measure.bench_rows import Cell
 from paretune.studies import precision
 from paretune.studies.precision import crossover
 
@@ -60,7 +61,7 @@ def test_configs_change_one_thing_each():
 
 def test_too_large_shapes_are_refused_before_anything_is_drawn(monkeypatch):
     shape = precision.sizes(quick=True)[0][1]
-    cell = bench.Cell(32, 100, 1)
+    cell = Cell(32, 100, 1)
     assert precision.does_not_fit(shape, cell) is None
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 1 << 30)
     assert "1.07 GB are free (predicted, not tried)" in precision.does_not_fit(shape, cell)

@@ -12,6 +12,7 @@ from paretune import hardware
 from paretune.engine.dispatch import PLAN, Form
 from paretune.errors import ParetuneError, UsageError
 from paretune.measure import bench as measure
+from paretune.measure import bench_run, session
 from paretune.recipe import Recipe, preset
 from paretune.report import regimes as report
 from paretune.report.html import render_report
@@ -35,7 +36,9 @@ class Process:
     alive_names: ClassVar[list] = []
     clock = None
 
-    def __init__(self, name, kind, log=None):
+    note = ""
+
+    def __init__(self, name, kind, log=None, fresh=False):
         self.name, self.kind, self.alive, self.n = name, kind, True, 0
         self.alive_names.append(name)
 
@@ -48,7 +51,7 @@ class Process:
                 "activation_peak_bytes": (3 if "eager +" in self.recipe else 1) * n_bytes,
             }
         self.workload = request["workload"]
-        if do == "load":
+        if do == "start":
             self.recipe = Recipe.from_dict(request["recipe"]).name
             self.loads.append((self.name, request["check_prompt"]))
             if self.recipe in self.failing:
@@ -58,7 +61,8 @@ class Process:
         else:
             assert do == "shape"
         self.shapes.append((self.name, self.workload["batch_size"], self.workload["input_len"]))
-        facts = {"load_sec": 1.0, "compile_sec": 0.0, "weights_bytes": MB, "kv_bytes_per_token": 100.0}
+        warm = {kind: {"timings_sec": [0.01] * 8, "settled": True} for kind in request["kinds"]}
+        facts = {"warm": warm, "load_sec": 1.0, "compile_sec": 0.0, "weights_bytes": MB, "kv_bytes_per_token": 100.0}
         return {**facts, "compute_dtype": "float32", "threads": {"threads": 2}, "proof": [], "notes": []}
 
     def sample(self):
@@ -88,7 +92,8 @@ def tune(monkeypatch, tmp_path):
         machine = install(monkeypatch, Machine(cost={name: 0.005 if wins else 0.01}, weights={name: 14 * MB}))
         own = {"speed": speed or {}, "failing": failing or {}, "loads": [], "shapes": [], "alive_names": []}
         process = type("Process", (Process,), {**own, "clock": machine.clock})
-        monkeypatch.setattr(measure, "TrialProcess", process)
+        monkeypatch.setattr(bench_run, "TrialProcess", process)
+        monkeypatch.setattr(session, "prepare", lambda: None)
         monkeypatch.setattr(hardware.BandwidthProbe, "kind", "fake", raising=False)
         monkeypatch.setattr(hardware.BandwidthProbe, "note", "", raising=False)
         monkeypatch.setattr("paretune.native_build.unavailable_reason", lambda: None)

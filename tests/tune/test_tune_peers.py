@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from fake_race import MB, Machine, install, only
@@ -10,7 +11,7 @@ from fake_race import MB, Machine, install, only
 from paretune import clock
 from paretune.errors import ParetuneError, UsageError
 from paretune.measure import bench as measure
-from paretune.measure.bench import _Run
+from paretune.measure import bench_run
 from paretune.report.html import render_report
 from paretune.tune import peers
 from paretune.tune.goal import Goal
@@ -273,17 +274,14 @@ def test_loading_is_or_is_not_of_the_time_of_bench(monkeypatch, loading_counts):
     monkeypatch.setattr(clock, "_clock", fake)
     left = []
 
-    def load(self, *_):
-        fake.now_sec += 50
-        return object()
+    def load_all(self):
+        fake.now_sec += 100
 
-    monkeypatch.setattr(_Run, "_load", load)
-    monkeypatch.setattr(_Run, "trial_of", lambda self, name, cell: type("T", (), {"name": name, "cause": "-"})())
-    monkeypatch.setattr(_Run, "_pass", lambda self, c, g, k, p, t, until: left.append(until - clock.now()))
-    one = object.__new__(_Run)
-    one.deadline, one.loading_counts, one.kinds = 1030.0, loading_counts, ("tpot",)
-    one.say = lambda line: None
-    one.keeps_processes, one.kept, one.failed = False, {}, {}
-    one._group(type("C", (), {"title": "-"})(), 0, 0, ["a", "b"], 1030.0)
+    monkeypatch.setattr(bench_run._Group, "_load_all", load_all)
+    monkeypatch.setattr(bench_run._Group, "_sample", lambda self: left.append(max(0.0, self.until - clock.now())))
+    of = SimpleNamespace(deadline=1030.0, loading_counts=loading_counts, keeps_processes=False, known_ceilings=list)
+    one = object.__new__(bench_run._Group)
+    one.of, one.until, one.processes = of, 1030.0, {}
+    one.run()
     assert left == [0.0 if loading_counts else 30.0]
-    assert one.deadline == (1030.0 if loading_counts else 1130.0)
+    assert of.deadline == (1030.0 if loading_counts else 1130.0)

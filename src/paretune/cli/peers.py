@@ -9,7 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from paretune.measure.peers.catalogue import Peer
-    from paretune.report.tables import Column, Row
 
 SCHEMA_VERSION = 1
 ACTIONS = ("install", "ls", "remove")
@@ -129,34 +128,3 @@ def _ls(json_output: bool) -> None:
 
 def _formats(row: dict[str, Any]) -> str:
     return ", ".join(name + ("*" if name in row["default"] else "") for name in row["formats"])
-
-
-def agreement_table() -> tuple[str, list[Column]]:
-    """What stands beside the speed of peers: whether they compute the same model, and what they take."""
-    from paretune.report.tables import NOT_MEASURED, Column
-    from paretune.report.units import format_percent
-
-    def greedy(row: Row) -> str:
-        same, n = row.get("agreement_greedy_same"), row.get("agreement_greedy_n")
-        return NOT_MEASURED if same is None else f"{same} of {n}"
-
-    def share(row: Row) -> str:
-        return format_percent(row.get("agreement_top1_share"))
-
-    def error(row: Row) -> str:
-        value = row.get("agreement_logits_rel_rms")
-        return NOT_MEASURED if value is None else f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
-
-    return (
-        "Peers",
-        [
-            Column("config", "Engine", numeric=False),
-            Column("cell", "Input+output xbatch", numeric=False),
-            Column("engine_version", "Version", numeric=False),
-            Column("agreement_top1_share", "Same top token", share),
-            Column("agreement_logits_rel_rms", "Logit error", error),
-            Column("agreement_greedy_same", "Greedy tokens", greedy),
-            Column("disk_bytes", "On disk"),
-            Column("rss_peak_bytes", "Peak memory"),
-        ],
-    )

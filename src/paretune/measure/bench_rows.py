@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,22 +120,39 @@ class Trial:
         return float(np.median(values)) if len(values) else None
 
 
+def is_judged(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any configuration has a verdict beside the baseline."""
+    words = [row.get(f"{phase}_verdict") for row in rows if row["role"] in ("", "peer") for phase in PHASES.values()]
+    return any(word not in (None, "undecided") for word in words)
+
+
 def make_row(
-    trial: Trial, baseline: Trial, twin: str, cell: Cell, config: ModelConfig, ceilings: hardware.Ceilings
+    trial: Trial,
+    baseline: Trial,
+    twin: str,
+    cell: Cell,
+    config: ModelConfig,
+    ceilings: hardware.Ceilings | None,
+    ended: str = "the time budget ended",
 ) -> dict[str, Any]:
-    """Everything that is known of a configuration in a cell. None: not measured."""
+    """Everything that is known of a configuration in a cell. None: not measured.
+
+    Args:
+        ceilings: None where they are not known (yet).
+        ended: what ended the run before something was measured.
+    """
     loaded = trial.loaded or {}
     ttft, tpot = trial.median("ttft"), trial.median("tpot")
     status = "measured" if any(len(trial.seconds(k)) for k in PHASES) else "not_reached"
     if trial.cause:
         status = "invalid" if trial.is_invalid else "failed"
-    cause = trial.cause or ("" if status == "measured" else "the time budget ended before its turn")
+    cause = trial.cause or ("" if status == "measured" else f"{ended} before its turn")
     role = "baseline" if trial.name == baseline.name else "twin" if trial.name == twin else ""
     role = "peer" if trial.recipe is None else role
     late = []
     if status == "measured":
         missing = [PHASES[kind] for kind in trial.passes if not len(trial.seconds(kind))]
-        late = [f"{phase}: the time budget ended before its turn" for phase in missing]
+        late = [f"{phase}: {ended} before its turn" for phase in missing]
     row: dict[str, Any] = {
         "config": trial.name,
         "recipe": trial.recipe.name if trial.recipe else "",
@@ -228,13 +246,14 @@ def _break_even(trial: Trial, baseline: Trial, cell: Cell) -> float | None:
     return float(math.ceil(max(0.0, once[0] - once[1]) / gain))
 
 
-def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ceilings) -> dict[str, Any]:
+def _limits(trial: Trial, cell: Cell, config: ModelConfig, ceilings: hardware.Ceilings | None) -> dict[str, Any]:
     """MBU, MFU and what each phase is bound by."""
     out: dict[str, Any] = dict.fromkeys(
         ("decode_bytes", "tpot_roofline_sec", "mbu", "decode_mfu", "prefill_mfu", "bound_by", "prefill_bound_by")
     )
     loaded, ttft, tpot = trial.loaded, trial.median("ttft"), trial.median("tpot")
-    if loaded is None or trial.recipe is None:  # what a peer reads in a step is its own affair
+    # What a peer reads in a step is its own affair.
+    if loaded is None or trial.recipe is None or ceilings is None:
         return out
     weights = loaded.get("step_weights_bytes", loaded["weights_bytes"])
     per_token = loaded.get("kv_bytes_per_token", 0.0)

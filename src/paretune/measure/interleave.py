@@ -172,9 +172,10 @@ def run_blocks(
     Args:
         subjects: warmed up, of different names. All are paused first and left paused.
         rng_seed: with the block and the names it fixes the order.
-        probe: measures the bandwidth in bytes/s (about 15 ms). It runs before and after each slice with every
-            subject asleep; where the two differ by more than `max_probe_change` the slice is repeated, at
-            most `max_repeats` times, and the last one counts. One of more than `MAX_REPEATABLE_SEC` is not repeated.
+        probe: measures the bandwidth in bytes/s (about 15 ms). It runs between the slices, and before the first, with
+            every subject asleep; where the two around a slice differ by more than `max_probe_change` the slice is
+            repeated, at most `max_repeats` times, and the last one counts. One of more than `MAX_REPEATABLE_SEC` is
+            not repeated.
         deadline_sec: the moment of `clock.now()` from which no slice is started.
         on_sample: called with each new sample when it is taken, before anything else happens: put it on
             disk there.
@@ -188,15 +189,18 @@ def run_blocks(
     run = BlockRun(samples=list(done))
     taken = {(sample.block, sample.subject) for sample in done}
 
+    latest: float | None = None  # the probe after one slice is the one before the next
+
     def measure(subject: Subject, block: int, position: int) -> Sample:
+        nonlocal latest
         n_repeated = 0
         while True:
-            before = probe() if probe else None
+            before = probe() if probe and latest is None else latest
             began = clock.now()
             with _awake(subject):
                 value_sec = _timed(subject)
             is_long = clock.now() - began > MAX_REPEATABLE_SEC
-            after = probe() if probe else None
+            latest = after = probe() if probe else None
             if n_repeated == max_repeats or is_long or not _differ(before, after, max_probe_change):
                 return Sample(subject.name, block, position, value_sec, before, after, n_repeated)
             n_repeated += 1

@@ -77,6 +77,7 @@ class TrialProcess:
         fresh: executes the worker anew, as for figures of a cold start, and for devices that do not survive a fork.
 
     Attributes:
+        slice_sec: how long a sample is at least; None: as the worker has it.
         note: what the user has to be told of how it was started, mostly "".
     """
 
@@ -91,6 +92,7 @@ class TrialProcess:
         fresh: bool = False,
     ) -> None:
         self.name, self.kind, self.note = name, kind, ""
+        self.slice_sec: float | None = None
         self._log_path = log
         self._pending = b""
         variables = {**os.environ, **(environment or {})}
@@ -139,7 +141,8 @@ class TrialProcess:
         return self.receive(timeout_sec)
 
     def sample(self) -> float:
-        return self.ask("sample", kind=self.kind)["sec"]
+        least = {} if self.slice_sec is None else {"min_sec": self.slice_sec}
+        return self.ask("sample", kind=self.kind, **least)["sec"]
 
     def pause(self) -> None:
         self._process.send_signal(signal.SIGSTOP)

@@ -52,10 +52,8 @@ class Trial:
         answer = self.load(request)
         with self._part("memory"):
             parts = self.memory({})
-        warm: dict[str, Any] = {}
         with self._part("warm"):
-            for kind in request.get("kinds", ()):
-                warm[kind] = self.warm({"kind": kind, "max_sec": request.get("warm_sec", WARM_UP_SEC)})
+            warm = self._warm_all(request)
             side = {kind: self._side(kind, warm) for kind in request.get("side", ())}
         return answer | {"memory": parts, "warm": warm, "side_sec": side, "start_parts_sec": dict(self.parts_sec)}
 
@@ -126,13 +124,17 @@ class Trial:
         return {**per_token, "attention_pattern": str(self.loaded.runner.config.attention_pattern)}
 
     def shape(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Another workload for the model that is loaded and proven; the answer as that of `load`."""
+        """Another workload for the model that is loaded and proven, with `kinds` and `warm_sec` as for `start`; the
+        answer is that of `load`, with `warm` by kind."""
         from paretune.measure.workload import Bench, Workload
 
         self.bench = None  # its cache is free before the next one is made
         self.bench = Bench(self.loaded.runner, Workload(**request["workload"]))
-        self.bench.short_sample("ttft")
-        return self.facts | self._of_shape()
+        return self.facts | self._of_shape() | {"warm": self._warm_all(request)}
+
+    def _warm_all(self, request: dict[str, Any]) -> dict[str, Any]:
+        max_sec = request.get("warm_sec", WARM_UP_SEC)
+        return {kind: self.warm({"kind": kind, "max_sec": max_sec}) for kind in request.get("kinds", ())}
 
     def warm(self, request: dict[str, Any]) -> dict[str, Any]:
         """Short slices until there is no trend."""
@@ -164,7 +166,7 @@ class Trial:
         return self.bench.short_sample(kind)
 
     def sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        return {"sec": self.bench.sample(request["kind"])}
+        return {"sec": self.bench.sample(request["kind"], request.get("min_sec"))}
 
     def memory(self, request: dict[str, Any]) -> dict[str, Any]:
         """Bytes in parts; activations are the peak of a request above the resting size."""

@@ -83,14 +83,18 @@ class Bench:
         """Decode steps of one slice."""
         return max(1, min(DECODE_SLICE, self.workload.output_len - 1))
 
-    def sample(self, kind: str) -> float:
-        """Seconds per unit (see the definitions above), mean over one slice."""
+    def sample(self, kind: str, min_sec: float | None = None) -> float:
+        """Seconds per unit (see the definitions above), mean over one slice.
+
+        Args:
+            min_sec: how long it is at least; None: `MIN_SLICE_SEC`.
+        """
         run, n_units = {
             "ttft": (self._prefill, 1),
             "tpot": (self._decode_slice, self.n_decode),
             "throughput": (self._request, self.workload.batch_size * self.workload.output_len),
         }[kind]
-        return self._timed(kind, run, n_units, MIN_SLICE_SEC)
+        return self._timed(kind, run, n_units, MIN_SLICE_SEC if min_sec is None else min_sec)
 
     def short_sample(self, kind: str) -> float:
         """As `sample`, of a slice as short as `WARM_SLICE_SEC` and a single step: for warming up and side figures."""

@@ -164,7 +164,7 @@ def run(
 
         phase("inference")
         result["bench"] = _speed(folder, config, chosen, plan, seed, device, threads, say)
-        result["too_noisy"] = result["bench"]["too_noisy"]
+        result |= common.noise_of([result["bench"]])
 
         phase("training cost")
         result["training"] = training_costs(
@@ -294,7 +294,7 @@ def _speed(
         input_lens=[n_in],
         output_lens=[n_new],
         baseline=data.FLASH,
-        **common.blocks(plan is QUICK),
+        **common.BLOCKS,
         min_time_sec=1.0 if plan is QUICK else 3.0,
         budget_sec=plan.bench_sec,
         loading_counts=False,

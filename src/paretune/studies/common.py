@@ -34,9 +34,29 @@ def header(study: str, name: str, config: ModelConfig, *, quick: bool, seed: int
     return {**environment.header(seed=seed), **about}
 
 
-def blocks(quick: bool) -> dict[str, Any]:
-    """`min_blocks` and `max_blocks` of a bench: one look when `quick`, so that few blocks decide."""
-    return {"min_blocks": 7, "max_blocks": 7} if quick else {"min_blocks": 8, "max_blocks": 27}
+# Of a bench; a quick study ends it by its time. What is decided ends sooner, what is not has the time that is left.
+BLOCKS: dict[str, Any] = {"min_blocks": 8, "max_blocks": 27}
+
+
+def noise_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the noise of this machine did to the speeds of a study, from its results of `bench`.
+
+    Returns:
+        `is_noisy` (in some run the baseline differs from itself by more than a verdict can bear), `too_noisy` (and no
+        run has a verdict at all), `noise`: sentences for the reader, none on a quiet machine.
+    """
+    noisy = [run for run in runs if run["is_noisy"]]
+    too_noisy = bool(runs) and all(run["too_noisy"] for run in runs)
+    said = []
+    if noisy:
+        width = max(e["half_width"] for run in noisy for e in run["aa"] if e["half_width"] is not None)
+        said.append(
+            f"Speed could {'not be judged' if too_noisy else 'only in part be judged'} on this machine now: the "
+            f"baseline differs from itself by up to {width:.0%}, so "
+            f"{'every speed here is undecided' if too_noisy else 'smaller differences are undecided'}. "
+            "What is not a speed stands."
+        )
+    return {"is_noisy": bool(noisy), "too_noisy": too_noisy, "noise": said}
 
 
 def sixteen_bits(device: str) -> tuple[str, str]:
@@ -116,4 +136,4 @@ def write_results(
     machine = result["hardware"] | {"threads": threads, "versions": result["versions"]}
     title = f"{result['model']['name']}: the {result['study']} study"
     sections = [*sections, html.section("Machine", facts=machine)]
-    html.write_page(out / "report.html", title, lead, sections, result["command"])
+    html.write_page(out / "report.html", title, [*result["noise"], *lead], sections, result["command"])

@@ -17,6 +17,7 @@ import torch
 from paretune import clock, files, hardware
 from paretune.measure import bench
 from paretune.measure.bench_rows import Cell
+from paretune.measure.grid import MEMORY_SHARE, n_parameters, trial_bytes
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
@@ -105,15 +106,15 @@ def does_not_fit(config: ModelConfig, cell: Cell, value_bytes: float = 4.0) -> s
     Args:
         value_bytes: of a weight in the widest configuration.
     """
-    n = bench.n_parameters(config)
-    each = bench.trial_bytes(config, n, cell) - round((4.0 - value_bytes) * n)
+    n = n_parameters(config)
+    each = trial_bytes(config, n, cell) - round((4.0 - value_bytes) * n)
     needed, free = 3 * each + 4 * n, hardware.available_memory_bytes()  # one of them is loading
-    if needed > bench.MEMORY_SHARE * free:
+    if needed > MEMORY_SHARE * free:
         return (
             f"three processes would need {format_bytes(needed)}, {format_bytes(free)} are free (predicted, not tried)"
         )
     room = shutil.disk_usage(tempfile.gettempdir()).free
-    if value_bytes * n > bench.MEMORY_SHARE * room:
+    if value_bytes * n > MEMORY_SHARE * room:
         return f"its random weights would need {format_bytes(value_bytes * n)} of disk, {format_bytes(room)} are free"
     return None
 
@@ -144,7 +145,7 @@ def run(
     settings: dict[str, Any] = {
         "baseline": BASELINE,
         "kinds": ["throughput"],
-        **common.blocks(quick),
+        **common.BLOCKS,
         "min_time_sec": 1.0 if quick else 3.0,
         "seed": seed,
         "device": device,
@@ -175,15 +176,15 @@ def run(
     points["length"] = [_point(r, r["input_len"]) for r in [*first, *over_length["rows"]]]
     say("over model sizes")
     shapes, runs = sizes(quick), [base, over_batch, over_length]
-    n_base = bench.n_parameters(config)
-    is_new = n_base not in [bench.n_parameters(shape) for _, shape in shapes]
+    n_base = n_parameters(config)
+    is_new = n_base not in [n_parameters(shape) for _, shape in shapes]
     known = [r for r in base["rows"] if r["config"] in swept and is_new]
     points["size"] = [_point(r, n_base) for r in known]
     size_rows: list[Row] = [{"shape": name, "n_parameters": n_base, **_row(r)} for r in known if r["role"] != "twin"]
     for title, shape in shapes:
         cell = Cell(n_in, min(n_new, shape.n_positions - n_in), 1)
         reason = does_not_fit(shape, cell)
-        n = bench.n_parameters(shape)
+        n = n_parameters(shape)
         if reason:
             size_rows.append({"shape": title, "n_parameters": n, "config": "all", "verdict": f"not measured: {reason}"})
             continue
@@ -222,7 +223,7 @@ def run(
         "bench": [{k: v for k, v in run.items() if k != "ceilings"} for run in runs],
         "ceilings": base["ceilings"],
         "elapsed_sec": clock.now() - begun,
-        "too_noisy": all(run["too_noisy"] for run in runs),
+        **common.noise_of(runs),
     }
     result["summary"] = result["advice"]
     _write(out, result, base["threads"]["threads"])
@@ -348,7 +349,7 @@ def mistral_rows(ceilings: hardware.Ceilings, reason: str | None, measured: Sequ
     """
     config = ModelConfig.from_hf(MISTRAL_7B)
     ends = config.vocab_size * config.n_embd  # embedding and head, each: they stay in 16 bits
-    inner = bench.n_parameters(config) - 2 * ends
+    inner = n_parameters(config) - 2 * ends
     found = {r["config"]: _row(r) for r in measured}
     rows: list[Row] = []
     for name, width in {"fp16": 2.0, "flash_attn": 2.0, "int8": 1.0, "4bit": 0.5 + 1 / 64}.items():

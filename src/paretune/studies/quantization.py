@@ -19,6 +19,7 @@ from paretune.errors import ParetuneError
 from paretune.evaluate import fidelity, texts
 from paretune.evaluate.perplexity import perplexity
 from paretune.measure import bench
+from paretune.measure.grid import n_parameters
 from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import Recipe
@@ -112,7 +113,7 @@ def run(
             batch_sizes=list(BATCHES),
             baseline=PLAIN,
             kinds=["ttft", "tpot"],
-            **common.blocks(quick),
+            **common.BLOCKS,
             min_time_sec=0.5 if quick else 3.0,
             budget_sec=150.0 if quick else None,
             loading_counts=False,  # a minute, whatever the budget
@@ -136,7 +137,7 @@ def run(
         "sizes": sizes,
         "bench": measured,
         "elapsed_sec": clock.now() - begun,
-        "too_noisy": measured["too_noisy"],
+        **common.noise_of([measured]),
     }
     result["summary"] = summary(rows, sizes)
     _write(out, result, threads_read["threads"])
@@ -157,7 +158,7 @@ _PUBLISHED_KEYS = ("train_perplexity", "valid_perplexity", "memory_bytes")
 
 
 def _size_of_source(folder: Path, config: Any) -> Row:
-    n = bench.n_parameters(config)
+    n = n_parameters(config)
     return {"format": PLAIN, "model_bytes": 4 * n, "share": 1.0, "bits_per_parameter": 32.0, "cause": ""}
 
 

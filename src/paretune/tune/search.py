@@ -23,9 +23,9 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import windows_of
 from paretune.evaluate.perplexity import MIN_BLOCKS, count_blocks
 from paretune.evaluate.texts import read_text, text_of
-from paretune.measure.bench import n_parameters, trial_bytes
 from paretune.measure.bench_rows import Cell
 from paretune.measure.environment import versions
+from paretune.measure.grid import n_parameters, trial_bytes
 from paretune.measure.interleave import Blocks
 from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
