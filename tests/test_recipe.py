@@ -12,10 +12,12 @@ import sys
 import pytest
 import torch
 
+from paretune.engine.load import load_recipe, prove
 from paretune.engine.runners.compiled import CompileRunner
 from paretune.engine.runners.eager import EagerRunner
-from paretune.errors import UsageError
+from paretune.errors import ParetuneError, UsageError
 from paretune.model import checkpoint
+from paretune.model.config import ModelConfig
 from paretune.recipe import PRESETS, EngineOptions, Recipe, preset
 from paretune.registry import TRANSFORMS
 from paretune.transforms.attention import Attention
@@ -239,3 +241,100 @@ def test_apply_goes_in_order(monkeypatch):
     out = EVERYTHING.apply([], Context(progress=seen.append))
     assert out == ["attention", "precision", "int8"]
     assert seen == ["applying sdpa", "applying fp16", "applying int8-linear"]
+
+
+# -- whether a recipe fits a model
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+BIGBIRD = {"name": "mechanism", "pattern": "prefix:16+window:16+random:1x64@0"}
+MISFITS = {
+    "odd heads": ({"n_embd": 39, "n_head": 3}, PRESETS["kv4"], "an even head size, not 13"),
+    "odd heads, native": ({"n_embd": 39, "n_head": 3}, PRESETS["native_int4_kv4"], "an even head size, not 13"),
+    "short context": ({}, PRESETS["window256"], "a window of 256 is larger than the context of 64"),
+    "blocks": ({}, PRESETS["blocks"], "pattern blocks:128"),
+    "pattern without native code": (
+        {},
+        {"transforms": [BIGBIRD], "engine": {"runner": "native"}},
+        "native code has no .*random.* attention",
+    ),
+    "format without native code": (
+        {},
+        {"transforms": [{"name": "fp8"}], "engine": {"runner": "native"}},
+        "native code has no weight format fp8",
+    ),
+    "a pattern of names": (
+        {},
+        {"transforms": [{"name": "int8", "include": "blocks.*"}]},
+        r"'blocks.\*' matches no layer \(names look like",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_fits_a_real_shape(name):
+    """576 inputs, of which groups of 128 leave 64."""
+    assert preset(name).fits(ModelConfig.from_hf(SMOLLM2)) is None
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_fit_is_what_could_not_run(name, tiny):
+    """The answer needs the config alone; loaded all the same, the recipe fails."""
+    changes, recipe, why = MISFITS[name]
+    _, _, folder = tiny("gpt2", **changes)
+    recipe = Recipe.from_dict(recipe)
+    config = checkpoint.read_config(folder)
+    with pytest.raises(UsageError, match=why) as refused:
+        recipe.check("cpu", config)
+    assert recipe.name in str(refused.value) and recipe.why_not("cpu", config) == recipe.fits(config)
+    with pytest.raises(ParetuneError):
+        prove(load_recipe(folder, recipe, check=False))
+
+
+def test_alibi_is_not_applied_twice(tiny_gpt2_folder):
+    config = checkpoint.read_config(tiny_gpt2_folder)
+    recipe = preset("alibi")
+    assert recipe.fits(config) is None
+    (alibi,) = (t for t in recipe.transforms if t.stage == Stage.MECHANISM)
+    assert recipe.fits(alibi.changed(config)) == "the model has ALiBi already"
+
+
+def test_each_transform_is_asked_about_what_those_before_it_leave(tiny_gpt2_folder):
+    """The pattern is not the model's own: flash-attn has to be asked about the one that it would run with."""
+    config = checkpoint.read_config(tiny_gpt2_folder)
+    flash = {"name": "attention", "form": "flash_attn"}
+    plain = Recipe.from_dict({"transforms": [flash]})
+    assert plain.fits(config) is None
+    reason = Recipe.from_dict({"transforms": [BIGBIRD, flash]}).fits(config)
+    assert reason is not None and reason.startswith("flash-attn has no prefix:16+window:16+random")
+
+
+def test_layers_that_are_stored_in_another_format(tiny_gpt2_folder, tmp_path):
+    """Their numbers would be left alone: the recipe would do nothing. Its own format is served by it."""
+    for name in ("fp8", "int8"):
+        model = checkpoint.load(tiny_gpt2_folder)
+        checkpoint.save(preset(name).apply(model, Context()), tmp_path)
+        config = checkpoint.read_config(tmp_path)
+        assert preset(name).fits(config) is None
+        assert (
+            preset("native_int4").fits(config)
+            == {
+                "fp8": "its layers are stored as fp8 already",
+                "int8": "its layers are stored as int8_rows already",
+            }[name]
+        )
+    with pytest.raises(ParetuneError):
+        prove(load_recipe(tmp_path, preset("native_int4"), check=False))
+    assert preset("native").fits(config) is None
+    model = checkpoint.load(tiny_gpt2_folder)
+    checkpoint.save(preset("fp8").apply(model, Context()), tmp_path)
+    assert "no weight format fp8" in (preset("native").fits(checkpoint.read_config(tmp_path)) or "")

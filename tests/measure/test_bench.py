@@ -254,6 +254,17 @@ def test_what_cannot_run_is_a_row_and_no_process(tiny_gpt2_folder):
     assert all(r["is_checked"] for r in FakeProcess.requests)
 
 
+def test_what_does_not_fit_the_model_is_a_row_before_any_process_starts(tiny_gpt2_folder, monkeypatch):
+    """64 positions hold no window of 256: known before the configurations in front of it are loaded."""
+    said, rows = [], {}
+    monkeypatch.setattr(FakeProcess, "fails_to_load", {"baseline", "int8"})
+    result = run(tiny_gpt2_folder, ("baseline", "int8", "window256"), on_progress=said.append)
+    rows = by_name(result)
+    assert rows["window256"]["status"] == "failed"
+    assert "cannot run here: pattern window:256: a window of 256 is larger" in rows["window256"]["cause"]
+    assert not any("loading window256" in line for line in said) and any("loading int8" in line for line in said)
+
+
 def test_the_budget_ends_the_run_and_says_what_was_not_reached(tiny_gpt2_folder):
     result = run(tiny_gpt2_folder, input_lens=[8, 16, 24], budget_sec=10.0)
     assert clock.now() < 40

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from paretune.recipe import preset
 
 SCRIPT = Path(__file__).parent / "fake_peer.py"
 FORMATS = ("good", "wrong", "dies", "hangs", "unconvertible", "mixed_rows")
+EIGHT = Format(8, inputs="tensor")  # what fails there is told apart: its inputs, or something else
 FAKE = Peer(
     "fake",
     worker="fake",
     modules=(),
     requirements=("fake==1",),
-    formats={name: Format(32) for name in FORMATS},
+    formats={name: EIGHT if name == "wrong" else Format(32) for name in FORMATS},
     default=("good",),
 )
 ABSENT = Peer(
@@ -85,6 +87,8 @@ def test_a_peer_that_computes_something_else_is_invalid_and_not_timed(rows):
     assert row["status"] == "invalid" and "agrees with our fp32" in row["cause"]
     assert row["agreement_top1_share"] < 0.2 and row["tpot_sec"] is None
     assert row["decode_verdict"] is None and row["decode_speedup"] is None
+    # Its tokens are all wrong, and this model has no outliers that rounded inputs would lose.
+    assert "8 bits with one scale for a whole tensor" in row["cause"] and "not its cause" in row["cause"]
 
 
 @pytest.mark.parametrize(
@@ -141,3 +145,48 @@ def test_peers_get_our_prompts_threads_and_positions(tiny_gpt2_folder, tmp_path,
     bench = Bench(load_recipe(tiny_gpt2_folder, preset("fp32"), check=False).runner, workload)
     assert asked["prompts"] == bench.prompts.tolist() and asked["threads"] == 3
     assert asked["slice"] == {"min_sec": MIN_SLICE_SEC, "decode_steps": 16} and asked["capacity"] >= 64
+
+
+@pytest.fixture
+def fake_peers(tiny_gpt2_folder, tmp_path, monkeypatch):
+    from paretune.model import checkpoint
+
+    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(envs, "command", lambda peer: [sys.executable, str(SCRIPT)])
+    engines = [Engine(FAKE, name) for name in ("good", "dies")]
+    return subject.Peers(engines, tiny_gpt2_folder, checkpoint.read_config(tiny_gpt2_folder), 1, lambda line: None)
+
+
+def test_a_peer_gives_the_losses_of_windows(fake_peers, tiny_gpt2_folder, tmp_path):
+    import transformers
+
+    windows = torch.randint(0, fake_peers.config.vocab_size, (6, 20), generator=torch.Generator().manual_seed(0))
+    nll = fake_peers.losses("fake:good", windows.tolist(), tmp_path, 100.0)
+    model = transformers.GPT2LMHeadModel.from_pretrained(tiny_gpt2_folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits = model(windows[:, :-1]).logits
+    wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")
+    torch.testing.assert_close(
+        torch.from_numpy(nll).float(), wanted, atol=1e-4, rtol=1e-4
+    )  # fp32, another order of sums
+
+
+def test_scoring_ends_at_its_cap(fake_peers, tmp_path, monkeypatch):
+    requests = []
+    ask = subject.TrialProcess.ask
+
+    def counted(process, do, *timeout, **request):
+        requests.extend([do] if do == "nll" else [])
+        return ask(process, do, *timeout, **request)
+
+    monkeypatch.setattr(subject.TrialProcess, "ask", counted)
+    monkeypatch.setattr(subject, "clock", SimpleNamespace(now=lambda: 60.0 * len(requests)))  # 60 s a request
+    windows = [[1, 2, 3, 4, 5]] * 20
+    nll = fake_peers.losses("fake:good", windows, tmp_path, 100.0)
+    assert nll.shape == (2 * subject.WINDOWS_AT_ONCE, 4)
+    assert fake_peers.losses("fake:good", windows, tmp_path, 0.0).shape == (0, 4)
+
+
+def test_a_peer_that_dies_has_no_losses(fake_peers, tmp_path):
+    with pytest.raises(subject.SubjectError, match="exit code 7: the last words"):
+        fake_peers.losses("fake:dies", [[1, 2, 3, 4]], tmp_path, 100.0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 from paretune.measure.interleave import SubjectError
 from paretune.measure.peers import convert, envs
 from paretune.measure.peers.workers import protocol
-from paretune.measure.peers.workers.onnxruntime import BLOCK, pack_int4
+from paretune.measure.peers.workers.ctranslate2 import CTranslate2
+from paretune.measure.peers.workers.onnxruntime import BLOCK, pack
 from paretune.measure.peers.workers.weights import Checkpoint
 from paretune.measure.session import TrialProcess
 from paretune.model import checkpoint
@@ -81,6 +84,25 @@ def test_greedy_and_logits(trial, tmp_path):
     path = tmp_path / "logits.npy"
     assert trial.logits({"sequences": [[1, 2], [3]], "path": str(path)})["shape"] == [3, 8]
     assert np.load(path).argmax(-1).tolist() == [1, 2, 3]
+    assert trial.sample({"kind": "tpot"})["sec"] == pytest.approx(0.02)  # the prompt is read again first
+
+
+def test_losses_are_those_of_cross_entropy():
+    random = np.random.default_rng(0)
+    logits = (50 * random.normal(size=(7, 90))).astype(np.float32)  # exp() of them overflows fp32
+    targets = random.integers(0, 90, 7)
+    wanted = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).double(), torch.from_numpy(targets), reduction="none"
+    )
+    np.testing.assert_allclose(protocol.token_nll(logits, targets), wanted.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_windows_are_scored_on_their_own(trial, tmp_path):
+    """The engine's logits of a token are 1 at that token: its loss is log(e + 7) - 1 where the token comes again."""
+    path = tmp_path / "nll.npy"
+    assert trial.nll({"windows": [[1, 1, 2, 2], [3, 4, 4, 5]], "path": str(path)}) == {"n": 2}
+    same, other = np.log(np.e + 7) - 1, np.log(np.e + 7)
+    np.testing.assert_allclose(np.load(path), [[same, other, same], [other, same, other]], rtol=1e-12)
     assert trial.sample({"kind": "tpot"})["sec"] == pytest.approx(0.02)  # the prompt is read again first
 
 
@@ -159,14 +181,41 @@ def test_scaled_rope_frequencies_are_ours(tiny):
     np.testing.assert_allclose(read.rope_frequencies(), rope_frequencies(model.config).numpy(), rtol=1e-5)
 
 
-def test_packed_blocks_come_back_within_half_a_level():
+@pytest.mark.parametrize(("bits", "rms"), [(4, 0.1), (8, 0.006)])
+def test_packed_blocks_come_back_within_half_a_level(bits, rms):
     weight = np.random.default_rng(0).normal(size=(5, 2 * BLOCK + 3)).astype(np.float32)
-    packed, scales = pack_int4(weight)
-    assert packed.shape == (5, 3, BLOCK // 2) and packed.dtype == np.uint8 and scales.shape == (5, 3)
-    levels = np.empty((5, 3, BLOCK), np.float32)
-    levels[..., 0::2], levels[..., 1::2] = packed & 15, packed >> 4
-    back = ((levels - 8) * scales[..., None]).reshape(5, -1)[:, : weight.shape[1]]
+    packed, scales = pack(weight, bits)
+    assert packed.shape == (5, 3, BLOCK * bits // 8) and packed.dtype == np.uint8 and scales.shape == (5, 3)
+    levels = packed.astype(np.float32)
+    if bits == 4:
+        levels = np.empty((5, 3, BLOCK), np.float32)
+        levels[..., 0::2], levels[..., 1::2] = packed & 15, packed >> 4
+    back = ((levels - 2 ** (bits - 1)) * scales[..., None]).reshape(5, -1)[:, : weight.shape[1]]
     limit = np.repeat(np.abs(scales), BLOCK, -1)[:, : weight.shape[1]]
-    assert (np.abs(back - weight) <= limit * 1.001).all()  # a full level only at the far end, which is cut at 7
-    assert np.sqrt(np.square(back - weight).mean()) < 0.1
-    assert not pack_int4(np.zeros((1, BLOCK), np.float32))[1].any()
+    assert (np.abs(back - weight) <= limit * 1.001).all()  # a full level only at the far end, which is cut
+    assert np.sqrt(np.square(back - weight).mean()) < rms
+    assert not pack(np.zeros((1, BLOCK), np.float32), bits)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("format", "sets", "asks"),
+    [
+        ("int8", ["avx2", "fma"], True),
+        ("int8", ["avx2", "avx512_vnni"], False),
+        ("int8", ["neon", "neon_dotprod"], False),  # there is no MKL, and asking for it is an error there
+        ("fp32", ["avx2"], False),
+    ],
+)
+def test_ctranslate2_is_asked_for_products_that_do_not_saturate(monkeypatch, format, sets, asks):
+    """The variable has to be there when its library is loaded."""
+    seen = {}
+
+    class Library(types.ModuleType):
+        def Generator(self, path, **options):
+            seen["mkl"] = os.environ.get("CT2_USE_MKL")
+
+    monkeypatch.setenv("CT2_USE_MKL", "")
+    monkeypatch.delenv("CT2_USE_MKL")  # undone at the end, whatever the worker sets
+    monkeypatch.setitem(sys.modules, "ctranslate2", Library("ctranslate2"))
+    CTranslate2({"format": format, "instruction_sets": sets, "converted": "-", "threads": 1})
+    assert seen == {"mkl": "1" if asks else None}

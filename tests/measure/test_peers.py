@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from paretune.errors import ParetuneError, UsageError
 from paretune.measure.peers import agreement, convert
-from paretune.measure.peers.catalogue import PEERS, Engine, engines_of, peer_of, refusal
+from paretune.measure.peers.catalogue import INPUTS, PEERS, Engine, engines_of, peer_of, refusal
 from paretune.measure.peers.envs import MAIN
 from paretune.model.checkpoint import read_config
 
@@ -58,6 +59,7 @@ def test_the_catalogue_is_whole():
             assert format.base is None or format.base in peer.formats
             assert format.stored_as is None or format.stored_as in peer.formats
             assert format.bits in agreement.TIE_WIDTH
+            assert format.inputs is None or (format.inputs in INPUTS and format.bits in agreement.LEAST_TOP1)
 
 
 def test_what_a_peer_does_not_take_is_said(tiny_mistral_folder, tiny_gpt2_folder):
@@ -139,6 +141,70 @@ def test_the_reference_is_ours_and_long_enough(which, request):
     assert made.n_tokens <= min(config.n_positions, config.sliding_window or config.n_positions)
     model = checkpoint.load(folder)
     assert made.greedy == naive_generate(model, made.prompt, len(made.greedy))[0]
+
+
+def test_it_is_compared_on_what_the_model_writes():
+    """The embedded model finds its own text likely and tokens drawn evenly unlikely."""
+    from paretune.model import checkpoint
+
+    folder = checkpoint.resolve("pocket")
+    config = read_config(folder)
+    made = agreement.make_reference(folder, config, 2)
+    model = checkpoint.load(folder)
+
+    def loss(rows):
+        tokens = torch.as_tensor(rows)
+        logits = model(tokens[:, :-1], logits="all").flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).item()
+
+    drawn = torch.randint(0, config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert loss(made.sequences) < loss(drawn) - 2  # nats a token
+
+
+# --- how formats round their inputs ---
+
+
+def test_a_tensor_is_rounded_as_onnx_does():
+    """The example of the operator's specification (DynamicQuantizeLinear): scale 0.0196078438, zero point 153."""
+    x = torch.tensor([0, 2, -3, -2.5, 1.34, 0.5])
+    levels = torch.tensor([153, 255, 0, 26, 221, 179])
+    torch.testing.assert_close(agreement._round_tensor(x), (levels - 153) * 0.0196078438, atol=1e-6, rtol=0)
+    assert not agreement._round_tensor(torch.zeros(3)).any()
+
+
+def test_rows_are_rounded_each_by_its_own_largest():
+    x = torch.tensor([[127.0, 0.6, -3.4], [0.0127, 0.00006, -0.00034]])
+    wanted = torch.tensor([[127.0, 1, -3], [0.0127, 0.0001, -0.0003]])
+    torch.testing.assert_close(agreement._round_rows(x), wanted, atol=1e-9, rtol=1e-6)
+    assert not agreement._round_rows(torch.zeros(1, 3)).any()
+
+
+@pytest.fixture
+def with_outlier(tiny_llama_folder, tmp_path):
+    """The same function of the tokens, one input of each second matrix of the MLP a thousand times as large."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_llama_folder, tmp_path / "outlier")
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith("up_proj.weight"):
+            weight[0] *= 1024
+        if name.endswith("down_proj.weight"):
+            weight[:, 0] /= 1024
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("inputs", list(INPUTS))
+def test_only_outliers_make_rounded_inputs_a_cause(tiny_llama_folder, with_outlier, inputs):
+    """Both are the same function, so whatever differs between them comes of the rounding."""
+    found = {}
+    for folder in (tiny_llama_folder, with_outlier):
+        made = agreement.make_reference(folder, read_config(folder), 1)
+        found[folder] = agreement.share_with_inputs(folder, made, inputs, 8, 1)
+    assert found[tiny_llama_folder] >= agreement.LEAST_TOP1[8]
+    assert found[with_outlier] < found[tiny_llama_folder] - 0.1
 
 
 # --- converted checkpoints ---

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from paretune.cli import app as cli
+from paretune.engine.exact import TIE_MARGIN
 from paretune.engine.generate import generate
-from paretune.engine.load import TIE_MARGIN, load_recipe
+from paretune.engine.load import load_recipe
 from paretune.errors import ParetuneError
 from paretune.measure.peers import envs
 from paretune.measure.peers.catalogue import PEERS

@@ -149,6 +149,7 @@ def score(smollm2, smollm2_gguf, smollm2_tokenizer, ids, data_dir, scored):
                 batch_size=2,
             )
             scored[row] = made, ready - started, clock.now() - ready
+            print(f"{row.name}: perplexity {made.perplexity:.4f}")
         return scored[row][0].perplexity
 
     return of

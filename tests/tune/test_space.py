@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
 from paretune import hardware
 from paretune.hardware import DtypeSupport
+from paretune.model import checkpoint
 from paretune.recipe import Recipe, preset
 from paretune.tune import space as spaces
 from paretune.tune.propose import DEFAULT_START_SEC
@@ -107,7 +108,7 @@ def test_an_emulated_dtype_is_legal(machine):
 
 
 def test_a_cache_that_the_heads_do_not_fill_is_illegal_with_the_reason(machine):
-    odd = SimpleNamespace(**vars(GPT2) | {"head_dim": 13})
+    odd = replace(GPT2, n_embd=13 * GPT2.n_head, head_dim=13)
     space = spaces.build("cpu", odd, 160)
     assert len(space.legal) == 111 - 10 and all(c.choice[4] != "int4" for c in space.legal)
     own = [name for name, reason in space.illegal if reason == "a 4-bit cache needs an even head size, not 13"]
@@ -128,7 +129,7 @@ def test_numbers_are_what_the_runner_and_exact_attention_leave(machine):
 # -- mechanisms: what attention computes
 
 
-GPT2 = SimpleNamespace(alibi=False, attention_pattern=SimpleNamespace(is_dense=True), head_dim=64)
+GPT2 = checkpoint.gpt2_config()
 
 
 def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
@@ -154,12 +155,8 @@ def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
     [
         (GPT2, 160, "a window of 256 skips nothing in a request of 160 tokens"),
         (GPT2, 256, "skips nothing"),
-        (SimpleNamespace(**vars(GPT2) | {"alibi": True}), 640, "mechanism of its own"),
-        (
-            SimpleNamespace(**vars(GPT2) | {"attention_pattern": SimpleNamespace(is_dense=False)}),
-            640,
-            "mechanism of its own",
-        ),
+        (replace(GPT2, alibi=True), 640, "mechanism of its own"),
+        (replace(GPT2, pattern="window:128"), 640, "mechanism of its own"),
     ],
 )
 def test_where_mechanisms_are_of_no_use_they_are_illegal_with_the_reason(machine, config, n_tokens, words):

@@ -151,6 +151,11 @@ def ppl_increase_lower(baseline: Scores, variant: Scores, level: float = 0.98) -
     return ppl.safe_exp(-stats.upper_mean(-losses, level=level)) - 1
 
 
+def text_hash_of(windows: torch.Tensor) -> str:
+    """What tells one set of windows, int64 on the CPU, from another: `Scores.text_hash`."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+
+
 class _Recorder:
     """Collects one phase while it runs. Losses stay on the device until the end, kept rows do not."""
 
@@ -242,7 +247,7 @@ def score(
             progress(rows.stop, n)
     return Scores(
         protocol=f"{text_name}/win{length}/prefill{half}+decode{n_scored['decode']}/token",
-        text_hash=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        text_hash=text_hash_of(windows),
         **{phase: recorder.scores() for phase, recorder in recorders.items()},
     )
 
@@ -361,17 +366,29 @@ def _check_comparable(baseline: Scores, variant: Scores) -> None:
             raise ParetuneError(f"the baseline gives NaN or infinity in {phase}", "Use float32 for it")
 
 
+def paired_increase(baseline_nll: np.ndarray, nll: np.ndarray) -> tuple[float, float]:
+    """The increase of perplexity and its one-sided 95 % upper bound, as fractions (0.01 is 1 %).
+
+    Args:
+        baseline_nll, nll: losses of the same tokens, nats, `[N windows, S tokens]`; the baseline's are finite.
+
+    Returns:
+        (NaN, infinity) where a loss is not finite; the bound alone is infinite where there is one block of text.
+    """
+    if not np.isfinite(nll).all():
+        return math.nan, math.inf
+    difference = nll.astype(np.float64) - baseline_nll.astype(np.float64)
+    mean = float(difference.mean())
+    blocks = ppl.block_means(difference)
+    if blocks.size < 2:  # one block has no spread to bound anything with
+        return ppl.safe_exp(mean) - 1, math.inf
+    margin = stats.upper_mean(blocks, level=0.95) - float(blocks.mean())
+    return ppl.safe_exp(mean) - 1, ppl.safe_exp(mean + margin) - 1
+
+
 def _compare_phase(b: PhaseScores, v: PhaseScores, kl: np.ndarray) -> PhaseFidelity:
     n_not_finite = int((~np.isfinite(v.nll)).sum())
-    increase, upper = math.nan, math.inf
-    if not n_not_finite:
-        difference = v.nll.astype(np.float64) - b.nll.astype(np.float64)
-        mean = float(difference.mean())
-        increase = ppl.safe_exp(mean) - 1
-        blocks = ppl.block_means(difference)
-        if blocks.size > 1:  # one block has no spread to bound anything with
-            margin = stats.upper_mean(blocks, level=0.95) - float(blocks.mean())
-            upper = ppl.safe_exp(mean + margin) - 1
+    increase, upper = paired_increase(b.nll, v.nll)
     agree = int((b.top1 == v.top1).sum())
     return PhaseFidelity(
         n_tokens=b.nll.size,

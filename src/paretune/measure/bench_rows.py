@@ -46,8 +46,9 @@ DEFINITIONS: dict[str, str] = {
     "measured here at that size.",
     "MFU": "arithmetic of the phase / its seconds / matrix rate measured here in the same number format.",
     "Pays back after": "output tokens until the extra seconds of loading and compiling are won back.",
-    "Same top token": "positions of random text at which a peer's most likely token is that of our fp32 eager, "
-    "teacher-forced. Invalid, and not timed: fewer than 99 % (32 bits), 95 % (16) or 90 % (8), near ties aside.",
+    "Same top token": "positions of text that the model wrote itself at which a peer's most likely token is that of "
+    "our fp32 eager, teacher-forced. Invalid, and not timed: fewer than 99 % (32 bits), 95 % (16) or 90 % (8), near "
+    "ties aside.",
     "Logit error": "root mean square of the difference of a peer's logits from ours / that of ours.",
     "Greedy tokens": "how many greedy tokens are equal before the first that differs; one near tie ends it.",
     "Peak memory": "largest resident memory of the process during one request, libraries included.",

@@ -304,6 +304,9 @@ def peer_rows(result: Mapping[str, Any]) -> list[Row]:
                 **{f"ratio{end}": number(ratio.get(key)) for end, key in _ENDS},
                 "top1_share": number(agreement.get("top1_share")),
                 "logits_rel_rms": number(agreement.get("logits_rel_rms")),
+                "perplexity": number(peer.get("perplexity")),
+                "ppl_increase_upper": number(peer.get("ppl_increase_upper")),
+                "keeps_bound": {True: "yes", False: "no", None: "not known"}.get(peer.get("keeps_bound"), "-"),
                 "cause": plain(peer.get("cause") or ""),
             }
         )
@@ -328,6 +331,11 @@ PEER_COLUMNS: tuple[Column, ...] = (
     Column("seconds", "Time", lambda row: "-" if row.get("seconds") is None else format_sec(row["seconds"])),
     Column("top1_share", "Same top token", _share_cell("top1_share")),
     Column("logits_rel_rms", "Logit error", _share_cell("logits_rel_rms")),
+    Column(
+        "perplexity", "Perplexity", lambda row: "-" if row.get("perplexity") is None else f"{row['perplexity']:.4g}"
+    ),
+    Column("ppl_increase_upper", "Loss at most", _share_cell("ppl_increase_upper")),
+    Column("keeps_bound", "Keeps the bound", lambda row: plain(row.get("keeps_bound") or "-"), numeric=False),
     Column("version", "Version", lambda row: plain(row.get("version") or "-"), numeric=False),
     Column("cause", "Cause", lambda row: row.get("cause") or "-", numeric=False),
 )

@@ -84,7 +84,8 @@ def top_of(result: Result) -> dict[str, Any]:
             "warn",
             said[0] if said else "The outcome was not recorded.",
         )
-    if any(peer.get("verdict") == "faster" for peer in result.get("peers") or []):
+    faster = [peer for peer in result.get("peers") or [] if peer.get("verdict") == "faster"]
+    if any(peer.get("keeps_bound") is not False for peer in faster):  # what breaks the bound is no rival
         badge, tone = f"{badge}; another engine is faster", "warn"
     seen = {headline.strip(". ").lower()}
     sentences = []
@@ -265,10 +266,16 @@ def peers_sentences(result: Result) -> list[str]:
         out.append(f"The plan's recipe timed against itself there differed by up to {format_percent(half)}.")
     bound = "the perplexity bound" if limit is None else f"the perplexity bound of {format_percent(limit)}"
     out.append(
-        f"An engine has to agree with our fp32 on random tokens before it is timed; it was not held to {bound}. "
-        "Same top token: positions at which its most likely token is ours. Logit error: root mean square of the "
-        "difference of its logits from ours / that of ours."
+        "An engine has to agree with our fp32, on text that the model wrote itself, before it is timed. Same top "
+        "token: positions at which its most likely token is ours. Logit error: root mean square of the difference of "
+        "its logits from ours / that of ours."
     )
+    if any(peer.get("perplexity") is not None for peer in result.get("peers") or []):
+        out.append(
+            "Loss at most: the one-sided 95 % bound of its increase of perplexity, on the windows on which the choice "
+            f"is confirmed, each shown to it whole; it keeps {bound} where that is within it. What its decode steps "
+            "would add is not measured."
+        )
     return out
 
 

@@ -271,6 +271,10 @@ class Race:
 
     # -- quality
 
+    def scores_path(self, id: str, split: str, start: int, stop: int) -> Path:
+        """Where the scores of a trial on windows `start` to `stop` lie."""
+        return self.folder / "scores" / f"{id}.{split}.{start}-{stop}.npz"
+
     def score(
         self, id: str, split: str, windows: torch.Tensor, text_name: str, start: int = 0, stop: int | None = None
     ) -> Scores | None:
@@ -279,7 +283,7 @@ class Race:
         None where the trial failed.
         """
         stop = windows.size(0) if stop is None else stop
-        out = self.folder / "scores" / f"{id}.{split}.{start}-{stop}.npz"
+        out = self.scores_path(id, split, start, stop)
         state = self.trials[id]
         about = {"trial": id, "split": split, "start": start, "stop": stop}
         if not (out.is_file() and self.journal.find("scored", **about)):

@@ -73,7 +73,7 @@ def run(
             say("writing the report again, with the choice by regime")
             result = results.write(out, folder, is_stored=True)
         if goal.engines:
-            out.peers = peers.compare(out, folder, say)
+            out.peers = peers.compare(out, folder, say, windows=search.windows["confirm"])
             say("writing the report again, with the peers")
             result = results.write(out, folder, is_stored=True)
         return result

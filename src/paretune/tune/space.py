@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from paretune.engine.cache_formats import int4_reason
 from paretune.model.config import ModelConfig
 from paretune.ops.quantized_linear import op
 from paretune.recipe import Recipe, preset
@@ -165,8 +164,6 @@ def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> 
             if is_gpu and family == "quantize" and option:
                 cannot_win = NOT_ON_GPU.get(option) or (fused and f"dequantised at every call: {fused}")
                 reasons[family, option] = reasons[family, option] or cannot_win
-    if config is not None and not is_gpu:
-        reasons["cache", "int4"] = reasons["cache", "int4"] or int4_reason(config.head_dim)
     for choice in itertools.product(*families):
         a, p, q, r, cache = choice
         if choice == BASELINE or (r != "native" and cache):
@@ -175,6 +172,8 @@ def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> 
         if r != "native" and ("quantize", q) in NATIVE_ONLY and not is_gpu:
             continue
         reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
+        if config is not None:
+            reason = reason or candidate.recipe.fits(config)
         if r == "native" and a != BASELINE[0]:
             reason = reason or SAME_ATTENTION
         if r == "native" and p and q in ("int8", *GROUPS):
@@ -206,6 +205,7 @@ def _add_mechanisms(
         for quantize, runner in [(None, "eager"), *((q, "native") for q in native)]:
             candidate = Candidate((name, None, quantize, runner, None), recipe_of((name, None, quantize, runner, None)))
             reason = mechanism_reason(config, n_tokens) or reasons["runner", runner] or reasons["quantize", quantize]
+            reason = reason or candidate.recipe.fits(config)
             if reason:
                 space.illegal.append((candidate.recipe.name, reason))
             else:

@@ -1,11 +1,14 @@
 """Whether a peer computes the same model: its logits and greedy tokens against our fp32 eager.
 
-Exact before fast: a peer that disagrees by more than its number format explains is not timed.
+Exact before fast: a peer that disagrees by more than its number format explains is not timed. The two are compared on
+tokens that the model itself writes: on tokens drawn at random a trained model is lost, its best tokens are near ties,
+and its activations are not those of text. A format that falls short although its engine is sound is told from an error
+of conversion by rounding the inputs of our own matrices as it does (`share_with_inputs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ import numpy as np
 import torch
 
 from paretune import hardware
+from paretune.engine import calibration
 from paretune.engine.load import load_recipe
 from paretune.engine.sampling import argmax
 from paretune.model.config import ModelConfig
+from paretune.model.layers import Linear
 from paretune.recipe import preset
 
 N_SEQUENCES, SEQUENCE_LEN = 2, 128
@@ -79,20 +84,54 @@ def lengths(config: ModelConfig) -> tuple[int, int, int]:
 
 @torch.inference_mode()
 def make_reference(folder: Path, config: ModelConfig, threads: int | None, seed: int = 0) -> Reference:
-    """Runs our fp32 eager on random tokens: at least 128 positions, more sequences where the context is short."""
+    """Runs our fp32 eager on what it wrote itself: 256 positions or more, more sequences where the context is short."""
     hardware.set_threads(threads)
     runner = load_recipe(folder, preset("fp32"), check=False).runner
     length, n_prompt, n_greedy = lengths(config)
-    n = max(N_SEQUENCES, -(-SEQUENCE_LEN // length))
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, config.vocab_size, (n, length), generator=generator)
-    prompt = torch.randint(0, config.vocab_size, (1, n_prompt), generator=generator)
+    n = max(N_SEQUENCES, -(-N_SEQUENCES * SEQUENCE_LEN // length))
+    written = calibration.from_model(runner.model, n + 1, length, seed)
+    tokens, prompt = written[:n], written[n:, :n_prompt]
     logits = [runner.forward(row[None], runner.new_cache(1, length), "all")[0].float().numpy() for row in tokens]
     cache, step, greedy = runner.new_cache(1, n_prompt + n_greedy), prompt, []
     for _ in range(n_greedy):
         greedy += argmax(runner.forward(step, cache, "last")[:, 0])
         step = torch.tensor([greedy[-1:]])
     return Reference(tokens.tolist(), np.concatenate(logits), prompt[0].tolist(), [int(i) for i in greedy])
+
+
+@torch.inference_mode()
+def share_with_inputs(folder: Path, reference: Reference, inputs: str, bits: int, threads: int | None) -> float:
+    """The share of positions, near ties aside, at which our fp32 still has its most likely token when the inputs of its
+    matrices, and nothing else, are rounded to 8 bits.
+
+    Args:
+        inputs: `tensor` (ONNX's DynamicQuantizeLinear: 256 levels from the least to the largest, zero among them) or
+            `row` (from minus to plus the largest of a token), as in `catalogue.INPUTS`.
+        bits: of the weights of the form that is explained; its near ties count.
+    """
+    hardware.set_threads(threads)
+    runner = load_recipe(folder, preset("fp32"), check=False).runner
+    for module in runner.model.modules():
+        if isinstance(module, Linear):
+            module.register_forward_pre_hook(lambda _, args: (_ROUND[inputs](args[0]), *args[1:]))
+    rows = [torch.tensor(row) for row in reference.sequences]
+    logits = [runner.forward(row[None], runner.new_cache(1, len(row)), "all")[0].float().numpy() for row in rows]
+    return compare(reference, np.concatenate(logits), reference.greedy, bits).top1_share_beyond_ties
+
+
+def _round_tensor(x: torch.Tensor) -> torch.Tensor:
+    low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).tiny)
+    zero = (-low / scale).round()
+    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale
+
+
+def _round_rows(x: torch.Tensor) -> torch.Tensor:
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+    return (x / scale).round() * scale
+
+
+_ROUND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"tensor": _round_tensor, "row": _round_rows}
 
 
 def compare(reference: Reference, logits: np.ndarray, greedy: Sequence[int], bits: int) -> Agreement:

@@ -23,11 +23,17 @@ class Format:
         bits: of a weight; how far the tokens have to agree follows from it.
         base: the format that is converted first and read by this conversion.
         stored_as: the format whose converted files this one runs from.
+        inputs: what the engine rounds the inputs of its matrices to, where one scale serves many of them: a key of
+            `INPUTS`. Outliers of a model can make that its largest error by far (`agreement.share_with_inputs`).
     """
 
     bits: int
     base: str | None = None
     stored_as: str | None = None
+    inputs: str | None = None
+
+
+INPUTS = {"tensor": "8 bits with one scale for a whole tensor", "row": "8 bits with one scale a token"}
 
 
 @dataclass(frozen=True, eq=False)  # one of each: compared and hashed by identity
@@ -104,7 +110,7 @@ PEERS: dict[str, Peer] = {
             worker="ctranslate2",
             modules=("ctranslate2",),
             requirements=("ctranslate2==4.8.5", _NUMPY),
-            formats={"fp32": Format(32), "int8": Format(8)},
+            formats={"fp32": Format(32), "int8": Format(8, inputs="row")},
             default=("fp32", "int8"),
         ),
         Peer(
@@ -112,7 +118,12 @@ PEERS: dict[str, Peer] = {
             worker="onnxruntime",
             modules=("onnxruntime", "onnx"),
             requirements=("onnxruntime==1.31.1", "onnx==1.23.2", _NUMPY),
-            formats={"fp32": Format(32), "int8": Format(8, base="fp32"), "int4": Format(4)},
+            formats={
+                "fp32": Format(32),
+                "int8": Format(8),
+                "int8_dynamic": Format(8, base="fp32", inputs="tensor"),
+                "int4": Format(4),
+            },
             default=("fp32", "int8", "int4"),
         ),
         Peer(

@@ -21,7 +21,7 @@ from paretune.measure.peers.catalogue import Engine, Peer
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 
-SCHEMA = 1  # of what the workers write: a higher number converts all anew
+SCHEMA = 2  # of what the workers write: a higher number converts all anew
 MARK = "converted.json"
 
 Ask = Callable[..., dict[str, Any]]  # `ask("convert", **request)` of a worker

@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from paretune import files
+from paretune import clock, files, hardware
 from paretune.errors import ParetuneError
 from paretune.measure.interleave import SubjectError
 from paretune.measure.peers import agreement, convert, envs
-from paretune.measure.peers.catalogue import Engine, refusal
+from paretune.measure.peers.catalogue import INPUTS, Engine, refusal
 from paretune.measure.session import TrialProcess
 from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload, draw_prompts
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 
 CONVERT_TIMEOUT_SEC, LOAD_TIMEOUT_SEC, CHECK_TIMEOUT_SEC = 3600.0, 900.0, 600.0
+WINDOWS_AT_ONCE = 4  # scored between two looks at the clock
 INVALID = "Invalid"  # the kind of a `SubjectError`: the peer runs, but it is not the same model
 
 
@@ -40,6 +41,7 @@ class Peers:
         self.folder, self.config, self.threads, self.say = folder, config, threads, say
         self._reference: agreement.Reference | None = None
         self._agreements: dict[str, agreement.Agreement] = {}
+        self._explanations: dict[str, str] = {}
         self._converted: dict[str, Path] = {}
 
     def labels(self, name: str) -> dict[str, Any]:
@@ -74,14 +76,56 @@ class Peers:
         """
         engine = self.engines[process.name]
         length, n_prompt, n_greedy = agreement.lengths(self.config)
+        answer = self._load(process, workload, max(length, n_prompt + n_greedy))
+        self._check(process, engine)
+        return answer
+
+    def losses(self, name: str, windows: Sequence[Sequence[int]], scratch: Path, cap_sec: float) -> np.ndarray:
+        """-log p, nats, of every token but the first of each window, in a process of its own, one window at a time.
+
+        Args:
+            windows: token ids, `[N][T]`.
+            scratch: a folder for what the process writes.
+            cap_sec: of scoring; what was scored when it is over is given.
+
+        Returns:
+            float64 `[n, T - 1]` of the first n windows.
+
+        Raises:
+            SubjectError: it could not be started, loaded or asked.
+        """
+        length = len(windows[0])
+        workload = Workload(length - 1, 1)  # as long as a window: what a model cannot hold is refused
+        process = self.start(name, "ttft", workload, scratch / "log")
+        with contextlib.closing(process):
+            self._load(process, workload, length)
+            deadline = clock.now() + cap_sec
+            scored: list[np.ndarray] = []
+            path = scratch / "nll.npy"
+            for i in range(0, len(windows), WINDOWS_AT_ONCE):
+                part = [list(window) for window in windows[i : i + WINDOWS_AT_ONCE]]
+                left = deadline - clock.now()
+                if left <= 0:
+                    break
+                process.ask("nll", CHECK_TIMEOUT_SEC, windows=part, path=str(path))
+                values = np.load(path, allow_pickle=False)
+                if values.shape != (len(part), length - 1) or values.dtype != np.float64:
+                    raise SubjectError(f"losses {list(values.shape)} instead of {[len(part), length - 1]}")
+                scored.append(values)
+        return np.concatenate(scored) if scored else np.empty((0, length - 1))
+
+    def _load(self, process: TrialProcess, workload: Workload, n_tokens: int) -> dict[str, Any]:
+        """Loads the model with a cache for `n_tokens` at least."""
+        engine = self.engines[process.name]
         request: dict[str, Any] = {
             "folder": str(self.folder.resolve()),
             "config": convert.request_config(self.config),
             "format": engine.format,
             "threads": self.threads,
+            "instruction_sets": hardware.instruction_sets(),
             "workload": asdict(workload),
             "prompts": draw_prompts(workload, self.config.vocab_size).tolist(),
-            "capacity": max(workload.input_len + workload.output_len, length, n_prompt + n_greedy),
+            "capacity": max(workload.input_len + workload.output_len, n_tokens),
             "slice": {"min_sec": MIN_SLICE_SEC, "decode_steps": DECODE_SLICE},
         }
         if engine.peer.reads_checkpoint:
@@ -90,7 +134,6 @@ class Peers:
             request["converted"] = str(self._converted[engine.name])
             disk_bytes = envs.bytes_below(self._converted[engine.name])
         answer = process.ask("load", LOAD_TIMEOUT_SEC, **request)
-        self._check(process, engine)
         return {**answer, "disk_bytes": disk_bytes}
 
     def _process(self, engine: Engine, kind: str, log: Path) -> TrialProcess:
@@ -140,4 +183,20 @@ class Peers:
             self._agreements[engine.name] = found
         cause = agreement.shortfall(self._agreements[engine.name], engine.bits)
         if cause:
-            raise SubjectError(cause, kind=INVALID)
+            raise SubjectError(f"{cause}{self._explained(engine, reference)}", kind=INVALID)
+
+    def _explained(self, engine: Engine, reference: agreement.Reference) -> str:
+        """Whether the way in which a format rounds inputs is what makes it fall short, as a further clause."""
+        inputs = engine.peer.formats[engine.format].inputs
+        if inputs is None:
+            return ""
+        if engine.name not in self._explanations:
+            self.say(f"our fp32 eager with inputs rounded as {engine.name} does, for the cause")
+            share = agreement.share_with_inputs(self.folder, reference, inputs, engine.bits, self.threads)
+            least = agreement.LEAST_TOP1[engine.bits]
+            told = "that is its cause" if share < least else "so that is not its cause"
+            self._explanations[engine.name] = (
+                f". This format rounds the inputs of a matrix to {INPUTS[inputs]}; our own fp32 with its inputs "
+                f"rounded like that, and nothing else, agrees at {share:.1%}: {told}"
+            )
+        return self._explanations[engine.name]

@@ -1,10 +1,16 @@
 """CTranslate2: its own `generate_batch`, whose callback tells when each token was chosen.
 
 The specification is filled here from the weights, as its converters do, so that the environment needs no PyTorch.
+
+`int8` rounds weights and inputs by row. On processors other than Intel's its products are oneDNN's by default. Without
+a dot-product instruction those add pairs of products in 16 bits, which saturates (oneDNN's guide, "Nuances of int8
+computations"). MKL's were measured to lose half as much, so there the worker asks for them, by CTranslate2's own
+environment variable.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -13,6 +19,7 @@ from .protocol import Engine, PeerTrial, Refused, clock, folder_bytes, serve
 from .weights import open_checkpoint
 
 _QUANTIZATION = {"fp32": "float32", "int8": "int8"}
+_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni"}  # instructions with which oneDNN's sums do not saturate
 _ACTIVATIONS = {"gelu_tanh": "GELUTanh", "gelu": "GELU", "quick_gelu": "GELUSigmoid", "relu": "RELU", "silu": "SWISH"}
 
 
@@ -91,6 +98,9 @@ def _linear(spec: Any, values: Any) -> None:
 
 class CTranslate2(Engine):
     def __init__(self, request: dict[str, Any]) -> None:
+        available = set(request["instruction_sets"])
+        if request["format"] == "int8" and "avx2" in available and not _DOT_PRODUCTS & available:
+            os.environ.setdefault("CT2_USE_MKL", "1")  # read when the library is loaded
         import ctranslate2
 
         self.library = ctranslate2
@@ -146,11 +156,13 @@ def open_engine(request: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     engine = CTranslate2(request)
     version = engine.library.__version__
     used = engine.generator.compute_type
+    # Of its two libraries for x86 only MKL has products of 16 bits: where they are offered, it is MKL that multiplies.
+    has_mkl = "int16" in engine.library.get_supported_compute_types("cpu")
     return engine, {
         "version": version,
         "weights_bytes": folder_bytes(request["converted"]),
         "threads": {"threads": request["threads"]},
-        "proof": [f"CTranslate2 {version} computes in {used}"],
+        "proof": [f"CTranslate2 {version} computes in {used}{', products by MKL' if has_mkl else ''}"],
     }
 
 

@@ -1,7 +1,11 @@
 """ONNX Runtime: a graph built here, with its grouped-query attention over a cache that is updated in place.
 
-`int8` quantises the matrices with `quantize_dynamic` (per channel), `int4` packs them for `MatMulNBits` (blocks of 32,
-symmetric, 8-bit activations). The embedding stays fp32 in both, as ONNX Runtime's own tools leave it.
+`int8` and `int4` pack the matrices for `MatMulNBits`: blocks of 32, a scale each, inputs rounded to 8 bits by block.
+`int8_dynamic` quantises them with `quantize_dynamic`: weights by channel and unsigned, because signed ones saturate in
+sums of 16 bits on processors without a dot-product instruction; inputs with one scale for a whole tensor. Models whose
+inputs have outliers do not survive the latter; Llama's have them at the first token (Sun et al. 2024, "Massive
+activations in large language models", arXiv:2402.17762). The embedding stays fp32 in all, as ONNX Runtime's own tools
+leave it.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from .weights import Checkpoint, Linear, open_checkpoint
 FILE = "model.onnx"
 BLOCK = 32
 OPSET = 20
+BITS = {"int8": 8, "int4": 4}  # of what `MatMulNBits` multiplies
+_OPERATORS = {"fp32": "MatMul", "int8_dynamic": "MatMulInteger", "int8": "MatMulNBits", "int4": "MatMulNBits"}
 _GATES = {"silu": "Sigmoid"}  # x * sigmoid(x): fused by the session
 
 
@@ -24,7 +30,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     import onnx
 
     out = Path(request["out"]) / FILE
-    if request["format"] == "int8":
+    if request["format"] == "int8_dynamic":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         quantize_dynamic(
@@ -32,23 +38,27 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
             out,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # signed ones saturate where no dot-product instruction is
             use_external_data_format=True,
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
         return {}
-    model = Graph(open_checkpoint(request), is_int4=request["format"] == "int4").build()
+    model = Graph(open_checkpoint(request), BITS.get(request["format"])).build()
     onnx.save(model, out, save_as_external_data=True, all_tensors_to_one_file=True, location=f"{FILE}.data")
     return {}
 
 
 class Graph:
-    """The model as ONNX: tokens `[B, T]` and the caches `[B, Hkv, capacity, D]` in, logits from `start` on out."""
+    """The model as ONNX: tokens `[B, T]` and the caches `[B, Hkv, capacity, D]` in, logits from `start` on out.
 
-    def __init__(self, checkpoint: Checkpoint, is_int4: bool) -> None:
+    Args:
+        bits: of the weights in `MatMulNBits`; None keeps them fp32.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, bits: int | None) -> None:
         import onnx
 
-        self.onnx, self.checkpoint, self.is_int4 = onnx, checkpoint, is_int4
+        self.onnx, self.checkpoint, self.bits = onnx, checkpoint, bits
         self.c = checkpoint.config
         if checkpoint.is_gpt2 and self.c["activation"] not in ("gelu_tanh", "gelu"):
             raise Refused(f"activation {self.c['activation']} is not in this graph")
@@ -133,8 +143,8 @@ class Graph:
     def matmul(self, x: str, values: Linear, name: str, out: str = "") -> str:
         weight, bias = values
         direct = [out] if out and bias is None else None
-        if self.is_int4:
-            packed, scales = pack_int4(weight)
+        if self.bits is not None:
+            packed, scales = pack(weight, self.bits)
             y = self.op(
                 "MatMulNBits",
                 *(x, self.constant(f"{name}.packed", packed), self.constant(f"{name}.scales", scales)),
@@ -142,7 +152,7 @@ class Graph:
                 domain="com.microsoft",
                 K=weight.shape[1],
                 N=weight.shape[0],
-                bits=4,
+                bits=self.bits,
                 block_size=BLOCK,
                 accuracy_level=4,
             )
@@ -162,21 +172,23 @@ class Graph:
         return name
 
 
-def pack_int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`weight [N, K]` as 4-bit blocks: `([N, blocks, BLOCK / 2] uint8, [N, blocks] fp32)`, offset 8, low half first.
+def pack(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """`weight [N, K]` in blocks: `([N, blocks, BLOCK * bits / 8] uint8, [N, blocks] fp32)`, low half first in 4 bits.
 
-    The largest value of a block keeps its sign and becomes -8: all 16 levels are used, as in llama.cpp's Q4_0.
+    The offset is half of the levels. The largest value of a block keeps its sign and becomes the lowest level, so that
+    all of them are used, as in llama.cpp's Q4_0.
     """
     n, k = weight.shape
     blocks = -(-k // BLOCK)
+    half = 1 << (bits - 1)
     padded = np.zeros((n, blocks * BLOCK), dtype=np.float32)
     padded[:, :k] = weight
     grouped = padded.reshape(n, blocks, BLOCK)
     extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)[..., 0]
-    scales = (extreme / -8).astype(np.float32)
+    scales = (extreme / -half).astype(np.float32)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    levels = np.clip(np.rint(grouped * inverse[..., None]) + 8, 0, 15).astype(np.uint8)
-    return levels[..., 0::2] | levels[..., 1::2] << 4, scales
+    levels = np.clip(np.rint(grouped * inverse[..., None]) + half, 0, 2 * half - 1).astype(np.uint8)
+    return (levels[..., 0::2] | levels[..., 1::2] << 4) if bits == 4 else levels, scales
 
 
 class OnnxRuntime(Engine):
@@ -252,7 +264,7 @@ def open_engine(request: dict[str, Any]) -> tuple[Engine, dict[str, Any]]:
     assert used == request["threads"], f"asked ONNX Runtime for {request['threads']} threads and got {used}"
     model = onnx.load(Path(request["converted"]) / FILE, load_external_data=False)
     kinds = [node.op_type for node in model.graph.node]
-    wanted = {"fp32": "MatMul", "int8": "MatMulInteger", "int4": "MatMulNBits"}[request["format"]]
+    wanted = _OPERATORS[request["format"]]
     count = kinds.count(wanted)
     if not count:
         raise Refused(f"the converted graph holds no {wanted}")

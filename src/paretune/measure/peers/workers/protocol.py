@@ -2,7 +2,7 @@
 
 Standard library and NumPy only, and nothing of Paretune but two files of the same kind, loaded by path: the one clock
 and what a process says of itself. The requests and answers are those of `paretune.measure.worker`, and beside them
-`convert`, `logits` and `greedy`. Legend: B sequences, T tokens, V vocabulary.
+`convert`, `logits`, `greedy` and `nll`. Legend: B sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -171,6 +171,20 @@ class PeerTrial:
         self.engine.first = None  # the cache holds something else now
         return {"shape": [sum(len(row) for row in rows), int(rows[0].shape[-1])]}
 
+    def nll(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Writes -log p(token), nats, float64 `[N, T - 1]`, of the windows `[N][T]` to `path` (.npy).
+
+        Each window is one teacher-forced prefill of its first T - 1 tokens, on its own: the loss of every token but
+        the first. Nothing is said of numbers that are not finite; who reads them judges them.
+        """
+        rows = []
+        for window in request["windows"]:
+            logits = np.asarray(self.engine.logits(window[:-1]))
+            rows.append(token_nll(logits, np.asarray(window[1:])))
+        self.engine.first = None
+        np.save(request["path"], np.stack(rows), allow_pickle=False)
+        return {"n": len(rows)}
+
     def greedy(self, request: dict[str, Any]) -> dict[str, Any]:
         """`n` greedy tokens after `prompt`, the same prompt in every row of the batch.
 
@@ -186,8 +200,18 @@ class PeerTrial:
         return {"tokens": rows[0]}
 
     def handlers(self) -> dict[str, Handler]:
-        verbs = ("ready", "convert", "load", "sample", "memory", "logits", "greedy")
+        verbs = ("ready", "convert", "load", "sample", "memory", "logits", "greedy", "nll")
         return {verb: getattr(self, verb) for verb in verbs}
+
+
+def token_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log p(target), nats, float64 `[T]`, of logits `[T, V]`."""
+    out = np.empty(len(targets))
+    for i, (row, target) in enumerate(zip(logits, targets, strict=True)):  # a row at a time: [T, V] in fp64 is large
+        wide = row.astype(np.float64)
+        highest = wide.max()
+        out[i] = highest + np.log(np.exp(wide - highest).sum()) - wide[target]
+    return out
 
 
 def serve(handlers: dict[str, Handler]) -> None:
