@@ -29,6 +29,10 @@ SOURCES = Path(__file__).parent / "ops" / "native"
 COMPILE_TIMEOUT_SEC = 300
 
 _loaded: dict[Path, ctypes.CDLL] = {}
+# The same by what can change in a process and is quickly asked: hashing all sources takes milliseconds, and a model
+# asks for each of its weights.
+_found: dict[tuple[object, ...], ctypes.CDLL] = {}
+_VARIABLES = ("PARETUNE_ISA", "PARETUNE_NO_COMPILER", "PARETUNE_CACHE", "XDG_CACHE_HOME", "HOME", "CXX", "PATH")
 _lock = threading.Lock()
 
 
@@ -142,6 +146,9 @@ def load(name: str) -> ctypes.CDLL:
     """
     source = SOURCES / f"{name}.cpp"
     assert source.is_file(), f"no native source {source}"
+    asked = source, source.stat().st_mtime_ns, *(os.environ.get(variable) for variable in _VARIABLES)
+    if asked in _found:
+        return _found[asked]
     if reason := unavailable_reason():
         cure = "The PyTorch form runs instead" if sys.platform == "win32" else _CURE
         raise NativeUnavailable(f"cannot build {name}.cpp: {reason}", cure)
@@ -150,6 +157,7 @@ def load(name: str) -> ctypes.CDLL:
     with _lock:
         target = _folder() / f"{name}-{_key(source, command)}.so"
         if target in _loaded:
+            _found[asked] = _loaded[target]
             return _loaded[target]
         is_fresh = not target.is_file()
         if is_fresh:
@@ -165,7 +173,7 @@ def load(name: str) -> ctypes.CDLL:
                 library = ctypes.CDLL(str(target))
             except OSError as again:
                 raise NativeUnavailable(f"cannot load the compiled {name}: {again}", _NOEXEC) from None
-        _loaded[target] = library
+        _loaded[target] = _found[asked] = library
         return library
 
 

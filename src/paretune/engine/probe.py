@@ -53,11 +53,13 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
 
     once()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if runner.device.type == "cuda" else [])
-    with profile(activities=activities, acc_events=True) as watched:
+    with profile(activities=activities) as watched:
         logits, cache_dtype = once()
     if not bool(torch.isfinite(logits).all()):
         raise ParetuneError("the model gives NaN or infinity", "Use a wider dtype, or check the weights")
-    kernels = Counter(event.name for event in watched.events())
+    assert watched.profiler is not None and watched.profiler.kineto_results is not None
+    # The names alone: PyTorch's tree of events takes seconds to build for a deep model.
+    kernels = Counter(event.name() for event in watched.profiler.kineto_results.events())
     kernels.update(runner.kernels)
     sizes: dict[str, int] = {}
     storages = {t.untyped_storage().data_ptr(): t for t in [*runner.model.parameters(), *runner.model.buffers()]}

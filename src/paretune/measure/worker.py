@@ -8,6 +8,7 @@ by calling `serve` with more of them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +74,9 @@ class Trial:
         device = request.get("device", "cpu")
         self.parts_sec = {}
         self.loaded = load_recipe(Path(request["folder"]), recipe, device, check=not request.get("is_checked"))
+        # The collector runs before each slice: what stays is not gone through again each time.
+        gc.collect()
+        gc.freeze()
         runner, once = self.loaded.runner, self.loaded.convert_sec + self.loaded.calibrate_sec
         self.parts_sec |= {"load": self.loaded.load_sec - once, "convert": self.loaded.convert_sec}
         self.parts_sec["calibrate"] = self.loaded.calibrate_sec
@@ -198,6 +202,7 @@ def preload() -> None:
 
     import paretune.engine.exact
     import paretune.engine.load
+    import paretune.measure.interleave
     import paretune.measure.profile_facts
     import paretune.measure.workload  # noqa: F401
     from paretune.registry import ATTENTION, FAMILIES, FORMATS, RUNNERS, TRANSFORMS

@@ -179,7 +179,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, on_weight: OnWeight | N
     tensors = StoredTensors(weight_files(folder))
     rename = _renamer(model, tensors)
     _swap_formats_(model, formats, tensors, rename, dtype, on_weight)
-    expected = dict(_dense_slots(model))
+    expected, holders = dict(_dense_slots(model)), _holders(model)
     _drop_redundant_(model, tensors, rename, expected)
     # The largest first: while it is there twice, little else is.
     for name in sorted(expected, key=lambda n: -getattr(*expected[n]).numel()):
@@ -204,7 +204,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, on_weight: OnWeight | N
         value = value.to(dtype or value.dtype).contiguous()
         setattr(owner, attribute, nn.Parameter(value, requires_grad=False))
         if on_weight is not None and isinstance(owner, Dense):
-            _replace_(model, owner, on_weight(model, name.removesuffix(".weight"), owner))
+            _replace_(holders, owner, on_weight(model, name.removesuffix(".weight"), owner))
         del value, owner
     if len(tensors):
         extra = sorted(tensors)
@@ -365,10 +365,23 @@ def stored_formats(config: ModelConfig) -> dict[str, str]:
     return dict(formats)
 
 
-def _replace_(model: LanguageModel, old: Weight, new: Weight) -> None:
-    for module in model.modules():  # tied layers stay tied
-        if isinstance(module, Linear | Embedding) and module.weight is old:
-            module.weight = new
+Holders = dict[int, list[Linear | Embedding]]
+
+
+def _holders(model: LanguageModel) -> Holders:
+    """The layers that hold a weight, by its id. One walk: a walk for each weight costs seconds in a deep model."""
+    holders: Holders = {}
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding):
+            holders.setdefault(id(module.weight), []).append(module)
+    return holders
+
+
+def _replace_(holders: Holders, old: Weight, new: Weight) -> None:
+    modules = holders.pop(id(old))
+    for module in modules:  # tied layers stay tied
+        module.weight = new
+    holders[id(new)] = modules
 
 
 def _swap_formats_(
@@ -407,7 +420,7 @@ def _swap_formats_(
             )
         if dtype is not None:  # what the rows are computed in; the stored numbers stay
             weight = weight.to(dtype)
-        _replace_(model, old, weight if on_weight is None else on_weight(model, module_name, weight))
+        _replace_(_holders(model), old, weight if on_weight is None else on_weight(model, module_name, weight))
 
 
 def _drop_redundant_(model: LanguageModel, tensors: StoredTensors, rename, expected: dict) -> None:
