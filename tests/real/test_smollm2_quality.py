@@ -27,7 +27,7 @@ from paretune.transforms.formats import FORMATS, transforms_of
 
 pytestmark = [pytest.mark.real, pytest.mark.realdata, pytest.mark.timeout(3600)]
 
-N_TOKENS, WINDOW = 4096, 512
+N_TOKENS, WINDOW = 2048, 512  # enough to see a format that is broken; quality is claimed on more
 RUNS = Path(__file__).resolve().parents[2] / "runs" / "real"
 
 
@@ -136,7 +136,7 @@ def score(smollm2, smollm2_gguf, smollm2_tokenizer, ids, data_dir, scored):
         if row not in scored:
             started = clock.now()
             folder = checkpoint.resolve(str(smollm2_gguf)) if row.of_file else smollm2
-            loaded = load_recipe(folder, row.recipe(), ctx=context)
+            loaded = load_recipe(folder, row.recipe(), ctx=context, check=False)
             prove(loaded)
             ready = clock.now()
             made = perplexity(
