@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from paretune import clock
+from paretune import clock, native_build
 from paretune.cli import eval_side, eval_text
 from paretune.cli.app import run
 from paretune.evaluate import texts
@@ -52,7 +52,16 @@ def test_it_is_the_runner_of_the_config_that_is_scored(capsys):
     assert coarse != base and coarse == pytest.approx(base, rel=0.05)
 
 
-@pytest.mark.parametrize("config", ["int8", "native_int8"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "int8",
+        pytest.param(
+            "native_int8",
+            marks=pytest.mark.skipif(native_build.unavailable_reason() is not None, reason="no C++ compiler"),
+        ),
+    ],
+)
 def test_perplexity_alone_is_prefill_of_one_config(capsys, monkeypatch, config):
     """Neither the baseline nor a decode step is paid for unasked."""
     from paretune.engine.load import load_recipe

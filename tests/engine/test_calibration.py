@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paretune import native_build
 from paretune.engine import calibration
 from paretune.engine.load import load_recipe
 from paretune.errors import UsageError
@@ -40,6 +41,10 @@ def test_what_a_model_writes_follows_its_distribution(tiny):
     assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / len(first)).sqrt() + 1e-9).all()
 
 
+needs_native = pytest.mark.skipif(native_build.unavailable_reason() is not None, reason="no C++ compiler")
+
+
+@needs_native
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_native_writer_leaves_the_model_alone(tiny, family, monkeypatch):
     """The same weights, objects and bits, tied ones tied; and it writes what the eager runner writes."""

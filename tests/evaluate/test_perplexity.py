@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from paretune import native_build
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.perplexity import (
     Perplexity,
@@ -175,6 +176,7 @@ def test_the_head_is_not_asked_for_what_is_not_scored(monkeypatch: pytest.Monkey
     assert runner.asked == first + second
 
 
+@pytest.mark.skipif(native_build.unavailable_reason() is not None, reason="no C++ compiler")
 @pytest.mark.parametrize("config", ["native", "native_int8"])
 def test_the_native_runner_keeps_its_word(pocket_folder: Any, monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     """`same_bits_at_any_width`: whole windows, in batches and one after the other, and pieces of odd sizes."""
