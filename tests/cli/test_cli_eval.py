@@ -8,7 +8,8 @@ import os
 import pytest
 import torch
 
-from paretune.cli import eval as verb
+from paretune import clock, native_build
+from paretune.cli import eval_side, eval_text
 from paretune.cli.app import run
 from paretune.evaluate import texts
 from paretune.model.tokenizer import Tokenizer
@@ -49,6 +50,54 @@ def test_it_is_the_runner_of_the_config_that_is_scored(capsys):
     base = evaluated(capsys, "--limit", "640")["perplexity"]["perplexity"]
     coarse = evaluated(capsys, "--limit", "640", "--config", "int8")["perplexity"]["perplexity"]
     assert coarse != base and coarse == pytest.approx(base, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "int8",
+        pytest.param(
+            "native_int8",
+            marks=pytest.mark.skipif(native_build.unavailable_reason() is not None, reason="no C++ compiler"),
+        ),
+    ],
+)
+def test_perplexity_alone_is_prefill_of_one_config(capsys, monkeypatch, config):
+    """Neither the baseline nor a decode step is paid for unasked."""
+    from paretune.engine.load import load_recipe
+    from paretune.evaluate import fidelity
+
+    loaded = []
+    monkeypatch.setattr(fidelity, "score", lambda *_, **__: pytest.fail("two phases were scored"))
+    monkeypatch.setattr(
+        "paretune.engine.load.load_recipe", lambda f, r, *rest: loaded.append(r.name) or load_recipe(f, r, *rest)
+    )
+    result = evaluated(capsys, "--limit", "640", "--config", config)
+    assert len(loaded) == 1 and result["perplexity"]["n_tokens_scored"] == 639
+    assert result["fidelity"] is None and result["baseline"] is None
+
+
+def test_a_baseline_that_is_named_is_compared_with(capsys):
+    result = evaluated(capsys, "--limit", "640", "--config", "int8", "--baseline", "fp32")
+    assert result["perplexity"] and result["baseline"] == "fp32"
+    assert result["fidelity"]["baseline_perplexity"] != result["fidelity"]["perplexity"]
+
+
+def test_progress_names_what_is_left(capsys):
+    with clock.use(clock.FakeClock()) as fake:
+        progress = eval_side.progress_of("perplexity", "window", quiet=False)
+        for done in range(1, 41):  # 5 s each
+            fake.sleep(5.0)
+            progress(done, 40)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "perplexity: window 2 of 40, about 3 min 10 s left"
+    assert lines[1] == "perplexity: window 4 of 40, about 3 min left"
+    assert len(lines) == 19  # every 10 s, and no line when all is done
+    with clock.use(clock.FakeClock()) as fake:
+        progress = eval_side.progress_of("perplexity", "window", quiet=True)
+        fake.sleep(60.0)
+        progress(1, 2)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture
@@ -112,7 +161,8 @@ def test_a_text_of_ones_own_and_its_name(capsys, tmp_path):
 def test_wikitext_joined_is_the_published_text(data_dir):
     tokenizer = Tokenizer(data_dir / "gpt2_tokenizer")
     path = data_dir / "wikitext2" / "wiki.test.raw"
-    ids, n_bytes, name = verb._tokens(tokenizer, path, "wikitext2-raw/test", True, None)
+    flags = eval_text.TextFlags(path, "wikitext2-raw/test", True, None, None, None, None, None)
+    ids, n_bytes, name = eval_text.tokens_of(tokenizer, flags)
     assert (len(ids), name) == (287_644, "wikitext2-raw/test") and n_bytes > 1_000_000
 
 
@@ -121,10 +171,14 @@ def test_a_plan_is_compared_with_its_source(capsys, tmp_path):
 
     data = {"schema_version": 1, "recipe": preset("int8").to_dict(), "model": {"source": "pocket", "folder": None}}
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    assert run(["eval", str(tmp_path), *FAST, "--json", "--limit", "640"]) == 0
+    assert run(["eval", str(tmp_path), *FAST, "--json", "--limit", "640", "--task", "fidelity"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["config"], result["baseline"]) == ("plan", "baseline")
     assert result["fidelity"] and not result["fidelity"]["identical"]
+    assert run(["eval", str(tmp_path), *FAST, "--json", "--limit", "640"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert (alone["config"], alone["baseline"], alone["fidelity"]) == ("plan", None, None)
+    assert alone["perplexity"]["perplexity"] > 0
 
 
 @pytest.mark.parametrize(
@@ -135,6 +189,7 @@ def test_a_plan_is_compared_with_its_source(capsys, tmp_path):
         (["--task", "rouge"], "unknown task 'rouge'"),
         (["--task", "fidelity"], "there is nothing to compare"),
         (["--max-ppl-increase", "1%"], "there is nothing to compare"),
+        (["--config", "int8", "--baseline", "int8"], "there is nothing to compare"),
         (["--config", "int8", "--max-ppl-increase", "much"], "no percentage"),
         (["--context", "5000"], "exceeds the model's 1024 positions"),
         (["--context", "1"], "--context 1"),
@@ -168,7 +223,7 @@ def test_texts_that_cannot_be_scored(capsys, tmp_path):
 
 
 def test_a_read_only_output_folder_fails_before_the_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(verb, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(eval_text, "load_side", lambda *_: pytest.fail("a model was loaded"))
     if os.geteuid() == 0:  # root writes everywhere: a file in the way is as good
         (tmp_path / "out").write_text("")
     else:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from paretune import native_build
 from paretune.engine import calibration
 from paretune.engine.load import load_recipe
 from paretune.errors import UsageError
+from paretune.model.layers import Embedding, Linear
 from paretune.recipe import Recipe
+from paretune.registry import ATTENTION
 from paretune.transforms.attention import Attention
 from paretune.transforms.gptq import GPTQ
+
+EXACT = ATTENTION.get("sdpa")
 
 
 def test_windows_of_a_text(pocket_folder):
@@ -34,6 +39,49 @@ def test_what_a_model_writes_follows_its_distribution(tiny):
     found = torch.bincount(first[:, 1], minlength=5) / len(first)
     # Four standard deviations of a frequency.
     assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / len(first)).sqrt() + 1e-9).all()
+
+
+needs_native = pytest.mark.skipif(native_build.unavailable_reason() is not None, reason="no C++ compiler")
+
+
+@needs_native
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_native_writer_leaves_the_model_alone(tiny, family, monkeypatch):
+    """The same weights, objects and bits, tied ones tied; and it writes what the eager runner writes."""
+    model = tiny(family, vocab_size=97)[0]
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    holders = {name: m.weight for name, m in model.named_modules() if isinstance(m, Linear | Embedding)}
+    assert calibration._writer(model).name == "native"
+    windows = calibration.from_model(model, 50, 12)
+    for name, m in model.named_modules():
+        assert name not in holders or m.weight is holders[name]
+    after = model.state_dict(keep_vars=True)
+    assert after.keys() == before.keys()
+    assert all(after[name] is value and torch.equal(value, copy) for name, (value, copy) in before.items())
+    monkeypatch.setattr(calibration.hardware, "available_memory_bytes", lambda: 0)  # no room for a copy
+    assert calibration._writer(model).name == "eager"
+    eager = calibration.from_model(model, 50, 12)
+    # Logits differ by rounding alone (1e-6), so a draw that falls between two tokens is rare.
+    assert (windows == eager).float().mean() > 0.95
+
+
+def test_what_native_code_cannot_run_is_written_by_pytorch(tiny):
+    model = tiny("gpt2")[0]
+    for block in model.h:
+        block.attn.attention = lambda *args: EXACT(*args)
+    assert calibration._writer(model).name == "eager"
+    assert calibration.from_model(model, 3, 4).shape == (3, 4)
+
+
+def test_tokens_are_drawn_from_the_distribution():
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.1, 0.4, 0.0])
+    n = 20_000
+    drawn = calibration._draw(probabilities.log().expand(n, -1), torch.Generator().manual_seed(0))
+    assert drawn.shape == (n, 1)
+    found = torch.bincount(drawn.flatten(), minlength=6) / n
+    assert (found[probabilities == 0] == 0).all()
+    # Four standard deviations of a frequency.
+    assert ((found - probabilities).abs() <= 4 * (probabilities * (1 - probabilities) / n).sqrt()).all()
 
 
 def test_a_recipe_that_needs_calibration_loads_by_itself(tiny):

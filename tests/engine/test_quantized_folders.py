@@ -17,9 +17,10 @@ from paretune.recipe import EngineOptions, Recipe, preset
 from paretune.transforms.attention import Attention
 from paretune.transforms.formats import FORMATS, transforms_of
 
+# No group divides 72, 100 or 288; all of Llama's widths are no multiples of 16 either. Mistral's are whole groups.
 WIDE = {
-    "gpt2": {"n_embd": 64},
-    "llama": {"hidden_size": 64, "intermediate_size": 128},
+    "gpt2": {"n_embd": 72},
+    "llama": {"hidden_size": 72, "intermediate_size": 100},
     "mistral": {"hidden_size": 64, "intermediate_size": 128},
 }
 FAMILIES = tuple(WIDE)
@@ -82,6 +83,14 @@ def test_the_bits_on_disk_are_the_small_ones(written, family, name):
     assert made.n_bytes == sum(f.stat().st_size for f in files)
     assert made.n_parameters == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     assert "read again, bit-equal" in made.proof[0]
+
+
+def test_a_width_that_the_int8_kernel_does_not_take_is_said(written):
+    """PyTorch's kernel takes 16 inputs at once: where no layer has as many, that is no missing effect."""
+    _, made = written("llama", "int8")
+    assert any("no layer goes through aten::_weight_int8pack_mm" in line for line in made.proof)
+    _, made = written("gpt2", "int8")  # whose second MLP layer has 288
+    assert any("aten::_weight_int8pack_mm ran" in line for line in made.proof)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from paretune import native_build
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.perplexity import (
     Perplexity,
@@ -37,6 +38,8 @@ class TinyCache:
 class BagRunner:
     """p(next) from the mean embedding of all tokens in the cache: depends on the whole context."""
 
+    same_bits_at_any_width = False
+
     def __init__(self, vocab_size: int = 31, seed: int = 0) -> None:
         g = torch.Generator().manual_seed(seed)
         self.embed = torch.randn(vocab_size, 8, generator=g)
@@ -63,8 +66,25 @@ class UniformRunner(BagRunner):
         return torch.full_like(super().forward(tokens, cache, logits), 0.5)
 
 
+class AnyWidthRunner(BagRunner):
+    """Computes each position by itself, so that pieces of a window give the same bits."""
+
+    same_bits_at_any_width = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.asked: list[tuple[tuple[int, ...], str]] = []
+
+    def forward(self, tokens: torch.Tensor, cache: TinyCache, logits: str = "last") -> torch.Tensor:
+        self.asked.append((tuple(tokens.shape), logits))
+        parts = [super(AnyWidthRunner, self).forward(tokens[:, j : j + 1], cache) for j in range(tokens.shape[1])]
+        return torch.cat(parts if logits == "all" else parts[-1:], dim=1)
+
+
 class HfRunner:
     """A transformers model behind the runner protocol (fresh cache only: perplexity is all prefill)."""
+
+    same_bits_at_any_width = False
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -130,6 +150,47 @@ def test_equals_the_brute_force_oracle(n: int, context: int, stride: int, batch_
     assert got.perplexity == pytest.approx(math.exp(np.mean(list(expected.values()))), rel=1e-5)
     assert got.bits_per_byte == pytest.approx(sum(expected.values()) / math.log(2) / (4 * n), rel=1e-5)
     assert got.protocol == f"t/x/ctx{context}/stride{stride}/token"
+
+
+@pytest.mark.parametrize("n, context, stride", SHAPES)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_pieces_of_a_window_score_the_same(
+    monkeypatch: pytest.MonkeyPatch, n: int, context: int, stride: int, batch_size: int
+) -> None:
+    shape: dict[str, Any] = {"context": context, "stride": stride, "n_bytes": n, "batch_size": batch_size}
+    whole = perplexity(AnyWidthRunner(), text_of(n), **shape)
+    assert whole.nll_per_token == pytest.approx(perplexity(BagRunner(), text_of(n), **shape).nll_per_token, rel=1e-5)
+    for rows in (1, 7):
+        monkeypatch.setattr("paretune.evaluate.perplexity.PIECE_ROWS", rows)
+        assert perplexity(AnyWidthRunner(), text_of(n), **shape) == whole
+
+
+def test_the_head_is_not_asked_for_what_is_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows of 16 that advance by 8, in pieces of 6: logits of 15 and of 8 positions, the context's last token
+    among them; the last token of a window predicts nothing."""
+    monkeypatch.setattr("paretune.evaluate.perplexity.PIECE_ROWS", 6)
+    runner = AnyWidthRunner()
+    perplexity(runner, text_of(24), context=16, stride=8, n_bytes=24)
+    first = [((1, 6), "all"), ((1, 6), "all"), ((1, 3), "all")]
+    second = [((1, 7), "last"), ((1, 6), "all"), ((1, 2), "all")]
+    assert runner.asked == first + second
+
+
+@pytest.mark.skipif(native_build.unavailable_reason() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("config", ["native", "native_int8"])
+def test_the_native_runner_keeps_its_word(pocket_folder: Any, monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    """`same_bits_at_any_width`: whole windows, in batches and one after the other, and pieces of odd sizes."""
+    from paretune.engine.load import load_recipe
+    from paretune.recipe import preset
+
+    runner = load_recipe(pocket_folder, preset(config), check=False).runner
+    shape: dict[str, Any] = {"context": 96, "stride": 48, "n_bytes": 1}
+    tokens = text_of(400, vocab_size=8192)
+    found = []
+    for rows, batch_size in ((1000, 1), (1000, 3), (37, 1), (64, 2)):
+        monkeypatch.setattr("paretune.evaluate.perplexity.PIECE_ROWS", rows)
+        found.append(perplexity(runner, tokens, batch_size=batch_size, **shape))
+    assert all(each == found[0] for each in found)
 
 
 @pytest.mark.parametrize("n", [*range(2, 12), 64, 65])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -191,3 +192,16 @@ def test_scoring_ends_at_its_cap(fake_peers, tmp_path, monkeypatch):
 def test_a_peer_that_dies_has_no_losses(fake_peers, tmp_path):
     with pytest.raises(subject.SubjectError, match="exit code 7: the last words"):
         fake_peers.losses("fake:dies", [[1, 2, 3, 4]], tmp_path, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("sets", "is_said"),
+    [(["avx2", "fma"], True), (["avx2", "avx_vnni"], False), (["avx512_vnni", "avx2"], False), (["neon"], False)],
+)
+def test_products_that_saturate_are_said_where_they_do(fake_peers, monkeypatch, sets, is_said):
+    engine = Engine(dataclasses.replace(FAKE, formats={"good": Format(8, saturates=True)}), "good")
+    monkeypatch.setattr(subject.hardware, "instruction_sets", lambda: sets)
+    said = fake_peers._explained(engine, None)
+    assert said == (
+        ". This processor has no dot-product instruction, without which its 8-bit products saturate" if is_said else ""
+    )

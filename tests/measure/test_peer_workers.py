@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,6 @@ import torch
 from paretune.measure.interleave import SubjectError
 from paretune.measure.peers import convert, envs
 from paretune.measure.peers.workers import protocol
-from paretune.measure.peers.workers.ctranslate2 import CTranslate2
 from paretune.measure.peers.workers.onnxruntime import BLOCK, pack
 from paretune.measure.peers.workers.weights import Checkpoint
 from paretune.measure.session import TrialProcess
@@ -195,27 +192,3 @@ def test_packed_blocks_come_back_within_half_a_level(bits, rms):
     assert (np.abs(back - weight) <= limit * 1.001).all()  # a full level only at the far end, which is cut
     assert np.sqrt(np.square(back - weight).mean()) < rms
     assert not pack(np.zeros((1, BLOCK), np.float32), bits)[1].any()
-
-
-@pytest.mark.parametrize(
-    ("format", "sets", "asks"),
-    [
-        ("int8", ["avx2", "fma"], True),
-        ("int8", ["avx2", "avx512_vnni"], False),
-        ("int8", ["neon", "neon_dotprod"], False),  # there is no MKL, and asking for it is an error there
-        ("fp32", ["avx2"], False),
-    ],
-)
-def test_ctranslate2_is_asked_for_products_that_do_not_saturate(monkeypatch, format, sets, asks):
-    """The variable has to be there when its library is loaded."""
-    seen = {}
-
-    class Library(types.ModuleType):
-        def Generator(self, path, **options):
-            seen["mkl"] = os.environ.get("CT2_USE_MKL")
-
-    monkeypatch.setenv("CT2_USE_MKL", "")
-    monkeypatch.delenv("CT2_USE_MKL")  # undone at the end, whatever the worker sets
-    monkeypatch.setitem(sys.modules, "ctranslate2", Library("ctranslate2"))
-    CTranslate2({"format": format, "instruction_sets": sets, "converted": "-", "threads": 1})
-    assert seen == {"mkl": "1" if asks else None}

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from paretune.cli import app as cli
+from paretune.engine.exact import TIE_MARGIN
 from paretune.engine.generate import generate
-from paretune.engine.load import TIE_MARGIN, load_recipe
+from paretune.engine.load import load_recipe
 from paretune.errors import ParetuneError
 from paretune.measure.peers import envs
 from paretune.measure.peers.catalogue import PEERS
@@ -20,9 +21,9 @@ from paretune.model import checkpoint
 from paretune.model.stored import StoredTensors
 from paretune.recipe import preset
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
-N_PROMPTS, N_NEW = 50, 40
+N_PROMPTS, N_NEW = 50, 24
 QUESTION = "What is gravity?"
 ODD_TEXT = (
     "In 1984,  12 of   345 said \u00bd\u0665 -7.25e10\n\n  def f(x):\n\treturn x**2  # 3.14\r\n"

@@ -10,7 +10,7 @@ import pytest
 
 from paretune.recipe import Recipe
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
 BUDGET = "3m"
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fake_race import MB, Machine, install, only
 
 from paretune import clock
 from paretune.errors import ParetuneError, UsageError
+from paretune.evaluate.fidelity import Scores
 from paretune.measure import bench as measure
 from paretune.measure import bench_run
 from paretune.report.html import render_report
-from paretune.tune import peers
+from paretune.tune import peer_quality, peers
 from paretune.tune.goal import Goal
 from paretune.tune.plan import read_plan
 from paretune.tune.run import run
@@ -64,12 +66,46 @@ class FakeBench:
         return {"rows": rows, "aa": aa, "too_noisy": self.noisy}
 
 
+class FakeQuality:
+    """Stands in for `peer_quality.measure`: (increase, its bound), a reason why it is not known, or an error."""
+
+    def __init__(self, increase=(0.0008, 0.0029), error=None):
+        self.increase, self.error, self.calls = increase, error, []
+
+    def __call__(self, folder, engines, windows, baseline_nll, limit, *, threads, say, on_result):
+        assert baseline_nll.shape == (len(windows), windows.shape[1] - 1) and threads >= 1
+        self.calls.append({"engines": [e.name for e in engines], "windows": windows, "baseline_nll": baseline_nll})
+        found = {}
+        for engine in engines:
+            if self.error:
+                raise self.error
+            if isinstance(self.increase, str):
+                result = peer_quality.unknown(self.increase)
+            else:
+                value, upper = self.increase
+                base = 20.0
+                values = (base * (1 + value), base, value, upper, len(windows), upper <= limit, "measured")
+                result = dict(zip(peer_quality.KEYS, values, strict=True))
+            found[engine.name] = result
+            on_result(engine.name, result)
+        return found
+
+
 @pytest.fixture
 def tune(monkeypatch, tmp_path):
     """`tune(bench, **goal) -> result`: a search on a machine made up, its peers measured by `bench`."""
     name = only(monkeypatch, INT8)[INT8]
 
-    def call(bench, folder=tmp_path / "plan", wins=True, resume=False, gone=None, **goal):
+    def score_again(*_):
+        raise AssertionError("the baseline was scored on these windows in the confirmation")
+
+    def call(bench, folder=tmp_path / "plan", wins=True, resume=False, gone=None, quality=None, **goal):
+        monkeypatch.setattr(peer_quality, "measure", quality or FakeQuality())
+        if wins:
+            monkeypatch.setattr(peer_quality, "baseline_losses", score_again)
+        else:  # nothing was confirmed
+            losses = lambda folder, recipe, windows, threads: np.ones((len(windows), windows.shape[1] - 1))  # noqa: E731
+            monkeypatch.setattr(peer_quality, "baseline_losses", losses)
         install(monkeypatch, Machine(cost={name: 0.005 if wins else 0.01}, weights={name: 9 * MB}))
         monkeypatch.setattr(measure, "bench", bench)
         monkeypatch.setattr(peers, "missing", lambda goal: gone or {})
@@ -97,6 +133,7 @@ def test_what_is_asked_of_bench_and_the_shape_of_the_answer(tune, tmp_path):
     written = json.loads((tmp_path / "plan" / "report.json").read_text("utf-8"))
     assert written["peers"] == result["peers"] and written["goal"]["engines"] == [ENGINE]
     (row,) = written["peers"]
+    assert row["keeps_bound"] is True and row["ppl_increase_upper"] == 0.0029 and row["quality_reason"] == "measured"
     assert row["engine"] == ENGINE and row["format"] == "Q8_0" and row["cause"] is None
     assert row["ratio"] == pytest.approx({"value": 2.0, "low": 1.6, "high": 2.5}) and row["verdict"] == "slower"
     assert row["agreement"]["logits_rel_rms"] == 0.0123 and row["agreement"]["greedy_n"] == 64
@@ -113,7 +150,8 @@ def test_what_is_asked_of_bench_and_the_shape_of_the_answer(tune, tmp_path):
         (
             (1.25, 1.2, 1.3, "faster"),
             ["llama.cpp:Q8_0 won: ", "1.25 times as fast", "1.20 to 1.30", "format Q8_0", "logit error of 1.23%",
-             "98.1%", "not to your perplexity bound of 1 %", "A plan cannot run llama.cpp: this plan runs the best of"],
+             "98.1%", "It keeps your perplexity bound of 1 %", "is 20.02, +0.08%", "at most +0.29%",
+             "A plan cannot run llama.cpp: this plan runs the best of"],
         ),
         ((0.5, 0.4, 0.625, "slower"), ["llama.cpp:Q8_0 is slower: ", "2.00 times as fast", "1.60 to 2.50"]),
         ((1.0, 0.99, 1.01, "indistinguishable"), ["no difference beyond noise", "1.00 times", "0.99 to 1.01"]),
@@ -137,11 +175,13 @@ def test_each_verdict_has_its_sentence(tune, speed, words):
 def test_a_peer_that_cannot_be_measured_is_a_row_with_its_cause(tune):
     other = "onnxruntime:int8"
     bench = FakeBench({ENGINE: (0.5, 0.4, 0.6, "slower")}, {other: "onnxruntime is not installed"})
-    result = tune(bench, engines=f"{ENGINE},{other}")
+    quality = FakeQuality()
+    result = tune(bench, engines=f"{ENGINE},{other}", quality=quality)
     first, second = result["peers"]
     assert first["verdict"] == "slower"
     assert second == second | {"status": "failed", "cause": "onnxruntime is not installed", "verdict": None,
-                               "ratio": None, "agreement": None}  # fmt: skip
+                               "ratio": None, "agreement": None, "keeps_bound": None}  # fmt: skip
+    assert quality.calls[0]["engines"] == [ENGINE], "what was not timed is not scored"
     assert "onnxruntime:int8 was not compared: onnxruntime is not installed." in result["verdict"]
     page = render_report(result)
     assert "onnxruntime is not installed" in page and "failed" in page
@@ -156,6 +196,54 @@ def test_where_no_peer_is_installed_nothing_is_started(tune, monkeypatch, tmp_pa
     assert result["peers"][0]["status"] == "failed" and result["peers"][0]["cause"] == gone[ENGINE]
     assert "llama.cpp:Q8_0 was not compared: llama.cpp is not installed" in said(result)
     assert "Nothing was measured beside other engines" in render_report(result)
+
+
+@pytest.mark.parametrize(
+    ("quality", "keeps", "words", "badge"),
+    [
+        (FakeQuality((0.002, 0.004)), True, ["won: ", "It keeps your perplexity bound of 1 %", "+0.40%"], True),
+        (FakeQuality((0.27, 0.30)), False, ["is faster: ", "It does not keep your perplexity bound of 1 %"], False),
+        (FakeQuality((0.008, 0.013)), False, ["is faster: ", "It is not shown to keep your perplexity bound"], False),
+        (FakeQuality("it was slow"), None, ["won: ", "bound of 1 % is not known: it was slow."], True),
+        (FakeQuality(error=ParetuneError("no room", "-")), None, ["baseline could not be scored: no room."], True),
+    ],
+)
+def test_what_a_faster_engine_does_to_perplexity_is_said(tune, quality, keeps, words, badge):
+    result = tune(FakeBench({ENGINE: (1.25, 1.2, 1.3, "faster")}), quality=quality)
+    assert result["peers"][0]["keeps_bound"] is keeps
+    for word in words:
+        assert word in said(result), said(result)
+    page = render_report(result)
+    assert ("another engine is faster" in page) == badge, "what breaks the bound is no rival"
+    assert "Keeps the bound" in page and {True: "yes", False: "no", None: "not known"}[keeps] in page
+    json.dumps(result, allow_nan=False)
+
+
+def test_peers_are_scored_on_the_windows_of_the_confirmation_beside_its_baseline(tune, tmp_path):
+    quality = FakeQuality()
+    tune(FakeBench({ENGINE: (0.5, 0.4, 0.6, "slower")}), quality=quality)
+    (call,) = quality.calls
+    windows = np.load(tmp_path / "plan" / "scores" / "windows.confirm.npy")
+    np.testing.assert_array_equal(call["windows"].numpy(), windows)
+    (base,) = (tmp_path / "plan" / "scores").glob("confirm-*-baseline.confirm.npz")
+    scores = Scores.load(base)
+    np.testing.assert_array_equal(call["baseline_nll"][:, :128], scores.prefill.nll)
+    np.testing.assert_array_equal(call["baseline_nll"][:, 128:], scores.decode.nll)
+
+
+def test_scoring_that_was_interrupted_keeps_the_times_and_goes_on(tune):
+    slower = {ENGINE: (0.5, 0.4, 0.6, "slower")}
+    first = tune(FakeBench(slower), quality=FakeQuality(error=KeyboardInterrupt()))
+    assert first["peers_measured"]["interrupted"] and first["peers"][0]["verdict"] == "slower"
+    assert "is not known: scoring was interrupted." in said(first)
+    again = FakeQuality()
+    second = tune(FakeBench(error=AssertionError("timed twice")), resume=True, quality=again)
+    assert len(again.calls) == 1 and second["peers"][0]["keeps_bound"] is True
+    assert not second["peers_measured"]["interrupted"]
+    third = tune(
+        FakeBench(error=AssertionError("timed twice")), resume=True, quality=FakeQuality(error=AssertionError())
+    )
+    assert third["peers"] == second["peers"]
 
 
 def test_nothing_won_and_a_peer_is_faster(tune):

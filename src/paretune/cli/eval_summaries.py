@@ -29,7 +29,7 @@ def eval_summaries(
     sides: Sequence[tuple[Path, Recipe]],
     names: Sequence[str],
     flags: PairFlags,
-    out: Path | None,
+    output_dir: Path | None,
     *,
     json_output: bool,
     device: str,
@@ -41,9 +41,9 @@ def eval_summaries(
     import sys
 
     from paretune import hardware
-    from paretune.cli.eval import _load, _progress
+    from paretune.cli.eval_side import load_side, progress_of
     from paretune.evaluate import summaries
-    from paretune.files import write_json, write_text
+    from paretune.files import ensure_folder, write_json, write_text
     from paretune.measure import environment
     from paretune.model import checkpoint
     from paretune.model.prompt import PromptFormat
@@ -54,6 +54,7 @@ def eval_summaries(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
+    out = None if output_dir is None else ensure_folder(output_dir.expanduser())
     pairs = pairs_of(flags)
     folder = sides[-1][0]
     tokenizer, recorded = Tokenizer(folder), PromptFormat.read(folder)
@@ -68,12 +69,12 @@ def eval_summaries(
     scores: list[summaries.SummaryScores] = []
     proof: list[str] = []
     for (side, recipe), name in zip(sides, names, strict=True):
-        loaded, proof, said = _load(side, recipe, device, threads, quiet)
+        loaded, proof, said = load_side(side, recipe, device, threads, quiet)
         notes += [note for note in said if note not in notes]
         articles = [p.article for p in pairs.pairs]
         shape: dict[str, Any] = {"batch_size": flags.batch_size, "max_new_tokens": limit}
         made = summaries.summarize(
-            loaded.runner, tokenizer, form, articles, **shape, progress=_progress(quiet)("summaries")
+            loaded.runner, tokenizer, form, articles, **shape, progress=progress_of("summaries", "article", quiet)
         )
         scores.append(summaries.score(name, made, pairs.pairs))
         del loaded

@@ -8,9 +8,9 @@ token is scored in the first window that reaches it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ BLOCK_TOKENS = 128  # one resampling unit: neighbouring tokens are far from inde
 _JOINED_TOKENS = 120  # so that 4 windows of 31 or 2 of 63 tokens are a block, as 4 of 32 are
 MIN_BLOCKS = 40  # fewer: "too little text" (measuring.md, Quality 2)
 TOO_LITTLE_TEXT = "too little text"
+PIECE_ROWS = 256  # tokens whose logits are there at once, where the runner's numbers allow: 50 MB of 49,152 each
 _SLICE_ELEMENTS = 2**22  # logits widened to fp32 at a time: 16 MiB, and two such temporaries
 
 Progress = Callable[[int, int], None]
@@ -29,7 +30,12 @@ Progress = Callable[[int, int], None]
 
 
 class Runner(Protocol):
-    """The part of the runner protocol (docs/design.md) that quality needs."""
+    """The part of the runner protocol (docs/design.md) that quality needs.
+
+    `same_bits_at_any_width`: a token's logits depend on neither the batch nor the width of its step.
+    """
+
+    same_bits_at_any_width: ClassVar[bool]
 
     def new_cache(self, batch_size: int, capacity: int, /) -> Any: ...
 
@@ -117,12 +123,13 @@ def perplexity(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Scores `token_ids` in rolling windows, each one prefill of the runner.
+    """Scores `token_ids` in rolling windows, each one prefill of the runner, in pieces where that changes no bit.
 
     Differs from the Hugging Face loop in one thing: that loop weights a window's mean loss by one token too
     few where the window has context; here each scored token weighs the same.
 
-    Memory: logits [batch_size, context, V] in the runner's dtype, plus about 50 MiB.
+    Memory: logits [batch_size, context, V] in the runner's dtype (of `PIECE_ROWS` tokens where it goes in pieces), plus
+    about 50 MiB.
 
     Args:
         token_ids: the whole text, [n_tokens].
@@ -184,15 +191,31 @@ def _score_windows(
             cache, cache_rows = runner.new_cache(len(batch), shown.shape[1]), len(batch)
         else:  # one cache for all: a runner with static shapes or graphs stays with its buffers
             empty_cache(cache)
-        device = cache.lengths.device
-        shown = shown.to(device)
-        logits = runner.forward(shown, cache, logits="all")  # [B, K, V]
+        shown = shown.to(cache.lengths.device)
+        first = min(w.first_scored - 1 - w.begin for w in batch)  # position whose logits score the first token
+        losses = torch.empty(len(batch), shown.shape[1] - 1, device=shown.device)  # of the token after each position
+        for start, logits in _logits(runner, shown, cache, first):
+            end = start + logits.shape[1]
+            for row, rows in enumerate(logits):
+                losses[row, start:end] = token_nll(rows, shown[row, start + 1 : end + 1])
         for row, w in enumerate(batch):
-            rows = logits[row, w.first_scored - 1 - w.begin : w.end - 1 - w.begin]
-            out.append(token_nll(rows, shown[row, w.first_scored - w.begin :]).double().cpu().numpy())
+            out.append(losses[row, w.first_scored - 1 - w.begin : w.end - 1 - w.begin].double().cpu().numpy())
         if progress is not None:
             progress(len(out), len(windows))
     return out
+
+
+def _logits(runner: Runner, shown: torch.Tensor, cache: Any, first: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """(position, logits [B, k, V] from it on) of all positions but those before `first` and the last one."""
+    n_rows, last = shown.shape[0], shown.shape[1] - 1
+    if not runner.same_bits_at_any_width:
+        yield first, runner.forward(shown, cache, logits="all")[:, first:last]
+        return
+    if first:  # of the context the head is not asked
+        runner.forward(shown[:, :first], cache, logits="last")
+    step = max(1, PIECE_ROWS // n_rows)
+    for start in range(first, last, step):
+        yield start, runner.forward(shown[:, start : min(start + step, last)], cache, logits="all")
 
 
 def _batches(windows: list[Window], batch_size: int) -> list[list[Window]]:

@@ -342,7 +342,7 @@ def write(out: Outcome, folder: Path, again: str = "", is_stored: bool = False) 
     write_json(folder / "report.json", result)
     write_report(result, folder / "report.html")
     name_or_path = out.model_name
-    if Path(name_or_path).expanduser().is_dir():
+    if not checkpoint.is_named(name_or_path) and Path(name_or_path).expanduser().is_dir():
         name_or_path = str(Path(name_or_path).expanduser().resolve())
     plan = {k: result[k] for k in ("created", "command", "seed", "versions", "hardware")} | {
         "schema_version": SCHEMA_VERSION,

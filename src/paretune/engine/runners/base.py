@@ -41,6 +41,8 @@ class Runner:
     name: ClassVar[str]
     chooses: ClassVar[bool] = False  # finds the most likely token itself, as part of the step
     cache_dtypes: ClassVar[tuple[str, ...]] = tuple(CACHE_DTYPES)  # that it can read
+    same_bits_at_any_width: ClassVar[bool] = False  # a token's logits depend on neither batch nor width of its step
+    fixed_batch: ClassVar[bool] = False  # has a graph for each batch size: another one costs a compilation
     exact: ClassVar[bool] = True  # claims the reference's results, so it is checked before it is timed
 
     def __init__(self, model: LanguageModel) -> None:

@@ -34,6 +34,7 @@ class CompileRunner(Runner):
     """
 
     name = "compile"
+    fixed_batch = True
 
     def __init__(self, model: LanguageModel, mode: str = "default") -> None:
         super().__init__(model)

@@ -74,6 +74,7 @@ class NativeRunner(Runner):
 
     name = "native"
     chooses = True
+    same_bits_at_any_width = True
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)

@@ -25,12 +25,14 @@ class Format:
         stored_as: the format whose converted files this one runs from.
         inputs: what the engine rounds the inputs of its matrices to, where one scale serves many of them: a key of
             `INPUTS`. Outliers of a model can make that its largest error by far (`agreement.share_with_inputs`).
+        saturates: its 8-bit products are added in 16 bits on x86 processors without a dot-product instruction.
     """
 
     bits: int
     base: str | None = None
     stored_as: str | None = None
     inputs: str | None = None
+    saturates: bool = False
 
 
 INPUTS = {"tensor": "8 bits with one scale for a whole tensor", "row": "8 bits with one scale a token"}
@@ -110,7 +112,7 @@ PEERS: dict[str, Peer] = {
             worker="ctranslate2",
             modules=("ctranslate2",),
             requirements=("ctranslate2==4.8.5", _NUMPY),
-            formats={"fp32": Format(32), "int8": Format(8, inputs="row")},
+            formats={"fp32": Format(32), "int8": Format(8, inputs="row", saturates=True)},
             default=("fp32", "int8"),
         ),
         Peer(

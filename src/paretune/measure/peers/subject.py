@@ -122,7 +122,6 @@ class Peers:
             "config": convert.request_config(self.config),
             "format": engine.format,
             "threads": self.threads,
-            "instruction_sets": hardware.instruction_sets(),
             "workload": asdict(workload),
             "prompts": draw_prompts(workload, self.config.vocab_size).tolist(),
             "capacity": max(workload.input_len + workload.output_len, n_tokens),
@@ -186,17 +185,28 @@ class Peers:
             raise SubjectError(f"{cause}{self._explained(engine, reference)}", kind=INVALID)
 
     def _explained(self, engine: Engine, reference: agreement.Reference) -> str:
-        """Whether the way in which a format rounds inputs is what makes it fall short, as a further clause."""
-        inputs = engine.peer.formats[engine.format].inputs
-        if inputs is None:
-            return ""
+        """What of a format makes it fall short, as further sentences; nothing where it is not known."""
+        format = engine.peer.formats[engine.format]
+        said = "" if format.inputs is None else self._rounding(engine, format.inputs, reference)
+        if format.saturates and _lacks_dot_products():
+            said += ". This processor has no dot-product instruction, without which its 8-bit products saturate"
+        return said
+
+    def _rounding(self, engine: Engine, inputs: str, reference: agreement.Reference) -> str:
+        """Whether the way in which a format rounds inputs is what makes it fall short."""
         if engine.name not in self._explanations:
             self.say(f"our fp32 eager with inputs rounded as {engine.name} does, for the cause")
             share = agreement.share_with_inputs(self.folder, reference, inputs, engine.bits, self.threads)
             least = agreement.LEAST_TOP1[engine.bits]
-            told = "that is its cause" if share < least else "so that is not its cause"
+            told = "that is its cause" if share < least else "that alone is not its cause"
             self._explanations[engine.name] = (
                 f". This format rounds the inputs of a matrix to {INPUTS[inputs]}; our own fp32 with its inputs "
                 f"rounded like that, and nothing else, agrees at {share:.1%}: {told}"
             )
         return self._explanations[engine.name]
+
+
+def _lacks_dot_products() -> bool:
+    """Whether this is an x86 processor on which libraries add pairs of 8-bit products in 16 bits."""
+    available = set(hardware.instruction_sets())
+    return "avx2" in available and not {"avx512_vnni", "avx_vnni"} & available

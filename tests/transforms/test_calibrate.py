@@ -1,0 +1,46 @@
+"""What calibration text shows of each layer's inputs, against the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from paretune.errors import ParetuneError
+from paretune.model.layers import Linear
+from paretune.ops.weights.dense import Dense
+from paretune.transforms.calibrate import STRIP, SecondMoments
+
+
+def linear(n_out, n_in):
+    return Linear(Dense(torch.randn(n_out, n_in)))
+
+
+@pytest.mark.parametrize("width", [3, STRIP, STRIP + 1, 2 * STRIP + 70])
+def test_second_moments_are_those_of_all_inputs(width):
+    """Several batches, whole and symmetric whatever the strips are; layers that read one tensor share them."""
+    layers = {"a": linear(4, width), "b": linear(5, width), "c": linear(2, 4)}
+    moments = SecondMoments(layers)
+    seen = []
+    for _ in range(3):
+        moments.forget_input()
+        x = torch.randn(2, 11, width) * torch.rand(width)
+        seen.append(x.flatten(0, 1).double())
+        layers["c"](layers["a"](x))
+        layers["b"](x)
+    moments.close()
+    inputs = torch.cat(seen)
+    expected = 2 / len(inputs) * (inputs.T @ inputs)
+    for name in ("a", "b"):
+        # fp32 sums of 66 products.
+        torch.testing.assert_close(moments.of(name).double(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(moments.of(name), moments.of(name).T)
+    assert moments.of("c").shape == (4, 4)
+    torch.testing.assert_close(moments.mean_sizes("a").double(), inputs.abs().mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    layers = {"a": linear(4, 8)}
+    moments = SecondMoments(layers)
+    layers["a"](torch.full((2, 8), torch.inf))
+    with pytest.raises(ParetuneError, match="not finite"):
+        moments.of("a")
