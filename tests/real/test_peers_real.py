@@ -26,8 +26,7 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 
 ENGINES = [Engine(peer, name) for peer in PEERS.values() for name in peer.formats]
 # RMS of the error of the logits over that of ours. llama.cpp's caches are fp16 in every format. Blocks of 32 with
-# 8 bits cost 0.02 here, CTranslate2's inputs of 8 bits by row 0.06 to 0.09, ONNX Runtime's by tensor 0.24, 4 bits 0.1 to
-# 0.22.
+# 8 bits cost 0.02 here, CTranslate2's int8 0.06 to 0.09, ONNX Runtime's int8_dynamic 0.24, and 4 bits from 0.1 to 0.22.
 LARGEST_RMS = {32: 2e-3, 16: 0.03, 8: 0.12, 4: 0.4}
 # The bound on perplexity that a format with 8 bits in blocks of 32 keeps.
 IN_BLOCKS = ("llama.cpp:Q8_0", "onnxruntime:int8")
