@@ -150,7 +150,10 @@ class Outcome:
     def _beaten_by(self, id: str) -> str:
         if self.winner is None or self.winner not in self.race.trials or self.winner == id:
             return ""
-        return "" if self.ratio(id).value > self.ratio(self.winner).value else "not as fast as the one chosen"
+        ours, theirs = self.ratio(id), self.ratio(self.winner)
+        if ours.value <= theirs.value:
+            return "not as fast as the one chosen"
+        return "" if ours.low > theirs.high else "not surely faster than the one chosen"
 
 
 def baseline_recipe(out: Outcome) -> Recipe:

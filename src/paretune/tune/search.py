@@ -237,8 +237,9 @@ class Search:
             if race.trials[BASELINE].failure:  # without it no block can be judged
                 cause = race.trials[BASELINE].failure
                 raise ParetuneError(f"the baseline failed: {cause}", "Free memory and try again")
+            before = self._say_leader(None)
             self._gate_wave(index)
-            self._say_leader()
+            self._say_leader(before)
             self._drop_losers()
             index += 1
 
@@ -342,10 +343,13 @@ class Search:
         ids = [i for i in ids if out.ratio(i).value > least and out.verdict(i) != "slower"]
         return sorted(ids, key=lambda i: -out.ratio(i).value)
 
-    def _say_leader(self) -> None:
-        if leader := self.out.leader():
+    def _say_leader(self, said: str | None) -> str | None:
+        """Says what would be taken now, unless it is what was `said` last; gives it."""
+        leader = self.out.leader()
+        if leader and leader != said:
             ratio, name = self.out.ratio(leader), self.out.race.trials[leader].recipe.name
             self.say(f"best so far: {name}, {ratio.value:.2f}x [{ratio.low:.2f}, {ratio.high:.2f}]")
+        return leader
 
     def _finalists(self, index: int) -> list[str]:
         """The best candidates that keep the quality, at most `N_FINALISTS`."""
