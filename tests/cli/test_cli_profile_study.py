@@ -164,7 +164,9 @@ def test_predict_says_so_and_loads_the_small_model_alone(command, tiny_gpt2_fold
     monkeypatch.setattr(hardware, "probe_bytes", lambda: 1 << 14)
     loaded = []
     load = measure.load_recipe
-    monkeypatch.setattr(measure, "load_recipe", lambda folder, *a: loaded.append(folder.name) or load(folder, *a))
+    monkeypatch.setattr(
+        measure, "load_recipe", lambda folder, *a, **k: loaded.append(folder.name) or load(folder, *a, **k)
+    )
     code, text, err = command("profile", str(tiny_gpt2_folder), "--predict", "--quick", "--input-len", "9")
     assert code == 0, err
     assert loaded == ["pocket"] and "a prediction, the model was not loaded" in text and "native_int4" in text

@@ -108,7 +108,9 @@ def test_more_shapes_than_the_limit_is_a_refusal(monkeypatch):
     for K in (2, 100, 128):  # one shape
         tensors = inputs(2, 2, K, 8)
         assert torch.equal(flex.attention(*tensors, None, spec), tensors[0])
-    with pytest.raises(UsageError, match=r"1 in one process.* 2 with 130 tokens.* Use --attention sdpa or native"):
+    with pytest.raises(
+        UsageError, match=r"1 in one process.* 2 with 130 tokens.* Use a recipe with the form sdpa or native"
+    ):
         flex.attention(*inputs(2, 2, 130, 8), None, spec)
 
 
