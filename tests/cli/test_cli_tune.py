@@ -66,7 +66,8 @@ def test_dry_run_shows_the_space_and_measures_nothing(tune, tmp_path):
 
 
 def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
-    monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")
+    monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")  # what was compiled before is not taken either
+    monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
     assert out.count("cannot run here") == 198 + 21 and "PARETUNE_NO_COMPILER" in out
