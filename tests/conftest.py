@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes on the same cores: 
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,10 @@ os.environ["TRITON_INTERPRET"] = str(int(not torch.cuda.is_available()))
 
 from paretune import native_build
 from paretune.model import checkpoint
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
