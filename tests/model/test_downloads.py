@@ -161,9 +161,27 @@ def test_a_name_that_is_not_here_yet(tiny, tmp_path, monkeypatch):
 
 
 def test_no_pip(tiny, monkeypatch):
-    monkeypatch.setattr(downloads.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(downloads.importlib.machinery.PathFinder, "find_spec", lambda name: None)
     text = refused(ParetuneError, "this Python has no pip")
     assert "ensurepip" in text and "--from FILE" in text
+
+
+def test_asking_for_pip_leaves_distutils_alone(tiny):
+    """setuptools withdraws its distutils from a process whose finders are asked for pip: Inductor failed after it."""
+
+    class Finder:
+        asked: list[str] = []
+
+        def find_spec(self, name, path=None, target=None):
+            self.asked.append(name)
+
+    finder = Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        downloads.get("tiny")
+    finally:
+        sys.meta_path.remove(finder)
+    assert "pip" not in finder.asked
 
 
 def test_no_network(tiny, monkeypatch):

