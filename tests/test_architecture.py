@@ -13,16 +13,17 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src" / "paretune"
-ROOF = 10  # the package itself and `python -m paretune` stand above everything
+ROOF = 99  # the package itself and `python -m paretune` stand above everything
 EVERYWHERE = {"errors"}
 
 
 def floors_of_the_document() -> dict[str, int]:
-    """Packages and modules by floor, read from the drawing itself."""
+    """Packages and modules by floor, read from the drawing itself; `a/b` stands elsewhere than the rest of `a`."""
     text = (REPOSITORY / "docs" / "design.md").read_text("utf-8")
     floors: dict[str, int] = {}
-    for number, rest in re.findall(r"^    (\d)  (\S.*)$", text, re.MULTILINE):
-        for unit in re.findall(r"\b([a-z_0-9]+)(?:/|\.py\b)", rest):
+    for number, rest in re.findall(r"^    (\d+)  (\S.*)$", text, re.MULTILINE):
+        for path in re.findall(r"(?<![\w/])([a-z_0-9/]+?)(?:/|\.py)(?![\w/])", rest):
+            unit = path.replace("/", ".")
             assert unit not in floors, f"{unit} stands on two floors"
             floors[unit] = int(number)
     return floors
@@ -30,6 +31,13 @@ def floors_of_the_document() -> dict[str, int]:
 
 # `assets` is data with an `__init__.py`.
 FLOORS = floors_of_the_document() | {"assets": 0, "": ROOF, "__main__": ROOF}
+
+
+def unit_of(module: str, floors: dict[str, int]) -> str:
+    """What of the drawing a module belongs to: the longest path that it begins with, else its first part."""
+    parts = module.split(".")
+    paths = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((path for path in paths if path in floors), parts[0])
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,28 @@ def imports(source: str, module: str, is_package: bool, known: set[str]) -> list
     return found
 
 
+def registered(path: Path) -> dict[str, set[str]]:
+    """The modules that each table of `registry.py` names."""
+    tables: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))) if path.is_file() else ():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "register":
+            target = node.args[1]
+            assert isinstance(target, ast.Constant), "a registration is written out"
+            module = str(target.value).partition(":")[0].removeprefix("paretune.")
+            tables.setdefault(ast.unparse(node.func.value), set()).add(module)
+    return tables
+
+
+def registry_reads(source: str, tables: dict[str, set[str]]) -> list[Import]:
+    """What a module imports by way of a registry: every target of a table that it mentions."""
+    return [
+        Import(node.lineno, target, "", False)
+        for node in ast.walk(ast.parse(source))
+        if (name := node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")) in tables
+        for target in sorted(tables[name])
+    ]
+
+
 def constants(path: Path) -> set[str]:
     """Names that a file binds at module level by plain assignment (`__version__`)."""
     if not path.is_file():
@@ -105,21 +135,26 @@ def violations(root: Path, floors: dict[str, int]) -> list[str]:
     """Imports that do not point down, and modules without a floor, one line each."""
     known = modules(root)
     plain = constants(root / "__init__.py")
+    tables = registered(root / "registry.py")
     bad = []
     for module, path in known.items():
-        unit = module.partition(".")[0]
+        unit = unit_of(module, floors)
         where = f"{path.relative_to(root)}"
         if unit not in floors and unit not in EVERYWHERE:
             bad.append(f"{where}: {unit} stands on no floor of docs/design.md")
             continue
         mine = -1 if unit in EVERYWHERE else floors[unit]
-        found = imports(path.read_text("utf-8"), module, path.name == "__init__.py", set(known))
+        text = path.read_text("utf-8")
+        found = imports(text, module, path.name == "__init__.py", set(known))
+        if unit != "registry":
+            found += registry_reads(text, tables)
         for i in found:
-            other = i.target.partition(".")[0]
+            other = unit_of(i.target, floors)
             if other == unit or other in EVERYWHERE or (other == "" and i.name in plain):
                 continue
             theirs = floors.get(other, ROOF)
-            if theirs < mine or (theirs == mine and i.for_types) or {unit, other} == {"", "__main__"}:
+            is_inside = theirs == mine and other.partition(".")[0] == unit.partition(".")[0]
+            if theirs < mine or is_inside or (theirs == mine and i.for_types) or {unit, other} == {"", "__main__"}:
                 continue
             bad.append(f"{where}:{i.line}: {unit} (floor {mine}) imports {other or 'paretune'} (floor {theirs})")
     return bad
@@ -157,11 +192,13 @@ def test_the_drawing_was_read():
         "clock": 0,
         "ops": 1,
         "hardware": 2,
-        "recipe": 3,
-        "engine": 4,
-        "evaluate": 5,
-        "cli": 9,
-        "api": 9,
+        "transforms": 3,
+        "engine.runners": 3,
+        "recipe": 4,
+        "engine": 5,
+        "evaluate": 6,
+        "api": 10,
+        "cli": 11,
     }
     assert {unit: FLOORS.get(unit) for unit in expected} == expected
     assert "paretune" not in FLOORS and not EVERYWHERE & {u for u, f in FLOORS.items() if f > 0}
@@ -199,11 +236,16 @@ PLANTED = {
     "ground floor sideways": ("clock.py", "from paretune import files"),
     "the errors import something": ("errors.py", "from paretune import clock"),
     "the lazy front door": ("engine/x.py", "from paretune import load"),
+    "up by a registry": ("ops/x.py", "from paretune.registry import THINGS\nTHINGS.get('a')"),
+    "up by a registry's module": ("ops/x.py", "from paretune import registry\nregistry.THINGS.get('a')"),
+    "a part of a package that stands lower": ("engine/runners/x.py", "from paretune.engine import y"),
     "no floor": ("helpers.py", ""),
     "a folder without a floor": ("utils/x.py", ""),
 }
 ALLOWED = {
     "down": ("engine/x.py", "from paretune import clock\nfrom paretune.model import config"),
+    "down by a registry": ("tune/x.py", "from paretune.registry import THINGS\nTHINGS.get('a')"),
+    "down to a part of the own package": ("engine/x.py", "from paretune.engine.runners import z"),
     "errors from the ground": ("clock.py", "from paretune.errors import UsageError"),
     "inside one package": ("engine/x.py", "from paretune.engine.y import z\nfrom . import y"),
     "sideways for types": (
@@ -234,6 +276,9 @@ def house(tmp_path):
         (root / folder / f"{module}.py").touch()
     for module in ("clock", "files", "errors", "hardware"):
         (root / f"{module}.py").touch()
+    (root / "engine" / "runners").mkdir()
+    (root / "engine" / "runners" / "__init__.py").touch()
+    (root / "registry.py").write_text('THINGS.register("a", "paretune.engine.runners.z:A")\n')
 
     def plant(name: str, text: str) -> list[str]:
         (root / name).parent.mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ from paretune.errors import UsageError
 from paretune.registry import RUNNERS, TRANSFORMS
 
 if TYPE_CHECKING:
+    from paretune.engine.runners.base import Runner
     from paretune.model.base import LanguageModel
     from paretune.model.config import ModelConfig
     from paretune.transforms.base import Context, Transform
@@ -48,7 +49,8 @@ class EngineOptions:
 
     @property
     def title(self) -> str:
-        name = self.runner if self.runner != "compile" else f"compile({self.compile_mode})"
+        has_modes = len(RUNNERS.get(self.runner).modes) > 1
+        name = f"{self.runner}({self.compile_mode})" if has_modes else self.runner
         cache = f", {self.cache_dtype} cache" if self.cache_dtype else ""
         return (name if self.threads is None else f"{name} x{self.threads}") + cache
 
@@ -83,14 +85,38 @@ class Recipe:
     @property
     def complexity(self) -> int:
         """Ties go to the recipe with the smaller number."""
-        engine = self.engine
-        options = (engine.runner != "eager", engine.compile_mode != "default", engine.cache_dtype is not None)
+        engine, default = self.engine, EngineOptions()
+        options = (
+            engine.runner != default.runner,
+            engine.compile_mode != default.compile_mode,
+            engine.cache_dtype is not None,
+        )
         return len(self.transforms) + sum(options)
 
     @property
     def changes_numbers(self) -> bool:
         """Whether results differ from the reference by more than the order of additions."""
         return any(not t.exact for t in self.transforms) or self.engine.cache_dtype is not None
+
+    @property
+    def runner_class(self) -> type[Runner]:
+        """What executes it, for what it declares."""
+        return RUNNERS.get(self.engine.runner)
+
+    @property
+    def changes_mechanism(self) -> bool:
+        """Whether something changes what attention computes, so that quality depends on the length."""
+        return any(t.changes_mechanism for t in self.transforms)
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention holds `[T, T]` numbers for the backward pass: all but a plain fused form."""
+        return self.changes_mechanism or not any(t.keeps_scores is False for t in self.transforms)
+
+    @property
+    def has_score_matrix(self) -> bool:
+        """Whether attention writes its scores to memory: without a transform of its own it is the formula."""
+        return all(t.has_score_matrix is not False for t in self.transforms)
 
     def with_threads(self, threads: int | None) -> Recipe:
         """The same on so many threads; None: as many as the process has."""
@@ -162,7 +188,7 @@ class Recipe:
     def requires(self, device: str) -> str | None:
         """The first reason why this recipe cannot run on `device`, or None."""
         reasons = [t.requires(device) for t in self.transforms]
-        runner, cache_dtype = RUNNERS.get(self.engine.runner), self.engine.cache_dtype
+        runner, cache_dtype = self.runner_class, self.engine.cache_dtype
         if cache_dtype is not None and cache_dtype not in runner.cache_dtypes:
             reasons.append(f"the {runner.name} runner has no {cache_dtype} cache")
         reasons.append(runner.requires(device))
@@ -177,7 +203,7 @@ class Recipe:
             if reason := transform.fits(config):
                 return reason
             config = transform.changed(config)
-        return RUNNERS.get(self.engine.runner).fits(config, formats, self.engine.cache_dtype)
+        return self.runner_class.fits(config, formats, self.engine.cache_dtype)
 
     def why_not(self, device: str, config: ModelConfig) -> str | None:
         """The first reason why this recipe cannot run such a model on `device`, or None.
@@ -205,10 +231,9 @@ class Recipe:
             model = transform.apply(model, ctx)
         return model
 
-    def runner(self, model: LanguageModel) -> Any:
+    def runner(self, model: LanguageModel) -> Runner:
         """The runner that executes the transformed model."""
-        kind = RUNNERS.get(self.engine.runner)
-        runner = kind(model, self.engine.compile_mode) if self.engine.runner == "compile" else kind(model)
+        runner = self.runner_class(model, self.engine.compile_mode)
         if self.engine.cache_dtype is not None:
             runner.set_cache_dtype_(self.engine.cache_dtype)
         return runner

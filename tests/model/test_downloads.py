@@ -170,7 +170,8 @@ def test_asking_for_pip_leaves_distutils_alone(tiny):
     """setuptools withdraws its distutils from a process whose finders are asked for pip: Inductor failed after it."""
 
     class Finder:
-        asked: list[str] = []
+        def __init__(self):
+            self.asked = []
 
         def find_spec(self, name, path=None, target=None):
             self.asked.append(name)

@@ -28,10 +28,10 @@ def test_a_batch_that_does_not_fit_goes_through_in_parts():
 
 
 def test_which_forms_keep_their_scores():
-    assert cost.keeps_scores(preset("eager_attn"))
-    assert cost.keeps_scores(Recipe.from_dict({"transforms": [{"name": "attention", "form": "eager"}]}))
-    assert not cost.keeps_scores(recipe())
-    assert cost.keeps_scores(recipe({"name": "mechanism", "alibi": True}))
+    assert preset("eager_attn").keeps_scores
+    assert Recipe.from_dict({"transforms": [{"name": "attention", "form": "eager"}]}).keeps_scores
+    assert not recipe().keeps_scores
+    assert recipe({"name": "mechanism", "alibi": True}).keeps_scores
 
 
 @pytest.mark.slow

@@ -298,6 +298,7 @@ def _ran(loaded: Loaded) -> dict[str, Any]:
     return {
         "name": loaded.recipe.name,
         **runner.describe(),
+        "compiled": runner.compiled,
         "weight_formats": sorted({m.weight.format for m in layers}),
         "dtype": str(runner.dtype).removeprefix("torch."),
         "device": str(runner.device),
@@ -310,7 +311,7 @@ def _timings(result: GenerateResult, ran: dict[str, Any], tokenize_sec: float, s
     n_new = [len(g.tokens) for g in result.generations]
     n_prompt = [len(g.prompt) for g in result.generations]
     speed = f"TTFT {1e3 * timing.ttft_sec:.1f} ms" + ("" if tpot is None else f", TPOT {1e3 * tpot:.2f} ms")
-    compiled = ", compilation included" if ran["runner"] == "compile" else ""
+    compiled = ", compilation included" if ran["compiled"] else ""
     sampled = "" if seed is None else f"; seed {seed}"
     return (
         f"{speed} ({_count(n_new)}{compiled}), prompt {_count(n_prompt)}; "

@@ -124,7 +124,7 @@ def attention_of(config: str | None, device: str, shape: ModelConfig) -> Recipe 
 
     recipe = preset(config)
     other = [t.title for t in recipe.transforms if t.stage > Stage.ATTENTION]
-    if other or recipe.engine.runner != "eager":
+    if other or not recipe.runner_class.trainable:
         what = other[0] if other else f"the {recipe.engine.runner} runner"
         raise UsageError(f"--config {config}: {what} cannot be trained", "Name a recipe that changes attention alone")
     if reason := next((reason for t in recipe.transforms if (reason := t.trains(device))), None):

@@ -280,9 +280,13 @@ def shares_weights(form: Recipe, plan: Recipe) -> bool:
     theirs, ours = _of_weights(form), _of_weights(plan)
     mechanisms = [t for t in plan.transforms if t.stage == Stage.MECHANISM]
     same_mechanism = mechanisms == [t for t in form.transforms if t.stage == Stage.MECHANISM]
-    # Native code packs the weights; a mechanism that was applied is not taken back.
-    is_packed = (form.engine.runner == "native") == (plan.engine.runner == "native")
-    return theirs == ours and is_packed and (not mechanisms or same_mechanism)
+    # What one runner has packed another cannot read; a mechanism that was applied is not taken back.
+    return theirs == ours and _packer(form) == _packer(plan) and (not mechanisms or same_mechanism)
+
+
+def _packer(recipe: Recipe) -> str | None:
+    """The runner whose layout the weights are in; None: the model's own."""
+    return recipe.engine.runner if recipe.runner_class.packs_weights else None
 
 
 def view(model: LanguageModel, recipe: Recipe, plan: Recipe) -> Runner:

@@ -19,6 +19,7 @@ from paretune.ops.native import packed
 from paretune.ops.quantized_linear import op
 from paretune.ops.weights.base import Weight
 from paretune.recipe import Recipe
+from paretune.registry import RUNNERS
 from paretune.transforms.base import Context
 
 
@@ -64,6 +65,7 @@ def load_recipe(
     streams = device == "cpu" and all(t.per_weight for t in recipe.transforms)
 
     convert_sec = calibrate_sec = 0.0
+    kind = RUNNERS.get(recipe.engine.runner)
 
     def convert(model: LanguageModel, name: str, weight: Weight) -> Weight:
         nonlocal convert_sec
@@ -71,7 +73,7 @@ def load_recipe(
         for transform in recipe.transforms:
             weight = transform.convert(model, name, weight)
         convert_sec += clock.now() - before
-        if recipe.engine.runner == "native" and weight.native() is not None:
+        if kind.packs_weights and weight.native() is not None:
             weight = next(packed.pack([weight]))
         return weight
 
@@ -103,16 +105,9 @@ def prove(loaded: Loaded, batch_size: int = 1, capacity: int = 0) -> tuple[list[
     """
     probe = observe(loaded.runner, batch_size, capacity)
     said = [s for t in loaded.recipe.transforms for s in t.verify(loaded.runner.model, probe)]
-    if loaded.runner.name == "native":
-        if not loaded.runner.kernels:
-            raise NoEffectError(f"no step of {batch_size} sequences ran in native code", "Use the eager runner")
-        said.append(f"whole steps run in native code ({probe.runner['isa']})")
+    said += loaded.runner.prove(probe.graph_breaks)
     if wanted := loaded.recipe.engine.cache_dtype:
         if probe.cache_dtype != str(CACHE_DTYPES[wanted]):
             raise NoEffectError(f"the cache holds {probe.cache_dtype}, not {wanted}", "Leave cache_dtype out")
         said.append(f"keys and values are kept in {wanted}")
-    if probe.compiled:
-        if probe.graph_breaks:
-            raise NoEffectError(f"the compiled graph has {probe.graph_breaks} breaks", "Use the eager runner")
-        said.append("prefill and decode each run as one compiled graph, 0 graph breaks")
     return said, probe

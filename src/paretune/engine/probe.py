@@ -25,6 +25,7 @@ class Observation:
 
     kernels: dict[str, int]  # operators and kernels by name, with counts
     compiled: bool  # the runner executes compiled graphs
+    own_kernels: bool  # the runner has products and attention of its own
     graph_breaks: int
     cache_dtype: str
     bytes_by_dtype: dict[str, int]  # stored parameters and buffers, each storage once
@@ -71,7 +72,8 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
         described["cache_dtype"] = "int4" if cache_dtype == INT4 else str(cache_dtype).removeprefix("torch.")
     return Observation(
         kernels=dict(kernels),
-        compiled=runner.name == "compile",
+        compiled=runner.compiled,
+        own_kernels=runner.own_kernels,
         graph_breaks=sum(counters["graph_break"].values()) - breaks_before,
         cache_dtype=str(cache_dtype),
         bytes_by_dtype=sizes,

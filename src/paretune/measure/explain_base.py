@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from paretune.engine.runners.base import Runner
 from paretune.hardware import Ceilings
 from paretune.measure.profile_parts import SUM_KEYS
 from paretune.measure.roofline import quantity
+from paretune.recipe import EngineOptions
+from paretune.registry import RUNNERS
 
 LARGE = 0.4  # of the step: a cause that is called its bound
 ABOVE_CEILING = 1.15  # a ceiling that is surpassed by more was not the machine's
@@ -66,8 +69,10 @@ def class_share(result: Result, *kinds: str) -> float:
     return sum(row["share"] for row in result.get("kernel_classes") or () if row["kind"] in kinds)
 
 
-def runner_of(result: Result) -> str:
-    return str(((result.get("recipe") or {}).get("engine") or {}).get("runner") or "eager")
+def runner_of(result: Result) -> type[Runner]:
+    """What the runner of a profile declares; of one that is not known here, what every runner has."""
+    name = ((result.get("recipe") or {}).get("engine") or {}).get("runner") or EngineOptions().runner
+    return RUNNERS.get(name) if name in RUNNERS.names() else Runner
 
 
 def is_on_cpu(result: Result) -> bool:
@@ -81,8 +86,8 @@ def is_training(result: Result) -> bool:
 def runners_to_try(result: Result, native: str, compiled: str) -> str:
     """What to try: the words of the runners that are not in use and can run on the device; training has one."""
     used = runner_of(result)
-    said = [native] if is_on_cpu(result) and used != "native" and not is_training(result) else []
-    said += [compiled] if used == "eager" and not is_training(result) else []
+    said = [native] if is_on_cpu(result) and not used.own_kernels and not is_training(result) else []
+    said += [compiled] if used.is_reference and not is_training(result) else []
     return " or ".join(said) or "a larger --batch-size, whose tokens share this cost"
 
 

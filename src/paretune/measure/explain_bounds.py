@@ -21,6 +21,7 @@ from paretune.measure.explain_base import (
     runners_to_try,
 )
 from paretune.measure.roofline import NEAR_CEILING, percent, quantity
+from paretune.recipe import Recipe
 
 OVERHEAD = ("dispatch", "allocation")
 # Bytes a weight where a result does not say how its weights are stored.
@@ -90,7 +91,7 @@ def _slow_products(result: Result) -> Iterator[Explanation]:
     classes = [row for row in result.get("kernel_classes") or () if row["kind"] in ("GEMM", "GEMV")]
     whole = result.get("whole") or {}
     sec, step_sec = sum(row["sec"] for row in classes), whole.get("sec")
-    if not sec or not step_sec or runner_of(result) == "native":
+    if not sec or not step_sec or runner_of(result).own_kernels:
         return
     leaves = [r for r in leaves_of(result) if r["product_weight_bytes"]]
     if leaves:
@@ -242,12 +243,11 @@ def _kept_buffers(result: Result) -> str:
     """What allocates less than the present recipe."""
     recipe = result.get("recipe")
     said = []
-    # Without a transform of its own, attention is the formula, scores and all.
-    if recipe and all(t.get("form") == "eager" for t in recipe.get("transforms") or () if t["name"] == "attention"):
+    if recipe and Recipe.from_dict({"transforms": recipe.get("transforms") or ()}).has_score_matrix:
         said.append("attention without a score matrix (--config baseline)")
     if is_training(result):
         said.append("fewer sequences at once (--batch-size, with --grad-accumulation in `paretune train`)")
-    elif runner_of(result) == "eager":
+    elif runner_of(result).is_reference:
         said.append("buffers that are kept (--config native or compile)")
     return " or ".join(said) or "a shorter prompt or a smaller --batch-size"
 

@@ -41,7 +41,7 @@ CLOSES = (0.95, 1.05)  # the sum of the parts over the whole
 def _named_kernels(recipe: Recipe, device: str) -> Iterator[None]:
     """While it is open, the compiler writes each CPU kernel's name where a profiler sees it (a setting of the compiler,
     restored at the end)."""
-    if recipe.engine.runner != "compile" or device != "cpu":
+    if not recipe.runner_class.compiled or device != "cpu":
         yield
         return
     from torch._inductor import config
@@ -176,7 +176,7 @@ def take_apart(
     instrument: Instrument | None = Instrument(step.model, marks) if marks else None
     counts = Counts()
     calls: dict[Key, int] = {}
-    if runner.name == "compile":  # a wrapper would be compiled for once more, and break the graph
+    if runner.compiled:  # a wrapper would be compiled for once more, and break the graph
         marks = instrument = None
         notes.append(_INSIDE.format("a compiled graph"))
     else:
@@ -240,7 +240,7 @@ def take_apart(
     profiled_sec = None
     if with_kernels:
         kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *(QUICK_KERNELS if quick else KERNELS))
-    if kernels and runner.name == "native" and not parts:  # the profiler sees nothing of it: that is no gap
+    if kernels and runner.own_kernels and not parts:  # the profiler sees nothing of it: that is no gap
         kernels[-1] = replace(kernels[-1], name="the native runner's own code", kind="native code", count=1)
     return {
         "whole": whole,

@@ -96,7 +96,7 @@ def facts(loaded: Loaded, step: Step, result: dict[str, Any], breaks: BreakCount
     return {
         "threads": result["threads"]["threads"],
         "usable_cores": result["threads"]["usable_cores"],
-        "emulated": bool(support and support.emulated) and runner.name != "native",
+        "emulated": bool(support and support.emulated) and not runner.own_kernels,
         "emulated_reason": support.reason if support else "",
         "graph_breaks": breaks.count(),
         "zero_share": zero_share(step.model),

@@ -41,7 +41,7 @@ def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) 
     Args:
         whole: of the profile: of its bytes is the working set of the weights.
     """
-    if runner.name != "native":
+    if not runner.own_kernels:
         return None
     counted, spent = _counted(runner, step, N_STEPS)
     if not counted:
@@ -74,7 +74,7 @@ def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) 
 
 def spans(runner: Any, step: Step) -> list[tuple[str, float]]:
     """(operation with its layer, seconds) of one step in the order in which they ran; empty for other runners."""
-    if runner.name != "native":
+    if not runner.own_kernels:
         return []
     counted, _ = _counted(runner, step, 1)
     return [(f"layer {c.layer}: {c.operation}" if c.layer >= 0 else c.operation, c.sec) for c in counted if c.calls]

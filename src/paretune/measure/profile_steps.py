@@ -32,8 +32,8 @@ def check_phase(phase: str, recipe: Recipe, name: str) -> None:
         raise UsageError(f"unknown phase {phase!r}", f"Known: {', '.join(PHASES)}")
     if phase != "train":
         return
-    quantised = [t.title for t in recipe.transforms if t.name not in ("attention", "precision")]
-    why = f"its runner is {recipe.engine.runner}" if recipe.engine.runner != "eager" else ""
+    quantised = [t.title for t in recipe.transforms if not t.trainable]
+    why = "" if recipe.runner_class.trainable else f"its runner is {recipe.engine.runner}"
     why = why or (f"{quantised[0]} weights carry no gradient" if quantised else "")
     if why:
         raise UsageError(
@@ -51,13 +51,8 @@ def stored_width(recipe: Recipe) -> float:
     if not all(t.per_weight for t in recipe.transforms):
         return 4.0
     width = 4.0
-    for entry in recipe.to_dict()["transforms"]:
-        if entry["name"] == "precision":
-            width = 2.0
-        elif entry["name"] == "int8":
-            width = 1.1
-        elif entry["name"] == "groups":
-            width = entry["bits"] / 8 + 0.2  # scales; the head may be kept at 8 bits
+    for transform in recipe.transforms:
+        width = transform.weight_width or width
     return width
 
 

@@ -92,7 +92,7 @@ class Trial:
                 self.bench.short_sample("tpot")
             compile_sec = self.parts_sec["compile"] = self.parts_sec.pop("prove") + self.parts_sec["compile"]
         exact = []
-        if request.get("check_prompt") and (recipe.engine.runner != "eager" or any(t.exact for t in recipe.transforms)):
+        if request.get("check_prompt") and (not runner.is_reference or any(t.exact for t in recipe.transforms)):
             store = Path(request["references"]) if request.get("references") else None
             with self._part("exact"):
                 exact = check_exact(self.loaded, request["check_prompt"], shape=shape, store=store)

@@ -24,7 +24,6 @@ from paretune.recipe import Recipe
 
 BATCH_SIZES = (16, 32, 64, 128)
 WORKER = "paretune.train.worker"
-FUSED = {"sdpa", "flex", "flash_attn"}  # attention functions whose backward pass computes the scores again
 _INTERPRETER_BYTES = 450 << 20  # a process with PyTorch
 _MEMORY_SHARE = 0.85
 _LOAD_SEC, _STEP_SEC = 600.0, 3600.0  # time-outs
@@ -101,12 +100,6 @@ def training_costs(
     return rows
 
 
-def keeps_scores(recipe: Recipe) -> bool:
-    """Whether the form of a recipe holds `[T, T]` numbers for the backward pass: all but a plain fused one."""
-    forms = {getattr(t, "form", "") for t in recipe.transforms}
-    return not forms & FUSED or any(t.name == "mechanism" for t in recipe.transforms)
-
-
 def _start(
     stack: contextlib.ExitStack,
     name: str,
@@ -117,7 +110,7 @@ def _start(
     dtype: str,
     threads: int | None,
 ) -> _Subject:
-    subject = _Subject(name, None, keeps_scores(recipe))
+    subject = _Subject(name, None, recipe.keeps_scores)
     request = {"folder": str(Path(folder).absolute()), "recipe": recipe.to_dict(), "device": device, "dtype": dtype}
     process = TrialProcess(name, "train", log=log, module=WORKER)
     stack.callback(process.close)

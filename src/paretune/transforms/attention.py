@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -25,6 +25,7 @@ class Attention(Transform):
     stage: ClassVar[Stage] = Stage.ATTENTION
     exact: ClassVar[bool] = True
     per_weight: ClassVar[bool] = True  # it changes none
+    trainable: ClassVar[bool] = True
     form: str = "sdpa"
 
     def __post_init__(self) -> None:
@@ -34,17 +35,35 @@ class Attention(Transform):
     def title(self) -> str:
         return self.form
 
+    @property
+    def keeps_scores(self) -> bool:
+        return not self._declared("RECOMPUTES", False)
+
+    @property
+    def has_score_matrix(self) -> bool:
+        return self._declared("SCORE_MATRIX", False)
+
+    @property
+    def compiles_for_each_length(self) -> str | None:
+        """Why a request would wait for a compiler under this form, or None."""
+        return self._declared("COMPILES_FOR_EACH_LENGTH", None)
+
+    def _declared(self, name: str, default: Any) -> Any:
+        """What the form's module says of itself: a constant or a function beside the attention function."""
+        return getattr(importlib.import_module(ATTENTION.get(self.form).__module__), name, default)
+
+    def _asked(self, name: str, about: Any) -> str | None:
+        ask = self._declared(name, None)
+        return ask(about) if ask else None
+
     def requires(self, device: str) -> str | None:
-        module = importlib.import_module(ATTENTION.get(self.form).__module__)
-        return module.requires(device) if hasattr(module, "requires") else None
+        return self._asked("requires", device)
 
     def trains(self, device: str) -> str | None:
-        module = importlib.import_module(ATTENTION.get(self.form).__module__)
-        return module.trains(device) if hasattr(module, "trains") else None
+        return self._asked("trains", device)
 
     def fits(self, config: ModelConfig) -> str | None:
-        module = importlib.import_module(ATTENTION.get(self.form).__module__)
-        return module.fits(config.attention_pattern) if hasattr(module, "fits") else None
+        return self._asked("fits", config.attention_pattern)
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         function = ATTENTION.get(self.form)
@@ -64,15 +83,14 @@ class Attention(Transform):
         ensure(bool(layers), self, "the model has no attention layer")
         ensure(all(m.attention is function for m in layers), self, "some layers kept another function")
         said = f"all {len(layers)} layers run {self.form} attention"
-        if self.form == "sdpa" and not probe.compiled:
-            seen = kernels_like(
-                probe, ["scaled_dot_product", "_flash_attention", "_efficient_attention", "native::attention"]
-            )
+        fused_kernels = self._declared("FUSED_KERNELS", ())
+        if fused_kernels and not probe.compiled:
+            seen = kernels_like(probe, [*fused_kernels, "native::attention"])
             ensure(bool(seen), self, "the profile of one step shows no fused attention kernel")
             fused = [k for k in seen if "flash" in k or "efficient" in k or "cudnn" in k]
             native = ["native::attention"] if "native::attention" in seen else []
             said += f" ({[*fused, *native, 'the unfused math form'][0]} in the profile)"
-        kernel = getattr(importlib.import_module(function.__module__), "KERNEL", None)
+        kernel = self._declared("KERNEL", None)
         if kernel is not None and not probe.compiled:
             ran = kernels_like(probe, [kernel, "native::attention"])
             ensure(bool(ran), self, f"the profile of one step shows no {kernel}")

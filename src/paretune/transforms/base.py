@@ -55,6 +55,9 @@ class Observation(Protocol):
     def compiled(self) -> bool: ...
 
     @property
+    def own_kernels(self) -> bool: ...
+
+    @property
     def cache_dtype(self) -> str: ...
 
     @property
@@ -73,11 +76,32 @@ class Transform:
     # `convert` does all that `apply` does to weights: a model can be converted while it is read.
     per_weight: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
+    trainable: ClassVar[bool] = False  # the model can be trained under it
 
     @property
     def title(self) -> str:
         """A short name for tables."""
         raise NotImplementedError
+
+    @property
+    def changes_mechanism(self) -> bool:
+        """Whether it changes what attention computes, so that quality depends on the length."""
+        return self.stage == Stage.MECHANISM
+
+    @property
+    def weight_width(self) -> float | None:
+        """Bytes that a weight takes in memory under it, from above; None: as many as without it."""
+        return None
+
+    @property
+    def keeps_scores(self) -> bool | None:
+        """Whether attention holds `[T, T]` numbers for the backward pass; None where this does not say."""
+        return None
+
+    @property
+    def has_score_matrix(self) -> bool | None:
+        """Whether attention writes its scores to memory; None where this does not say."""
+        return None
 
     @property
     def is_partial(self) -> bool:

@@ -63,6 +63,10 @@ class Groups(Quantize):
     def format_title(self) -> str:  # type: ignore[override]
         return f"groups of {self.group}"
 
+    @property
+    def weight_width(self) -> float:
+        return self.bits / 8 + 0.2  # scales; the head may be kept at 8 bits
+
     def wants(self, is_end: bool) -> bool:
         return bool(self.bits_of(is_end))
 

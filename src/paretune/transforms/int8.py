@@ -30,6 +30,10 @@ class Int8(Quantize):
     def title(self) -> str:
         return ("int8" if self.embeddings else "int8-linear") + self.of_layers
 
+    @property
+    def weight_width(self) -> float:
+        return 1.1  # with a scale a row
+
     def wants(self, is_end: bool) -> bool:
         return self.embeddings or not is_end
 

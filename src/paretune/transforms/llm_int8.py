@@ -63,7 +63,7 @@ class LLMInt8(Quantize):
             if isinstance(layer.weight, MixedInt8):  # packed for native code all inputs have 16 bits
                 said = [self._proof_of_outliers(layer)]
                 break
-        kernel = "native::int8" if probe.runner.get("runner") == "native" else MixedInt8.kernel
+        kernel = "native::int8" if probe.own_kernels else MixedInt8.kernel
         ensure(bool(probe.kernels.get(kernel)), self, f"the profile of one step shows no {kernel}")
         return [f"{kernel} ran {probe.kernels[kernel]} times in one step", *said]
 

@@ -33,6 +33,7 @@ class Mechanism(Transform):
     name: ClassVar[str] = "mechanism"
     stage: ClassVar[Stage] = Stage.MECHANISM
     per_weight: ClassVar[bool] = True  # it changes none
+    trainable: ClassVar[bool] = True
     alibi: bool = False
     positions: str = "removed"
     pattern: str = ""

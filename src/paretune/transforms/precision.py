@@ -24,6 +24,7 @@ class Precision(Transform):
     name: ClassVar[str] = "precision"
     stage: ClassVar[Stage] = Stage.PRECISION
     per_weight: ClassVar[bool] = True
+    trainable: ClassVar[bool] = True
     dtype: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -35,6 +36,10 @@ class Precision(Transform):
     @property
     def title(self) -> str:
         return self.dtype
+
+    @property
+    def weight_width(self) -> float:
+        return 2.0
 
     def requires(self, device: str) -> str | None:
         support = hardware.dtype_support(device)[self.dtype]

@@ -224,7 +224,7 @@ def fast_kernel(transform: Transform, model: LanguageModel, probe: Observation, 
         ran = kernels_like(probe, op.KERNELS)
         ensure(bool(ran), transform, f"the step runs none of {', '.join(op.KERNELS)}")
         return [f"{name} ran {n} times in one prefill and one decode step" for name, n in ran.items()]
-    if probe.runner.get("runner") != "native":
+    if not probe.own_kernels:
         return []
     ensure(bool(probe.kernels.get(kernel)), transform, f"the step runs no {kernel}")
     return [f"{kernel} ran {probe.kernels[kernel]} times in one step"]

@@ -33,7 +33,6 @@ AUTO_BATCHES, AUTO_LENGTHS = (1, 8), (128, 512, 2048)
 SHARE, LEAST_EACH_SEC = 0.5, 15.0  # timing: of the budget, and at least for each cell
 SEED_STEP = 3000  # fresh prompts
 # Each new length is compiled for, which takes tens of seconds: no request can wait for that.
-COMPILES = {"flex": "FlexAttention is compiled anew for each length; a request would wait for it"}
 
 
 def grid_of(goal: Goal, longest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -99,15 +98,14 @@ def forms_of(out: Outcome) -> tuple[dict[str, Form], list[tuple[str, str]]]:
         add(Form(PLAN, recipe, "lossless"))
     else:
         assert quality is not None and name != BASELINE
-        has_mechanism = any(t.name == "mechanism" for t in recipe.transforms)
-        longest = out.quality_len if has_mechanism else None
+        longest = out.quality_len if recipe.changes_mechanism else None
         add(Form(PLAN, recipe, "bounded", float(quality["ppl_increase_upper"]), longest))
     for form in ATTENTION.names():
         other = _with_form(recipe, form)
         if other is None or other.hash == recipe.hash:
             continue
-        reason = COMPILES.get(form) or other.requires(device)
-        if recipe.engine.runner != "eager":
+        reason = Attention(form).compiles_for_each_length or other.requires(device)
+        if not recipe.runner_class.is_reference:
             reason = f"the {recipe.engine.runner} runner has one form of attention"
         if reason:
             left_out.append((f"{form} attention", reason))
@@ -117,7 +115,7 @@ def forms_of(out: Outcome) -> tuple[dict[str, Form], list[tuple[str, str]]]:
     add(Form(base.name, base, "lossless", weights_bytes=copy_bytes(base)))
     for id, found in out.qualities.items():
         state = out.race.trials[id]
-        if state.failure or not any(t.name == "mechanism" for t in state.recipe.transforms):
+        if state.failure or not state.recipe.changes_mechanism:
             continue
         if found.within_bound:
             label = "bounded", float(found.ppl_increase_upper), out.quality_len
@@ -166,7 +164,7 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     forms, left_out = forms_of(out)
     about |= {"left_out": [list(pair) for pair in left_out], "forms": [_about(f) for f in forms.values()]}
     plan = forms[PLAN].recipe
-    if plan.engine.runner == "compile":
+    if plan.runner_class.fixed_batch:
         return about | {"cause": "a compiled graph is made for one batch size: there is no choice by regime"}
     if len(forms) == 1:
         return about | {"cause": "there is one form of this plan here: nothing to choose from"}

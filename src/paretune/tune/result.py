@@ -366,7 +366,7 @@ def _store_checkpoint(out: Outcome, chosen: TrialState | None, recipe: Recipe, f
     base = out.race.trials.get(BASELINE)
     if not (chosen and chosen.facts and base and base.facts and recipe.changes_numbers):
         return None
-    if any(t.name == "mechanism" for t in recipe.transforms):  # it is not applied to what it made, and is instant
+    if recipe.changes_mechanism:  # it is not applied to what it made, and is instant
         return None
     if chosen.facts["load_sec"] - base.facts["load_sec"] < INSTANT_SEC:
         return None

@@ -54,7 +54,7 @@ def why(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
         request["threads"],
         breaks,
         quick=True,
-        with_kernels=trial.loaded.runner.name != "compile",  # its kernels were compiled without names
+        with_kernels=not trial.loaded.runner.compiled,  # its kernels were compiled without names
     )
     return {"explanations": found["explanations"], "sec": found["whole"]["sec"]}
 

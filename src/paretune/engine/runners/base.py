@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -32,21 +32,37 @@ def no_cache(runner: str, dtype: str, known: tuple[str, ...]) -> tuple[str, str]
 
 
 class Runner:
-    """Executes a model step by step on a cache.
+    """Executes a model step by step on a cache. What others need to know of a runner it declares here.
 
     Args:
         model: built and transformed.
+        mode: one of `modes`.
+
+    Raises:
+        UsageError: there is no such mode.
     """
 
     name: ClassVar[str]
+    modes: ClassVar[tuple[str, ...]] = ("default",)  # of `EngineOptions.compile_mode`; more than one: titles name it
+    # Seconds until the first step can be timed, by mode, before anything was measured here.
+    start_sec: ClassVar[Mapping[str, float]] = {"default": 4.0}
+    is_reference: ClassVar[bool] = False  # PyTorch, operator by operator: what the others are held against
+    trainable: ClassVar[bool] = False  # gradients flow through its steps
+    compiled: ClassVar[bool] = False  # steps are graphs that a compiler made: nothing inside can be wrapped or timed
+    own_kernels: ClassVar[bool] = False  # products and attention are its own code: PyTorch's forms make no difference
+    packs_weights: ClassVar[bool] = False  # puts weights into a layout of its own, in place of the model's
+    needs_compiler: ClassVar[bool] = False  # a C++ compiler, on a CPU
     chooses: ClassVar[bool] = False  # finds the most likely token itself, as part of the step
     cache_dtypes: ClassVar[tuple[str, ...]] = tuple(CACHE_DTYPES)  # that it can read
     same_bits_at_any_width: ClassVar[bool] = False  # a token's logits depend on neither batch nor width of its step
     fixed_batch: ClassVar[bool] = False  # has a graph for each batch size: another one costs a compilation
     exact: ClassVar[bool] = True  # claims the reference's results, so it is checked before it is timed
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, mode: str = "default") -> None:
+        if mode not in self.modes:
+            raise UsageError(f"the {self.name} runner has no mode {mode!r}", f"Known: {', '.join(self.modes)}")
         self.model = model
+        self.mode = mode
         self.config = model.config
         embedding = model.embedding
         self.dtype: torch.dtype = embedding.weight.compute_dtype
@@ -131,6 +147,23 @@ class Runner:
     def buffer_bytes(self) -> int:
         """Bytes of working memory that the runner keeps between steps."""
         return 0
+
+    def count_(self, is_on: bool) -> None:
+        """Starts counting operations from zero, or stops; a runner that does not count them does nothing."""
+
+    @property
+    def counters(self) -> list[tuple[str, int, int, float, int, int]] | None:
+        """Every operation of a step in order since `count_(True)`: parts, layer or -1, calls, seconds (barriers
+        included), bytes read of weights and cache, FLOP (a multiply-add counts 2); None where none are counted."""
+        return None
+
+    def prove(self, graph_breaks: int) -> list[str]:
+        """Proof that steps really ran as this runner says, after some have: sentences for the report.
+
+        Raises:
+            NoEffectError: they did not.
+        """
+        return []
 
     def describe(self) -> dict[str, object]:
         """What really runs, for the report."""

@@ -7,7 +7,8 @@ no global compiler state changes.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from paretune import native_build
 from paretune.engine.cache import KVCache
 from paretune.engine.runners.base import Logits, Runner
-from paretune.errors import UsageError
+from paretune.errors import NoEffectError
 from paretune.model.base import LanguageModel
 
 # `freeze` folds the weights into the graph as constants (and may repack them: counted in the memory report).
@@ -29,18 +30,20 @@ CAPACITY_STEP = 128  # cache lengths are rounded up to it, so that few shapes ar
 
 
 class CompileRunner(Runner):
-    """Args:
-    mode: one of `MODES`.
-    """
-
     name = "compile"
+    modes = tuple(MODES)
+    start_sec: ClassVar[Mapping[str, float]] = {
+        "default": 45.0,
+        "freeze": 50.0,
+        "max-autotune": 90.0,
+        "reduce-overhead": 60.0,
+    }
+    compiled = True
     fixed_batch = True
+    needs_compiler = True
 
     def __init__(self, model: LanguageModel, mode: str = "default") -> None:
-        super().__init__(model)
-        if mode not in MODES:
-            raise UsageError(f"unknown compile mode {mode!r}", f"Known: {', '.join(MODES)}")
-        self.mode = mode
+        super().__init__(model, mode)
         options = dict(MODES[mode])
         # A decode graph of its own per batch size and capacity; both are few (capacity is rounded).
         self._decode = torch.compile(_Step(model), fullgraph=True, dynamic=False, options=options)
@@ -80,6 +83,11 @@ class CompileRunner(Runner):
             out = self._prefill(tokens, cache, logits)
         cache.commit_()
         return out
+
+    def prove(self, graph_breaks: int) -> list[str]:
+        if graph_breaks:
+            raise NoEffectError(f"the compiled graph has {graph_breaks} breaks", "Use the eager runner")
+        return ["prefill and decode each run as one compiled graph, 0 graph breaks"]
 
     def describe(self) -> dict[str, object]:
         return {"runner": self.name, "mode": self.mode}

@@ -11,6 +11,8 @@ from paretune.engine.runners.base import Logits, Runner
 
 class EagerRunner(Runner):
     name = "eager"
+    is_reference = True
+    trainable = True
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: KVCache, logits: Logits = "last") -> Tensor:

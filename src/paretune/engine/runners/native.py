@@ -19,6 +19,7 @@ from paretune import native_build
 from paretune.engine.cache import KVCache
 from paretune.engine.cache_formats import position_bytes
 from paretune.engine.runners.base import Logits, Runner
+from paretune.errors import NoEffectError
 from paretune.model.base import CannotLower, LanguageModel
 from paretune.model.config import ModelConfig
 from paretune.model.layers import Embedding, Linear
@@ -73,11 +74,14 @@ class NativeRunner(Runner):
     """Raises `CannotLower` with the first module that has no native form."""
 
     name = "native"
+    own_kernels = True
+    packs_weights = True
+    needs_compiler = True
     chooses = True
     same_bits_at_any_width = True
 
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__(model)
+    def __init__(self, model: LanguageModel, mode: str = "default") -> None:
+        super().__init__(model, mode)
         self.n_threads = torch.get_num_threads()
         self._lower()
         self._pointers: weakref.WeakKeyDictionary[KVCache, tuple[Any, ...]] = weakref.WeakKeyDictionary()
@@ -224,8 +228,7 @@ class NativeRunner(Runner):
 
     @property
     def counters(self) -> list[tuple[str, int, int, float, int, int]] | None:
-        """Every operation of a step in order since `count_(True)`: parts, layer or -1, calls, seconds (barriers
-        included), bytes read of weights and cache, FLOP (a multiply-add counts 2); None while it is off."""
+        """As `Runner.counters`; None while it is off."""
         if self._op_ns is None:
             return None
         c = self._counted
@@ -242,6 +245,11 @@ class NativeRunner(Runner):
                 flops = 4 * info.q_width * c.pairs
             out.append((info.parts, info.layer, c.calls, ns / 1e9, n_bytes, flops))
         return out
+
+    def prove(self, graph_breaks: int) -> list[str]:
+        if not self.kernels:
+            raise NoEffectError("no step ran in native code", "Use the eager runner")
+        return [f"whole steps run in native code ({packed.isa()})"]
 
     def describe(self) -> dict[str, object]:
         return {"runner": self.name, "isa": packed.isa(), "threads": self.n_threads}

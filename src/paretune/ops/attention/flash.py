@@ -14,6 +14,7 @@ from paretune.ops.attention.pattern import Pattern, prefix_and_window
 from paretune.ops.attention.spec import AttentionSpec, LayerCache
 
 KERNEL = "flash_attn"
+RECOMPUTES = True  # the backward pass computes the scores again instead of keeping them
 FIRST_WITH_SLOPES = (2, 4)  # the version in which its function takes ALiBi's slopes
 
 

@@ -22,6 +22,8 @@ from paretune.ops.attention.pattern import Pattern
 from paretune.ops.attention.spec import AttentionSpec, LayerCache
 
 KERNEL = "Torch-Compiled Region"
+RECOMPUTES = True  # the backward pass computes the scores again instead of keeping them
+COMPILES_FOR_EACH_LENGTH = "FlexAttention is compiled anew for each length; a request would wait for it"
 BLOCK = 128  # queries and keys that are skipped together
 MOST_SHAPES = 32  # that are compiled for in one process
 

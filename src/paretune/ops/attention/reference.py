@@ -10,6 +10,8 @@ from torch import Tensor
 
 from paretune.ops.attention.spec import AttentionSpec, LayerCache, alibi_bias, visible
 
+SCORE_MATRIX = True  # every score is in memory
+
 
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """Attention of any pattern, every score in memory.

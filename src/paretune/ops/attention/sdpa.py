@@ -12,6 +12,9 @@ from torch import Tensor
 
 from paretune.ops.attention.spec import AttentionSpec, LayerCache, alibi_bias, visible
 
+RECOMPUTES = True  # the backward pass computes the scores again instead of keeping them
+FUSED_KERNELS = ("scaled_dot_product", "_flash_attention", "_efficient_attention")  # of which one has to run
+
 
 def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache | None, spec: AttentionSpec) -> Tensor:
     """`scaled_dot_product_attention`; arguments and result as in `reference.attention`.
