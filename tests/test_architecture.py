@@ -218,7 +218,7 @@ def test_the_source_was_seen():
     assert ("engine.generate", "clock") in found  # `from package import module`
     assert ("engine.cache", "ops.attention.spec") in found
     assert ("measure.worker", "engine.load") in found  # inside a function
-    assert ("recipe", "transforms.base") in found  # for types
+    assert ("recipe.recipe", "transforms.base") in found  # for types
     assert len(found) > 100
 
 

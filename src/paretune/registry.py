@@ -1,13 +1,14 @@
 """Names to things, imported only when they are asked for.
 
 An entry is a target string `module:attribute`; nothing is imported until `get`. An unknown name is a usage error that
-lists the known ones and the nearest.
+lists the known ones and the nearest. Other packages add entries by Python entry points (`paretune.transforms`, ...).
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 from paretune.errors import UsageError
@@ -20,19 +21,47 @@ class Registry(Generic[T]):
 
     Args:
         kind: what an entry is, in the singular, for error messages.
+        group: of entry points, in which other packages name theirs; "": none can.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._targets: dict[str, str] = {}
+    def __init__(self, kind: str, group: str = "") -> None:
+        self.kind, self.group = kind, group
+        self._own: dict[str, str] = {}
+        self._others: dict[str, str] | None = None  # by entry points, once they have been looked for
+        self._broken: dict[str, str] = {}
 
     def register(self, name: str, target: str) -> None:
-        assert name not in self._targets, f"{self.kind} {name!r} is registered twice"
+        assert name not in self._own, f"{self.kind} {name!r} is registered twice"
         assert ":" in target, f"{target!r} is not module:attribute"
-        self._targets[name] = target
+        self._own[name] = target
+
+    def unregister(self, name: str) -> None:
+        del self._own[name]
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Name -> `module:attribute`; an entry of another package never takes the name of one of ours."""
+        if self._others is None:
+            self._others = _entry_points(self.group) if self.group else {}
+        return {**self._others, **self._own} if self._others else self._own
 
     def names(self) -> list[str]:
-        return list(self._targets)
+        return [*self._own, *(name for name in self.targets if name not in self._own)]
+
+    def working(self) -> Iterator[tuple[str, T]]:
+        """Every entry that can be imported, imported; why another cannot is in `broken`."""
+        for name in self.names():
+            if name not in self._broken:
+                try:
+                    entry = self.get(name)
+                except UsageError:
+                    continue
+                yield name, entry
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Entries of other packages that could not be imported, of those that were asked for, and why."""
+        return dict(self._broken)
 
     def check(self, name: str) -> str:
         """Returns `name` if it is known.
@@ -40,22 +69,53 @@ class Registry(Generic[T]):
         Raises:
             UsageError: it is not.
         """
-        if name not in self._targets:
-            near = difflib.get_close_matches(name, self._targets, n=1)
+        if name not in self._own and name not in self.targets:
+            near = difflib.get_close_matches(name, self.targets, n=1)
             hint = f"Did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"unknown {self.kind} {name!r}", f"{hint}Known: {', '.join(self._targets)}")
+            raise UsageError(f"unknown {self.kind} {name!r}", f"{hint}Known: {', '.join(self.names())}")
         return name
 
     def get(self, name: str) -> T:
-        module, _, attribute = self._targets[self.check(name)].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        """The entry.
+
+        Raises:
+            UsageError: there is none of that name, or the package that brings it cannot be imported.
+        """
+        self.check(name)
+        if name in self._own:
+            return _imported(self._own[name])
+        try:
+            return _imported(self.targets[name])
+        except Exception as error:  # somebody else's module: whatever it raises is the answer
+            lines = str(error).strip().splitlines() or [""]
+            self._broken[name] = f"{type(error).__name__}: {lines[0]}"
+            raise UsageError(
+                f"the {self.kind} {name!r} cannot be imported ({self._broken[name]})",
+                f"Repair or remove the package that brings {self.targets[name]}",
+            ) from None
 
 
-TRANSFORMS: Registry[Any] = Registry("transform")
-RUNNERS: Registry[Any] = Registry("runner")
-ATTENTION: Registry[Any] = Registry("attention function")
-FORMATS: Registry[Any] = Registry("weight format")
-FAMILIES: Registry[Any] = Registry("model family")
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _entry_points(group: str) -> dict[str, str]:
+    """What other packages have put into a group: name -> `module:attribute`."""
+    from importlib.metadata import entry_points
+
+    return {point.name: point.value for point in entry_points(group=group)}
+
+
+TRANSFORMS: Registry[Any] = Registry("transform", "paretune.transforms")
+RUNNERS: Registry[Any] = Registry("runner", "paretune.runners")
+ATTENTION: Registry[Any] = Registry("attention function", "paretune.attention")
+FORMATS: Registry[Any] = Registry("weight format", "paretune.formats")
+FAMILIES: Registry[Any] = Registry("model family", "paretune.families")
+STUDIES: Registry[Any] = Registry("study", "paretune.studies")
 
 # An optimisation is one new file and one line here.
 TRANSFORMS.register("attention", "paretune.transforms.attention:Attention")
@@ -86,6 +146,11 @@ FORMATS.register("int_groups", "paretune.ops.weights.int_groups:IntGroups")
 FORMATS.register("mixed_int8", "paretune.ops.weights.mixed_int8:MixedInt8")
 FORMATS.register("nf4", "paretune.ops.weights.nf4:NF4")
 FORMATS.register("fp8", "paretune.ops.weights.fp8:Fp8")
+
+STUDIES.register("kernels", "paretune.studies.kernels:run")
+STUDIES.register("precision", "paretune.studies.precision:run")
+STUDIES.register("quantization", "paretune.studies.quantization:run")
+STUDIES.register("attention", "paretune.studies.attention:run")
 
 FAMILIES.register("gpt2", "paretune.model.gpt2:GPT2")
 FAMILIES.register("llama", "paretune.model.llama:Llama")

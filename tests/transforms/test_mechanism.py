@@ -15,10 +15,11 @@ from paretune.model import checkpoint
 from paretune.ops.attention import alibi
 from paretune.ops.attention.pattern import parse
 from paretune.ops.native.program import CannotLower
-from paretune.recipe import PRESETS, Recipe, preset
+from paretune.recipe import Recipe, preset
 from paretune.transforms.attention import attention_layers
 from paretune.transforms.base import Context
 from paretune.transforms.mechanism import Mechanism
+from recipe_names import HASHES
 
 PROBE = SimpleNamespace(kernels={}, compiled=False)
 KINDS = [
@@ -137,7 +138,7 @@ def test_patterns_without_a_native_form_are_named(tiny, pattern):
 
 
 def test_presets_read_back():
-    named = [n for n in PRESETS if any(t["name"] == "mechanism" for t in PRESETS[n]["transforms"])]
+    named = [n for n in HASHES if preset(n).changes_mechanism]
     assert len(named) >= 8
     for name in named:
         assert Recipe.from_dict(preset(name).to_dict()) == preset(name)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from points import Choice, candidate
 
 from paretune import clock, hardware, stats
 from paretune.engine.runners.compiled import CompileRunner
@@ -307,11 +308,11 @@ def windows() -> dict[str, torch.Tensor]:
     return {s: torch.randint(0, 8000, (64, 257), generator=random) for s in ("search", "confirm")}
 
 
-def only(monkeypatch, *choices: spaces.Choice) -> dict[tuple, str]:
+def only(monkeypatch, *choices: Choice) -> dict[tuple, str]:
     """Makes the space these candidates alone; gives their names."""
-    legal = [spaces.Candidate(c, spaces.recipe_of(c)) for c in choices]
+    legal = [candidate(*c) for c in choices]
     monkeypatch.setattr(spaces, "build", lambda *about: spaces.Space(list(legal)))
-    return {c.choice: c.recipe.name for c in legal}
+    return {choice: c.recipe.name for choice, c in zip(choices, legal, strict=True)}
 
 
 def run(machine: Machine, folder: Path, resume: bool = False, **goal: Any) -> Any:

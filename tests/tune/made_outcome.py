@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from points import BASE, Choice, candidate
 
 from paretune.hardware import Ceilings
 from paretune.measure.interleave import Blocks, Sample
@@ -19,6 +20,12 @@ from paretune.tune.goal import Goal
 from paretune.tune.outcome import Outcome
 from paretune.tune.race import BASELINE, TWIN
 
+# The options of a CPU, in the order in which they are declared.
+ATTENTION, PRECISION = ("sdpa", "eager"), (None, "bf16", "fp16")
+NATIVE_QUANTIZE = ("int4", "w8a8", "w7a7")
+QUANTIZE = (None, "int8", "int8-linear", *NATIVE_QUANTIZE)
+RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
+CACHE = (None, "bf16", "int8", "int4")
 N_BLOCKS = 8
 ROWS = tuple(
     {"bytes": n << 20, "threads": 2, "bytes_per_sec": 1e10, "kind": "made", "samples": [1e10], "state": "high"}
@@ -27,37 +34,33 @@ ROWS = tuple(
 CEILINGS = Ceilings("cpu", "made", 2, ROWS, {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11}, 1e11)
 
 
-def choices() -> list[spaces.Choice]:
+def choices() -> list[Choice]:
     """The whole space of a CPU without asking this machine."""
     import itertools
 
-    every = itertools.product(spaces.ATTENTION, spaces.PRECISION, spaces.QUANTIZE, spaces.RUNNERS, spaces.CACHE)
+    every = itertools.product(ATTENTION, PRECISION, QUANTIZE, RUNNERS, CACHE)
     return [
         c
         for c in every
-        if c != spaces.BASELINE
+        if c != BASE
         and not (c[0] == "eager" and c[3] == "native")
-        and not (c[3] != "native" and (c[4] or ("quantize", c[2]) in spaces.NATIVE_ONLY))
-        and not (c[3] == "native" and c[1] and c[2] in ("int8", *spaces.GROUPS))
+        and not (c[3] != "native" and (c[4] or c[2] in NATIVE_QUANTIZE))
+        and not (c[3] == "native" and c[1] and c[2] in ("int8", *NATIVE_QUANTIZE))
     ]
 
 
-def candidate(*choice: str | None) -> spaces.Candidate:
-    return spaces.Candidate(choice, spaces.recipe_of(choice))  # type: ignore[arg-type]
-
-
 def outcome(
-    seconds: dict[spaces.Choice, float],
+    seconds: dict[Choice, float],
     *,
-    legal: list[spaces.Choice] | None = None,
+    legal: list[Choice] | None = None,
     base_sec: float = 0.010,
-    failures: dict[spaces.Choice, str] | None = None,
+    failures: dict[Choice, str] | None = None,
     noise: float = 0.002,
     **goal,
 ) -> Outcome:
     """Candidates of `seconds` were measured in `N_BLOCKS` blocks beside a baseline of `base_sec`; others were not."""
     config = checkpoint.read_config(checkpoint.resolve("pocket"))
-    space = spaces.Space([spaces.Candidate(c, spaces.recipe_of(c)) for c in (legal or choices())])
+    space = spaces.Space([candidate(*c) for c in (legal or choices())])
     random = np.random.default_rng(7)
     samples = []
     trials = {}

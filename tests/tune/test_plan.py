@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from fake_race import MB, Machine, install, only, run
+from points import recipe_of
 
 from paretune import hardware
 from paretune.engine.load import load_recipe
 from paretune.errors import ParetuneError, UsageError
 from paretune.tune import result as results
-from paretune.tune import space as spaces
 from paretune.tune.plan import Plan, is_plan, read_plan
 
 INT8 = ("sdpa", None, "int8", "eager", None)
@@ -31,7 +31,7 @@ def make(monkeypatch, folder, choice=INT8):
     machine = install(monkeypatch, Machine(cost={name: 0.005}, weights={name: 9 * MB}))
     monkeypatch.setattr("paretune.report.html.write_report", lambda result, path: path.write_text("-", "utf-8"))
     out = run(machine, folder, budget_sec=60.0)
-    assert out.winner == spaces.recipe_of(choice).hash
+    assert out.winner == recipe_of(choice).hash
     results.write(out, folder)
     return out
 
@@ -52,7 +52,7 @@ def test_a_plan_comes_back_whole(monkeypatch, tmp_path, pocket_folder):
     for path in (folder, str(folder), folder / "plan.json"):
         plan = read_plan(path)
         assert isinstance(plan, Plan)
-        assert plan.recipe == spaces.recipe_of(INT8)
+        assert plan.recipe == recipe_of(INT8)
         assert plan.folder == folder and plan.model_folder == pocket_folder
         assert plan.data["outcome"] == "winner" and plan.data["confirmation"]["n_processes"] >= 1
         assert plan.data["schema_version"] == 1 and plan.data["model"]["source"] == "pocket"
@@ -152,7 +152,7 @@ def test_the_python_api_runs_a_plan(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "INSTANT_SEC", 0.0)
     make(monkeypatch, folder)
     answer = paretune.load(str(folder)).generate("The river", 5)
-    direct = paretune.load("pocket", recipe=spaces.recipe_of(INT8)).generate("The river", 5)
+    direct = paretune.load("pocket", recipe=recipe_of(INT8)).generate("The river", 5)
     assert answer.tokens == direct.tokens and len(answer.tokens) == 5
 
 

@@ -7,10 +7,9 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_outcome import candidate, choices, estimator, outcome
+from points import choice_of
 
-from paretune.tune import space as spaces
 from paretune.tune.propose import (
-    DEFAULT_START_SEC,
     FIRST_WAVE,
     Proposer,
     _next_plain,
@@ -18,11 +17,12 @@ from paretune.tune.propose import (
 )
 
 NATIVE = ("sdpa", None, None, "native", None)
+LINEAR = "int8(embeddings=false)"
 PLAIN = [c for c in choices() if c[3] != "native"]
 
 
 def wave(out, size=6, budget=1e9, sec_of=None):
-    return [c.choice for c in Proposer(out, estimator(out)).next_wave(budget, size, sec_of or {})]
+    return [choice_of(c) for c in Proposer(out, estimator(out)).next_wave(budget, size, sec_of or {})]
 
 
 def test_the_first_wave_is_small_and_holds_the_form_that_is_proven_equal():
@@ -86,7 +86,7 @@ def test_a_runner_is_looked_at_beside_the_combinations_of_cheap_changes():
     gains = {"precision": 0.25, "quantize": 0.25, "attention": -0.1}
     singles = {change: gains[change[0]] for c in every for change in c.changes.items() if change[0] in gains}
     chosen = plain_wave(tried, singles)
-    alone = [c.choice[3] for c in chosen if len(c.changes) == 1]
+    alone = [choice_of(c)[3] for c in chosen if len(c.changes) == 1]
     assert alone and alone[0] == "compile:default"
     assert any(len(c.changes) == 2 for c in chosen)
 
@@ -95,9 +95,9 @@ def test_what_was_measured_decides_which_combination_is_next():
     every = [candidate(*c) for c in PLAIN]
     tried = [c.id for c in every if c.single]
     singles = {change: -0.5 for c in every for change in c.changes.items()}
-    singles |= {("precision", "fp16"): 0.6, ("quantize", "int8"): 0.1, ("quantize", "int8-linear"): 0.5}
+    singles |= {("precision", "fp16"): 0.6, ("quantize", "int8"): 0.1, ("quantize", LINEAR): 0.5}
     first = plain_wave(tried, singles, size=1)[0]
-    assert first.changes == {"precision": "fp16", "quantize": "int8-linear"}
+    assert first.changes == {"precision": "fp16", "quantize": LINEAR}
     # Gains that are predicted to be losses wait until nothing better is left.
     assert all(predicted_log_gain(c, singles) > 0 for c in plain_wave(tried, singles, size=98))
 
@@ -106,9 +106,9 @@ def test_a_candidate_without_a_number_does_not_spoil_the_order():
     """A wave that the deadline cut in its first block leaves a ratio of NaN."""
     every = [candidate(*c) for c in PLAIN]
     singles = {change: -0.5 for c in every for change in c.changes.items()}
-    singles |= {("quantize", "int8"): math.nan, ("quantize", "int8-linear"): 0.9, ("precision", "fp16"): 0.6}
+    singles |= {("quantize", "int8"): math.nan, ("quantize", LINEAR): 0.9, ("precision", "fp16"): 0.6}
     first = plain_wave([c.id for c in every if c.single], singles, size=1)[0]
-    assert first.changes == {"precision": "fp16", "quantize": "int8-linear"}
+    assert first.changes == {"precision": "fp16", "quantize": LINEAR}
 
 
 def test_nothing_promising_is_left_so_the_rest_is_measured_too():
@@ -131,14 +131,14 @@ def test_a_wave_repeats_nothing_and_respects_size_and_budget(tried, gains, start
     every = [candidate(*c) for c in PLAIN]
     changes = sorted({change for c in every for change in c.changes.items()})
     singles = dict(zip(changes, gains, strict=False))
-    start = dict(zip(spaces.RUNNERS, starts, strict=True))
+    start = dict(zip([*dict.fromkeys(c.runner.name for c in every)], starts, strict=False))
     done = {every[i].id for i in tried}
     chosen = plain_wave(done, singles, start, budget, size)
     ids = [c.id for c in chosen]
     assert len(set(ids)) == len(ids) <= size
     assert not set(ids) & done
-    assert sum(start[c.choice[3]] for c in chosen) <= budget + 1e-9
-    possible = [c for c in every if c.id not in done and start[c.choice[3]] <= budget]
+    assert sum(start[c.runner.name] for c in chosen) <= budget + 1e-9
+    possible = [c for c in every if c.id not in done and start[c.runner.name] <= budget]
     assert bool(chosen) == bool(possible)
 
 
@@ -160,6 +160,6 @@ def test_with_time_enough_every_candidate_is_measured_or_excluded():
 
 def test_the_time_that_is_left_bounds_a_wave():
     out = outcome({})
-    sec_of = dict.fromkeys(DEFAULT_START_SEC, 3.0) | {"blocks": 2.0}
+    sec_of = dict.fromkeys({candidate(*c).runner.name for c in choices()}, 3.0) | {"blocks": 2.0}
     assert len(wave(out, budget=11.0, sec_of=sec_of)) == 2
     assert wave(out, budget=4.0, sec_of=sec_of) == []

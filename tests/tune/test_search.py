@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_race import BASE, MB, START_SEC, Killed, Machine, install, is_confirmation, only, run, windows
+from points import recipe_of
 
 from paretune.errors import NoRecipeError, ParetuneError, TooNoisyError
 from paretune.measure.interleave import SubjectError
@@ -28,11 +29,11 @@ SIX = (INT8, INT8_LINEAR, BF16, FP16, EAGER, COMPILE)
 
 
 def name(choice):
-    return spaces.recipe_of(choice).name
+    return recipe_of(choice).name
 
 
 def id_of(choice):
-    return spaces.recipe_of(choice).hash
+    return recipe_of(choice).hash
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_a_faster_recipe_within_the_bound_wins_and_is_confirmed_afresh(monkeypat
     assert {s for _, s in fresh} == {1000, 1001}
     assert {s for t, _, s in machine.started if not is_confirmation(t)} == {0}
     result, plan = written(out, tmp_path / "plan", draws=True)
-    assert plan["recipe"] == spaces.recipe_of(INT8).to_dict() and plan["outcome"] == "winner"
+    assert plan["recipe"] == recipe_of(INT8).to_dict() and plan["outcome"] == "winner"
     assert f"{speed['value']:.2f} times as fast" in result["verdict"][0]
     assert exit_of(result) == (0, "")
     # What is told is the confirmation, not the search.
@@ -447,7 +448,7 @@ def test_a_speedup_that_nothing_reaches(monkeypatch, tmp_path, six):
     out = run(machine, tmp_path / "plan", min_speedup=3.0)
     assert (out.kind, out.winner) == ("none", id_of(INT8))
     result, plan = written(out, tmp_path / "plan", draws=True)
-    assert plan["outcome"] == "none" and plan["recipe"] == spaces.recipe_of(INT8).to_dict()
+    assert plan["outcome"] == "none" and plan["recipe"] == recipe_of(INT8).to_dict()
     code, line = exit_of(result)
     assert code == NoRecipeError.exit_code == 3 and "3" in line and "speed-up" in line
     # It met the quality bound: the report must not say that it did not.
@@ -588,7 +589,7 @@ def test_ctrl_c_writes_what_is_known(monkeypatch, tmp_path, six, at):
     assert not any("budget was too short" in s for s in result["verdict"]), "it was not the budget"
     if at >= 60:  # in the finals: gated and surely faster
         assert out.winner == id_of(INT8)
-        assert plan["recipe"] == spaces.recipe_of(INT8).to_dict()
+        assert plan["recipe"] == recipe_of(INT8).to_dict()
         assert "not confirmed yet" in result["verdict"][0]
     if at <= 20:
         assert plan["recipe"] == spaces.baseline().to_dict()
@@ -906,7 +907,7 @@ def test_quality_is_measured_at_the_length_of_a_request_that_a_window_shortens(
     one.journal.close()
     assert one.out.quality_len == length and one.windows["confirm"].size(1) == length
     assert len(one.out.race.check_prompt) == n_check
-    assert sum(c.choice[0] in spaces.MECHANISMS for c in one.out.space.legal) == (0 if length == 257 else 21)
+    assert sum("mechanism" in c.options for c in one.out.space.legal) == (0 if length == 257 else 21)
     assert not machine.started
 
 

@@ -6,13 +6,17 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from points import MECHANISMS, choice_of
 
 from paretune import hardware
 from paretune.hardware import DtypeSupport
 from paretune.model import checkpoint
+from paretune.ops.quantized_linear import op
 from paretune.recipe import Recipe, preset
+from paretune.transforms.attention import SAME_ATTENTION
+from paretune.transforms.groups import NOTHING_ON_A_GPU
+from paretune.transforms.precision import CACHE_ALONE
 from paretune.tune import space as spaces
-from paretune.tune.propose import DEFAULT_START_SEC
 
 GOOD = DtypeSupport(True, False, 1.5, 1.5, "good")
 # Written out here, not taken from the module: what issue 2 lists as the first transforms and runners.
@@ -70,7 +74,7 @@ def test_every_legal_combination_once(machine):
     assert len(expected) == 2 * 3 * 3 * 4 + (6 + 4) * 4 - 1
     assert len(ids) == len(set(ids)) == len(expected)
     assert set(ids) == expected
-    assert {reason for _, reason in space.illegal} == {spaces.SAME_ATTENTION, spaces.ALL_QUANTISED}
+    assert {reason for _, reason in space.illegal} == {SAME_ATTENTION, CACHE_ALONE}
 
 
 def test_baseline_is_no_candidate(machine):
@@ -95,7 +99,7 @@ def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
     machine["fp16"] = DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here: no such kernel")
     space = spaces.build("cpu")
     assert len(space.legal) == 2 * 2 * 3 * 4 + (4 + 4) * 4 - 1
-    known = (spaces.SAME_ATTENTION, spaces.ALL_QUANTISED)
+    known = (SAME_ATTENTION, CACHE_ALONE)
     without = [(name, reason) for name, reason in space.illegal if reason not in known]
     assert len(without) >= 2 * 3 * 4
     assert all("fp16" in name and "no such kernel" in reason for name, reason in without)
@@ -110,19 +114,19 @@ def test_an_emulated_dtype_is_legal(machine):
 def test_a_cache_that_the_heads_do_not_fill_is_illegal_with_the_reason(machine):
     odd = replace(GPT2, n_embd=13 * GPT2.n_head, head_dim=13)
     space = spaces.build("cpu", odd, 160)
-    assert len(space.legal) == 111 - 10 and all(c.choice[4] != "int4" for c in space.legal)
+    assert len(space.legal) == 111 - 10 and all(c.changes.get("cache") != "kv4" for c in space.legal)
     own = [name for name, reason in space.illegal if reason == "a 4-bit cache needs an even head size, not 13"]
     assert len(own) == 2 * 3 * 6 and all("int4 cache" in name for name in own)
 
 
 def test_numbers_are_what_the_runner_and_exact_attention_leave(machine):
-    by_choice = {c.choice: c for c in spaces.build("cpu", GPT2, 640).legal}
+    by_choice = {choice_of(c): c for c in spaces.build("cpu", GPT2, 640).legal}
     plain = by_choice["eager", None, "int8", "compile:default", None]
     assert plain.numbers == {("quantize", "int8")} == by_choice["sdpa", None, "int8", "native", None].numbers
     cached = by_choice["sdpa", None, "int8", "native", "int8"]
-    assert plain.numbers < cached.numbers and cached.weights == ("", None, "int8")
+    assert plain.numbers < cached.numbers and cached.weights == plain.numbers
     window = by_choice["window:256", None, "int8", "native", None]
-    assert window.numbers == {("attention", "window:256"), ("quantize", "int8")}
+    assert window.numbers == {("mechanism", "mechanism(window:256)"), ("quantize", "int8")}
     assert window.weights != cached.weights
 
 
@@ -141,13 +145,17 @@ def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
     for c in added:
         mechanism, attention = c.recipe.transforms[:2]
         assert (mechanism.name, attention.name) == ("mechanism", "attention") and c.recipe.changes_numbers
-        assert mechanism.title == c.choice[0]
+        assert mechanism.title == choice_of(c)[0]
     names = {c.recipe.name for c in added}
     assert {"window:256 + sdpa, eager", "prefix:16+window:256 + sdpa + int4-g32, native"} <= names
     assert sum("alibi" in n for n in names) == 7
     # Each is looked at alone: through PyTorch and, the native runner's own gain aside, in native code.
-    assert {c.single for c in added if c.choice[2] is None} == {("attention", m) for m in spaces.MECHANISMS}
-    assert all(c.single is None for c in added if c.choice[2] is not None)
+    assert {c.single for c in added if "quantize" not in c.options} == {
+        ("mechanism", "mechanism(window:256)"),
+        ("mechanism", "mechanism(prefix:16+window:256)"),
+        ("mechanism", "alibi"),
+    }
+    assert all(c.single is None for c in added if "quantize" in c.options)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +170,7 @@ def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
 def test_where_mechanisms_are_of_no_use_they_are_illegal_with_the_reason(machine, config, n_tokens, words):
     space = spaces.build("cpu", config, n_tokens)
     assert len(space.legal) == 111
-    own = [(name, reason) for name, reason in space.illegal if any(m in name for m in spaces.MECHANISMS)]
+    own = [(name, reason) for name, reason in space.illegal if any(m in name for m in MECHANISMS)]
     assert len(own) == 21 and all(words in reason for _, reason in own)
 
 
@@ -171,7 +179,7 @@ def test_without_a_compiler_mechanisms_run_through_pytorch_alone(machine, monkey
     monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
     space = spaces.build("cpu", GPT2, 640)
-    assert sum(c.choice[0] in spaces.MECHANISMS for c in space.legal) == 3
+    assert sum("mechanism" in c.options for c in space.legal) == 3
 
 
 # -- a GPU
@@ -180,27 +188,30 @@ def test_without_a_compiler_mechanisms_run_through_pytorch_alone(machine, monkey
 @pytest.fixture
 def gpu(machine, monkeypatch):
     """A GPU that can do everything."""
-    monkeypatch.setattr(spaces.op, "unavailable_reason", lambda device: None)
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: None)
 
 
 def test_what_a_gpu_is_offered(gpu):
     space = spaces.build("cuda")
-    choices = {c.choice for c in space.legal}
+    choices = {choice_of(c) for c in space.legal}
     # Two attentions, three dtypes, five ways to quantise, three runners; the baseline is none of them.
     assert len(space.legal) == len(choices) == 2 * 3 * 5 * 3 - 1
     assert {c[2] for c in choices} == {None, "int8", "int8-linear", "int4", "nf4"}
     assert {c[3] for c in choices} == {"eager", "compile:default", "compile:reduce-overhead"}
-    nf4 = next(c.recipe for c in space.legal if c.choice == ("sdpa", "bf16", "nf4", "eager", None))
+    nf4 = next(c.recipe for c in space.legal if choice_of(c) == ("sdpa", "bf16", "nf4", "eager", None))
     assert [t.name for t in nf4.transforms] == ["attention", "precision", "nf4", "int8"]
     # What cannot win there is told, not tried.
-    assert {reason for _, reason in space.illegal} == set(spaces.NOT_ON_GPU.values())
-    assert all(c.choice[3] in DEFAULT_START_SEC for c in space.legal)
-    assert len(spaces.build("cuda", GPT2, 640).legal) == len(space.legal) + len(spaces.MECHANISMS)
+    assert {reason for _, reason in space.illegal} == {NOTHING_ON_A_GPU.format(bits) for bits in (7, 8)}
+    assert all(c.runner.start_sec > 0 for c in space.legal)
+    assert len(spaces.build("cuda", GPT2, 640).legal) == len(space.legal) + len(MECHANISMS)
 
 
 def test_without_kernels_a_gpu_is_offered_no_quantised_weights(gpu, monkeypatch):
-    monkeypatch.setattr(spaces.op, "unavailable_reason", lambda device: "Triton is not installed")
+    monkeypatch.setattr(op, "unavailable_reason", lambda device: "Triton is not installed")
     space = spaces.build("cuda")
-    assert {c.choice[2] for c in space.legal} == {None}
+    assert {c.changes.get("quantize") for c in space.legal} == {None}
     reasons = {reason for _, reason in space.illegal}
-    assert reasons == {*spaces.NOT_ON_GPU.values(), "dequantised at every call: Triton is not installed"}
+    assert reasons == {
+        *(NOTHING_ON_A_GPU.format(bits) for bits in (7, 8)),
+        "dequantised at every call: Triton is not installed",
+    }

@@ -192,12 +192,12 @@ def _configs(model: str, text: str | None) -> tuple[Path, list[tuple[str, Recipe
     of those that choose by regime."""
     from paretune.errors import UsageError
     from paretune.model import checkpoint
-    from paretune.recipe import preset
+    from paretune.recipe import preset, split_list
     from paretune.tune.plan import is_plan, read_plan
 
     plan = read_plan(model) if is_plan(model) else None
     default = "baseline,plan" if plan else "baseline,bf16,int8"
-    names = [part.strip() for part in (default if text is None else text).split(",") if part.strip()]
+    names = split_list(default if text is None else text)
     if not names:
         raise UsageError("--config is empty", "Give names such as baseline,int8")
     configs = [(name, plan.recipe if plan and name == "plan" else preset(name)) for name in names]

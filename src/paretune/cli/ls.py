@@ -14,7 +14,9 @@ _SECTIONS = {
     "attention functions": "ATTENTION",
     "weight formats": "FORMATS",
     "model families": "FAMILIES",
+    "studies": "STUDIES",
 }
+_OTHERS = ("quantize formats", "axes", "configs", "embedded models", "models to get")
 
 
 def ls(
@@ -23,7 +25,7 @@ def ls(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Lists transforms, runners, attention functions, weight formats, presets and models that have a name."""
+    """Lists what a --config can name by axis, and all transforms, runners, formats, studies and models."""
     import json
 
     found = collect(device)
@@ -31,16 +33,21 @@ def ls(
 
 
 def collect(device: str | None = None) -> dict[str, Any]:
-    """Everything that `ls` shows, as plain data. Without a device nothing is imported or tried."""
+    """Everything that `ls` shows, as plain data. Without a device nothing is tried."""
     from paretune import registry
-    from paretune.recipe import PRESETS
+    from paretune.recipe import ALIASES, OLD_NAMES
 
     found: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "device": device}
     for section, name in _SECTIONS.items():
         table = getattr(registry, name)
         found[section.replace(" ", "_")] = [{"name": n, "what": _what(table, n)} for n in table.names()]
     found["quantize_formats"] = [{"name": name, "what": what} for name, what in _quantize_formats()]
-    found["presets"] = [{"name": name, "what": _spell(recipe)} for name, recipe in PRESETS.items()]
+    for name, kind in registry.TRANSFORMS.working():
+        entry = next(e for e in found["transforms"] if e["name"] == name)
+        entry["settings"] = list(kind.defaults())
+    found["axes"] = _axes(device or "cpu")
+    found["configs"] = [{"name": name, "what": expression} for name, expression in ALIASES.items()]
+    found["old_names"] = OLD_NAMES
     found["embedded_models"] = _embedded_models()
     found["models_to_get"] = _models_to_get()
     if device is not None:
@@ -50,17 +57,19 @@ def collect(device: str | None = None) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """The listing as plain text."""
-    sections = [*_SECTIONS, "quantize formats", "presets", "embedded models", "models to get"]
+    sections = [*_SECTIONS, *_OTHERS]
     width = max(len(entry["name"]) for s in sections for entry in found[s.replace(" ", "_")])
     lines: list[str] = []
     for section in sections:
-        lines += ["", section] if lines else [section]
+        lines += ["", _HEADINGS.get(section, section)] if lines else [section]
         for entry in found[section.replace(" ", "_")]:
             lines.append(f"  {entry['name']:<{width}}  {entry['what']}")
+            if entry.get("settings"):
+                lines.append(f"  {'':<{width}}    settings: {', '.join(entry['settings'])}")
             for verdict in entry.get("verdicts", []):
                 about = f"{verdict['name']}: " if verdict["name"] != entry["name"] else ""
-                # Why a number format is emulated stands once, at the transform, not at each preset with it.
-                said = verdict["reason"] and (section != "presets" or verdict["state"] == "cannot")
+                # Why a number format is emulated stands once, at the transform, not at each config with it.
+                said = verdict["reason"] and (section != "configs" or verdict["state"] == "cannot")
                 reason = f" ({verdict['reason']})" if said else ""
                 lines.append(f"  {'':<{width}}    {about}{verdict['state']} on {found['device']}{reason}")
     return "\n".join(lines + mechanism_lines(found.get("mechanisms", []), found["device"]))
@@ -79,6 +88,12 @@ def mechanism_lines(found: list[dict[str, str]], device: str | None) -> list[str
     return lines
 
 
+_HEADINGS = {
+    "axes": "axes of a --config: one option of each, joined by +, such as native+int4(group=64)+kv8 (* default)",
+    "configs": "configs with a name of their own",
+}
+
+
 def _what(table: Any, name: str) -> str:
     """The first sentence of the entry's module, read from its source: importing it could take seconds."""
     import ast
@@ -86,28 +101,48 @@ def _what(table: Any, name: str) -> str:
     import re
     from pathlib import Path
 
-    spec = importlib.util.find_spec(table._targets[name].partition(":")[0])
-    assert spec is not None and spec.origin is not None
+    target = table.targets[name]
+    try:
+        spec = importlib.util.find_spec(target.partition(":")[0])
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        return f"cannot be imported: there is no module {target.partition(':')[0]}"
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<!et al)\. (?=[A-Z`])", paragraph)[0].rstrip(".")
 
 
-def _spell(recipe: dict[str, Any]) -> str:
-    """A preset in words, without building it: `attention form=sdpa, int8; compile compile_mode=freeze`."""
+def _axes(device: str) -> list[dict[str, Any]]:
+    """Each axis with the terms that a config may name, and which of them `tune` tries by itself on `device`."""
+    from paretune.recipe import CACHE_DTYPES
+    from paretune.recipe.axes import axes
+    from paretune.recipe.expression import CACHE_TERMS
+    from paretune.registry import RUNNERS, TRANSFORMS
 
-    def words(entry: dict[str, Any], name: str) -> str:
-        return " ".join([entry.get(name, ""), *(f"{k}={v}" for k, v in entry.items() if k != name)]).strip()
-
-    transforms = ", ".join(words(t, "name") for t in recipe["transforms"]) or "as loaded"
-    return f"{transforms}; {words({'runner': 'eager', **recipe.get('engine', {})}, 'runner')}"
+    terms: dict[str, list[str]] = {}
+    for name, kind in sorted(TRANSFORMS.working(), key=lambda pair: pair[1].stage):
+        own = name if kind.bare else f"{name}({(kind.main or 'setting=value').upper()})"
+        terms.setdefault(kind.axis, []).extend([*kind.terms, own])
+    terms["runner"] = []
+    for name, kind in RUNNERS.working():
+        terms["runner"] += [name if m == kind.modes[0] else f"{name}({m})" for m in kind.modes]
+    terms["cache"] = [*CACHE_TERMS, *(f"kv({d})" for d in CACHE_DTYPES if d not in CACHE_TERMS.values())]
+    terms["threads"] = ["threads(N)"]
+    rows = []
+    for axis, options in axes(device).items():
+        default = next((o.name for o in options if o.is_default), None)
+        words = [f"{t}*" if t == default else t for t in dict.fromkeys([*(o.name for o in options), *terms[axis]])]
+        tried = [{"name": o.name, "reason": o.reason} for o in options]
+        rows.append({"name": axis, "what": ", ".join(words), "default": default, "tried": tried})
+    return rows
 
 
 def _quantize_formats() -> list[tuple[str, str]]:
     """Names and lines of `paretune quantize --format`."""
-    from paretune.transforms.formats import FORMATS
+    from paretune.transforms.formats import formats
 
-    return [(name, chosen.what) for name, chosen in FORMATS.items()]
+    return [(name, chosen.what) for name, (_, chosen) in formats().items()]
 
 
 def _embedded_models() -> list[dict[str, str]]:
@@ -151,28 +186,32 @@ def _try(found: dict[str, Any], device: str) -> None:
     from paretune import hardware
     from paretune.errors import UsageError
     from paretune.hardware.abilities import abilities
-    from paretune.recipe import PRESETS, Recipe
+    from paretune.recipe import ALIASES, preset
     from paretune.registry import RUNNERS, TRANSFORMS
 
     if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
     hardware.set_threads()
-    recipes = {name: Recipe.from_dict(data) for name, data in PRESETS.items()}
+    recipes = {name: preset(name) for name in ALIASES}
     variants: dict[str, Any] = {}
-    for recipe in recipes.values():
-        variants |= {f"{t.name} {t.title}": t for t in recipe.transforms}
-    used = {t.name for t in variants.values()}
-    variants |= {name: TRANSFORMS.get(name)() for name in TRANSFORMS.names() if name not in used}
+    for name, kind in TRANSFORMS.working():
+        settings = [{}, *(s for s in kind.terms.values() if s)] if kind.bare else [s for s in kind.terms.values() if s]
+        made = [kind(**s) for s in settings]
+        made += [t for recipe in recipes.values() for t in recipe.transforms if type(t) is kind]
+        variants |= {f"{name} {t.title}": t for t in made}
     for entry in found["attention_functions"]:
         form = TRANSFORMS.get("attention")(form=entry["name"])
         entry["verdicts"] = [_verdict(entry["name"], form.requires(device), form.notes(device))]
     for entry in found["transforms"]:
         entry["verdicts"] = [
             _verdict(t.title, t.requires(device), t.notes(device)) for t in variants.values() if t.name == entry["name"]
-        ]
+        ] or [_verdict(entry["name"], TRANSFORMS.broken.get(entry["name"]), [])]
+    runners = dict(RUNNERS.working())
     for entry in found["runners"]:
-        entry["verdicts"] = [_verdict(entry["name"], RUNNERS.get(entry["name"]).requires(device), [])]
-    for entry in found["presets"]:
+        name = entry["name"]
+        reason = runners[name].requires(device) if name in runners else RUNNERS.broken[name]
+        entry["verdicts"] = [_verdict(name, reason, [])]
+    for entry in found["configs"]:
         recipe = recipes[entry["name"]]
         notes = [note for t in recipe.transforms for note in t.notes(device)]
         entry["verdicts"] = [_verdict(entry["name"], recipe.requires(device), notes)]

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from paretune.cli.model_help import MODEL
-from paretune.registry import Registry
-
-STUDIES: Registry[Callable[..., Any]] = Registry("study")
-STUDIES.register("kernels", "paretune.studies.kernels:run")
-STUDIES.register("precision", "paretune.studies.precision:run")
-STUDIES.register("quantization", "paretune.studies.quantization:run")
-STUDIES.register("attention", "paretune.studies.attention:run")
-OF_PAIRS = ("attention",)  # studies that fine-tune on articles and summaries
+from paretune.registry import STUDIES
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="kernels, precision, quantization or attention.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="kernels, precision, quantization, attention, or one that another package brings (`paretune ls`)."
+        ),
+    ],
     model: Annotated[str, typer.Option(help=MODEL)] = "pocket",
     quick: Annotated[bool, typer.Option("--quick", help="Less of all; with `pocket` minutes on two cores.")] = False,
     output_dir: Annotated[
@@ -43,6 +40,7 @@ def study(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Runs a published study again: report.html, results.csv, results.json, pictures (and traces)."""
+    import inspect
     import json
 
     from paretune import hardware
@@ -56,9 +54,10 @@ def study(
         raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
     given = {"pairs": pairs, "article_column": article_column, "summary_column": summary_column}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if options and name not in OF_PAIRS:
-        flag = next(iter(options)).replace("_", "-")
-        raise UsageError(f"the {name} study has no --{flag}", f"It belongs to: {', '.join(OF_PAIRS)}")
+    if missing := [key for key in options if key not in inspect.signature(run).parameters]:
+        takers = [n for n, other in STUDIES.working() if missing[0] in inspect.signature(other).parameters]
+        flag = missing[0].replace("_", "-")
+        raise UsageError(f"the {name} study has no --{flag}", f"It belongs to: {', '.join(takers)}")
     out = ensure_folder((output_dir or Path("runs") / f"study-{name}").expanduser())
 
     def say(line: str) -> None:

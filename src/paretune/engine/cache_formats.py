@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from paretune.errors import UsageError
+from paretune.option import OWN_KERNELS, Option
 
 INT4 = torch.uint8  # what a 4-bit cache is stored as
+# What keys and values are worth keeping in; PyTorch would convert the cache at every step.
+OPTIONS = tuple(Option(name, needs=frozenset({OWN_KERNELS}), log_gain=0.05) for name in ("kv(bf16)", "kv8", "kv4"))
 GROUP = 32  # neighbouring dimensions of a head that share a scale and a minimum in 4 bits
 
 

@@ -30,7 +30,7 @@ from paretune.report.tables import Column, Row
 from paretune.report.units import format_bytes, format_number, format_percent
 from paretune.studies import common
 from paretune.studies.common import Say
-from paretune.transforms.formats import FORMATS, transforms_of
+from paretune.transforms.formats import formats, transforms_of
 
 PLAIN = "fp32"
 BATCHES = (4, 12)
@@ -80,7 +80,7 @@ def run(
     with tempfile.TemporaryDirectory(prefix="paretune-study-") as scratch:
         folders: dict[str, Path] = {PLAIN: folder}
         sizes.append(_size_of_source(folder, config))
-        for format_name in QUICK_FORMATS if quick else FORMATS:
+        for format_name in QUICK_FORMATS if quick else formats():
             say(f"quantising: {format_name}")
             try:
                 made = quantize(folder, transforms_of(format_name), Path(scratch) / format_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +12,11 @@ from torch import nn
 from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
 from paretune.model.layers import DEFAULT_ATTENTION
+from paretune.option import OWN_KERNELS, Option
 from paretune.registry import ATTENTION
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure, kernels_like
+
+SAME_ATTENTION = "native code runs the same attention whatever the form: a duplicate"
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,21 @@ class Attention(Transform):
 
     name: ClassVar[str] = "attention"
     stage: ClassVar[Stage] = Stage.ATTENTION
+    axis: ClassVar[str] = "attention"
+    bare: ClassVar[bool] = False
+    main: ClassVar[str | None] = "form"
+    terms: ClassVar[Mapping[str, Mapping[str, Any] | None]] = {"sdpa": {"form": "sdpa"}, "as_loaded": None}
     exact: ClassVar[bool] = True
     per_weight: ClassVar[bool] = True  # it changes none
     trainable: ClassVar[bool] = True
     form: str = "sdpa"
+
+    @classmethod
+    def options(cls, config: ModelConfig | None, device: str, n_tokens: int) -> Sequence[Option]:
+        return (
+            Option("sdpa", is_default=True, changes_numbers=False),
+            Option("attention(eager)", conflicts=((frozenset({OWN_KERNELS}), SAME_ATTENTION),), changes_numbers=False),
+        )
 
     def __post_init__(self) -> None:
         ATTENTION.check(self.form)

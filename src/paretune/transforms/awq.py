@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from paretune.ops.weights import rounding
 from paretune.transforms.calibrate import SecondMoments
 from paretune.transforms.calibrated import CalibratedGroups, Edits
 from paretune.transforms.folding import Fold, fold_, folds_of
+from paretune.transforms.formats import GROUPS_ENDS, Format
 from paretune.transforms.quantize import naming
 
 ALPHAS = tuple(i / 20 for i in range(20))  # 0: as it was
@@ -37,6 +38,10 @@ class AWQ(CalibratedGroups):
     """
 
     name: ClassVar[str] = "awq"
+    terms: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    formats: ClassVar[Mapping[str, Format]] = {
+        "awq": Format("4 bits in groups of 64, inputs scaled by AWQ", 8, GROUPS_ENDS, {"bits": 4}, "group")
+    }
 
     @property
     def title(self) -> str:

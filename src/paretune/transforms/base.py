@@ -5,8 +5,9 @@ A transform sees the model, never another transform; the recipe knows the order.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -18,6 +19,8 @@ from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.weights.base import Weight
+from paretune.option import Option
+from paretune.transforms.formats import Format
 
 
 class Stage(enum.IntEnum):
@@ -70,6 +73,12 @@ class Transform:
 
     name: ClassVar[str]  # in `registry.TRANSFORMS`
     stage: ClassVar[Stage]
+    axis: ClassVar[str]  # of the search; a recipe has one transform of an axis (a mix of formats aside)
+    # Names that expressions have for some of its settings; None: the axis as the model has it, without a transform.
+    terms: ClassVar[Mapping[str, Mapping[str, Any] | None]] = {}
+    main: ClassVar[str | None] = None  # the field that a value alone sets in an expression
+    bare: ClassVar[bool] = True  # its own name alone is a setting; False: some field has to be said
+    formats: ClassVar[Mapping[str, Format]] = {}  # of `paretune quantize`
     exact: ClassVar[bool] = False  # claims the reference's results: checked before it is timed
 
     format: ClassVar[str | None] = None  # in `registry.FORMATS`, where it makes weights of one
@@ -77,6 +86,21 @@ class Transform:
     per_weight: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
     trainable: ClassVar[bool] = False  # the model can be trained under it
+
+    @classmethod
+    def options(cls, config: ModelConfig | None, device: str, n_tokens: int) -> Sequence[Option]:
+        """The settings that are worth trying on a model.
+
+        Args:
+            config: of the model; None: of any.
+            n_tokens: the longest sequence that it will see; 0: not known.
+        """
+        return ()
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """Its fields as they are where nothing is said."""
+        return {f.name: f.default for f in dataclasses.fields(cls)}
 
     @property
     def title(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import torch
 
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.fp8 import Fp8
+from paretune.transforms.formats import OWN_ENDS, Format
 from paretune.transforms.quantize import Chosen, Quantize
 
 
@@ -19,6 +21,7 @@ class Float8(Quantize):
     """
 
     name: ClassVar[str] = "fp8"
+    formats: ClassVar[Mapping[str, Format]] = {"fp8": Format("8-bit floats (e4m3), one scale a row", 8, OWN_ENDS)}
     format: ClassVar[str] = Fp8.format
     format_title: ClassVar[str] = "fp8 rows"
     embeddings: bool = True

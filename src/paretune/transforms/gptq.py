@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
@@ -12,6 +12,7 @@ from paretune.model.layers import Linear
 from paretune.ops.weights import rounding
 from paretune.transforms.calibrate import SecondMoments
 from paretune.transforms.calibrated import CalibratedGroups, Edits
+from paretune.transforms.formats import GROUPS_ENDS, Format
 from paretune.transforms.quantize import naming
 
 
@@ -25,6 +26,10 @@ class GPTQ(CalibratedGroups):
     """
 
     name: ClassVar[str] = "gptq"
+    terms: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    formats: ClassVar[Mapping[str, Format]] = {
+        "gptq": Format("4 bits in groups of 64, rounded by GPTQ", 8, GROUPS_ENDS, {"bits": 4}, "group")
+    }
     act_order: bool = True
     damping: float = 0.01
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
 from paretune.ops import grouping
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.int_groups import GROUPS, LAYOUT_BYTES, IntGroups
+from paretune.option import ALL_QUANTISED, OWN_KERNELS, Option
 from paretune.transforms.base import Observation
+from paretune.transforms.formats import GROUPS_ENDS, Format
 from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
+
+TRIED = ("int4", "w8a8", "w7a7")
+# Kernels of a GPU multiply in 16 bits.
+NOTHING_ON_A_GPU = "inputs of {} bits are multiplied in 16 on a GPU: they save nothing over int8"
 
 
 @dataclass(frozen=True)
@@ -28,12 +36,39 @@ class Groups(Quantize):
     """
 
     name: ClassVar[str] = "groups"
+    terms: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "int4": {"bits": 4},
+        "int8_groups": {"bits": 8},
+        "q8_0": {"bits": 8, "group": 32},
+        "q4_0": {"bits": 4, "group": 32, "head_bits": 4},
+        "w8a8": {"bits": 8, "group": 128, "activation_bits": 8},
+        "w8a7": {"bits": 8, "group": 128, "activation_bits": 7},
+        "w7a7": {"bits": 7, "group": 128, "activation_bits": 7},
+    }
+    formats: ClassVar[Mapping[str, Format]] = {
+        "int8_groups": Format("8 bits in groups with fp16 scales", 8, GROUPS_ENDS, {"bits": 8}, "group"),
+        "int4": Format("4 bits in groups, embeddings and head in 8", 8, GROUPS_ENDS, {"bits": 4}, "group"),
+        "q8_0": Format("the numbers of llama.cpp's Q8_0", 8, GROUPS_ENDS, {"bits": 8, "group": 32}),
+        "q4_0": Format("the numbers of llama.cpp's Q4_0 in all layers", 4, GROUPS_ENDS, {"bits": 4, "group": 32}),
+    }
     format: ClassVar[str] = IntGroups.format
     bits: int = 4
     group: int = 32
     minimum: bool = False
     head_bits: int = 8
     activation_bits: int = 16
+
+    @classmethod
+    def options(cls, config: ModelConfig | None, device: str, n_tokens: int) -> Sequence[Option]:
+        is_gpu = device.startswith("cuda")
+        # Through PyTorch on a CPU every call would dequantise.
+        needs = frozenset() if is_gpu else frozenset({OWN_KERNELS})
+        made = []
+        for name in [n for n in TRIED if n in cls.terms]:  # forms with another rounding have no such names
+            bits = cls.terms[name].get("activation_bits")
+            reason = NOTHING_ON_A_GPU.format(bits) if is_gpu and bits else cls.cannot_pay(device)
+            made.append(Option(name, reason, frozenset({ALL_QUANTISED}), needs, log_gain=0.5))
+        return made
 
     def __post_init__(self) -> None:
         allowed = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from paretune.errors import UsageError
 from paretune.ops.weights import rounding
 from paretune.ops.weights.base import Weight
+from paretune.transforms.formats import GROUPS_ENDS, Format
 from paretune.transforms.groups import Groups
 from paretune.transforms.quantize import Chosen
 
@@ -17,6 +19,10 @@ class HQQ(Groups):
     """Badri and Shaji 2023: minima by half-quadratic optimisation, without calibration text."""
 
     name: ClassVar[str] = "hqq"
+    terms: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    formats: ClassVar[Mapping[str, Format]] = {
+        "hqq": Format("4 bits in groups of 64 with minima, optimised by HQQ", 8, GROUPS_ENDS, {"bits": 4}, "group")
+    }
     group: int = 64
     minimum: bool = True
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from paretune.model.base import LanguageModel
+from paretune.model.config import ModelConfig
 from paretune.ops.int8_linear import aten
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.int8_rows import Int8Rows
+from paretune.option import ALL_QUANTISED, Option
 from paretune.transforms.base import Observation, ensure
+from paretune.transforms.formats import OWN_ENDS, Format
 from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
 
@@ -22,9 +26,18 @@ class Int8(Quantize):
     """
 
     name: ClassVar[str] = "int8"
+    formats: ClassVar[Mapping[str, Format]] = {"int8": Format("8 bits, one fp32 scale a row", 8, OWN_ENDS)}
     format: ClassVar[str] = Int8Rows.format
     format_title: ClassVar[str] = "int8 rows"
     embeddings: bool = True
+
+    @classmethod
+    def options(cls, config: ModelConfig | None, device: str, n_tokens: int) -> Sequence[Option]:
+        reason = cls.cannot_pay(device)
+        return (
+            Option("int8", reason, frozenset({ALL_QUANTISED}), log_gain=0.5),
+            Option("int8(embeddings=false)", reason, log_gain=0.5),
+        )
 
     @property
     def title(self) -> str:

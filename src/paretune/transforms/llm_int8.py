@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from paretune.model.base import LanguageModel
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.mixed_int8 import MixedInt8
 from paretune.transforms.base import Observation, ensure
+from paretune.transforms.formats import BODY_ENDS, Format
 from paretune.transforms.quantize import Chosen, Quantize
 
 
@@ -27,6 +29,9 @@ class LLMInt8(Quantize):
     """
 
     name: ClassVar[str] = "llm_int8"
+    formats: ClassVar[Mapping[str, Format]] = {
+        "llm_int8": Format("LLM.int8: outlier inputs in 16 bits; embeddings and head int8", 8, BODY_ENDS)
+    }
     format: ClassVar[str] = MixedInt8.format
     format_title: ClassVar[str] = "LLM.int8 rows"
     threshold: float = 6.0

@@ -6,18 +6,23 @@ code it runs is another transform's matter (`attention`). A converted model save
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
 from paretune.ops.attention import alibi
 from paretune.ops.attention.pattern import parse
+from paretune.option import Option
 from paretune.transforms.attention import attention_layers
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure
 
 POSITIONS = ("removed", "kept")
+
+
+WINDOW = 256  # that is tried, in tokens
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,23 @@ class Mechanism(Transform):
 
     name: ClassVar[str] = "mechanism"
     stage: ClassVar[Stage] = Stage.MECHANISM
+    axis: ClassVar[str] = "mechanism"
+    bare: ClassVar[bool] = False
+    main: ClassVar[str | None] = "pattern"
+    terms: ClassVar[Mapping[str, Mapping[str, Any]]] = {"alibi": {"alibi": True}}
     per_weight: ClassVar[bool] = True  # it changes none
     trainable: ClassVar[bool] = True
     alibi: bool = False
     positions: str = "removed"
     pattern: str = ""
+
+    @classmethod
+    def options(cls, config: ModelConfig | None, device: str, n_tokens: int) -> Sequence[Option]:
+        if config is None:
+            return ()
+        reason = reason_to_keep(config, n_tokens)
+        names = (f"mechanism(window:{WINDOW})", f"mechanism(prefix:16+window:{WINDOW})", "alibi")
+        return [Option(name, reason, beside=("quantize",), differs_after=WINDOW) for name in names]
 
     def __post_init__(self) -> None:
         if self.positions not in POSITIONS:
@@ -100,3 +117,12 @@ class Mechanism(Transform):
             dense = f"{share:.1%} of the dense pairs at {config.n_positions} tokens"
             said.append(f"all {len(layers)} layers see {self.pattern}: {dense}")
         return said
+
+
+def reason_to_keep(config: ModelConfig, n_tokens: int) -> str | None:
+    """Why no other mechanism is tried on a model for requests of `n_tokens`, or None."""
+    if config.alibi or not config.attention_pattern.is_dense:
+        return "the model has a mechanism of its own"
+    if n_tokens <= WINDOW:
+        return f"a window of {WINDOW} skips nothing in a request of {n_tokens} tokens, and ALiBi is for long ones"
+    return None

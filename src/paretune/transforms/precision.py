@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -11,8 +12,12 @@ from paretune import hardware
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.checkpoint import DTYPE_ALIASES, dtype_of
+from paretune.model.config import ModelConfig
 from paretune.ops.weights.base import Weight
+from paretune.option import ALL_QUANTISED, OWN_KERNELS, Option
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure
+
+CACHE_ALONE = "every weight is quantised: the number format would change the cache alone, which is a choice of its own"
 
 
 @dataclass(frozen=True)
@@ -23,9 +28,18 @@ class Precision(Transform):
 
     name: ClassVar[str] = "precision"
     stage: ClassVar[Stage] = Stage.PRECISION
+    axis: ClassVar[str] = "precision"
+    bare: ClassVar[bool] = False
+    main: ClassVar[str | None] = "dtype"
+    terms: ClassVar[Mapping[str, Mapping[str, Any]]] = {"bf16": {"dtype": "bf16"}, "fp16": {"dtype": "fp16"}}
     per_weight: ClassVar[bool] = True
     trainable: ClassVar[bool] = True
     dtype: str = "bf16"
+
+    @classmethod
+    def options(cls, config: ModelConfig | None, device: str, n_tokens: int) -> Sequence[Option]:
+        moot = ((frozenset({OWN_KERNELS, ALL_QUANTISED}), CACHE_ALONE),)
+        return [Option(name, conflicts=moot, log_gain=0.4) for name in cls.terms]
 
     def __post_init__(self) -> None:
         dtype_of(self.dtype)

@@ -85,11 +85,18 @@ class Quantize(Transform):
     """
 
     stage: ClassVar[Stage] = Stage.QUANTIZE
+    axis: ClassVar[str] = "quantize"
     per_weight: ClassVar[bool] = True
     format: ClassVar[str]  # of the weights that this makes
     format_title: ClassVar[str]
     include: str = field(default="", kw_only=True)
     exclude: str = field(default="", kw_only=True)
+
+    @classmethod
+    def cannot_pay(cls, device: str) -> str | None:
+        """Why no quantised layer is fast on `device`, or None."""
+        reason = op.unavailable_reason(device) if device.startswith("cuda") else None
+        return f"dequantised at every call: {reason}" if reason else None
 
     # -- what a format says
 

@@ -11,6 +11,7 @@ figures.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -18,8 +19,7 @@ from paretune import stats
 from paretune.tune.estimate import Estimator
 from paretune.tune.outcome import MIN_BYTES_GAIN, Outcome
 from paretune.tune.race import BASELINE
-from paretune.tune.space import BASELINE as BASE_CHOICE
-from paretune.tune.space import Candidate, recipe_of
+from paretune.tune.space import RUNNER, Candidate, baseline
 
 ROOFLINE_SLACK = 0.8  # of the least time: the ceiling may have been measured in a slow moment
 MARGIN = 1.5  # on top of the product of single effects: changes may help each other
@@ -54,7 +54,7 @@ class Bounds:
             other = self.by_id.get(id)
             if other is None or id == candidate.id or not other.numbers <= candidate.numbers:
                 continue
-            if other.numbers == candidate.numbers and other.choice[3] != candidate.choice[3]:
+            if other.numbers == candidate.numbers and other.runner != candidate.runner:
                 return f"the same numbers are over the quality limit in {other.recipe.name}: {figures}"
             return f"{other.recipe.name}, which changes less, is over the quality limit: {figures}"
         return None
@@ -93,7 +93,7 @@ class Bounds:
         """Compares the product of what its parts gave, each at the upper end of its interval, with the leader."""
         assert self.leader is not None
         low = self._ratios[self.leader].low
-        parts = self._native_parts(candidate) if candidate.is_native else self._plain_parts(candidate)
+        parts = self._native_parts(candidate) if candidate.has_own_kernels else self._plain_parts(candidate)
         if not parts or not low or (len(parts) == 1 and candidate.is_plain):  # a plain change alone is measured
             return None
         product = math.prod(value for _, value in parts)
@@ -109,11 +109,11 @@ class Bounds:
     def _plain_parts(self, candidate: Candidate) -> list[tuple[str, float]] | None:
         """(what, upper end of its gain) of each change by itself in PyTorch; None where one is not known."""
         parts: list[tuple[str, float]] = []
-        for family, change in candidate.changes.items():
-            alone = self._alone(family, change)
+        for axis, change in candidate.changes.items():
+            alone = self._alone({axis: change})
             if alone is not None:
-                parts.append((str(change), alone))
-            elif family == "runner":
+                parts.append((change, alone))
+            elif axis == RUNNER:
                 bound = self._compiled_bound(candidate)
                 if bound is None:
                     return None
@@ -122,44 +122,46 @@ class Bounds:
                 return None
         return parts
 
-    def _alone(self, family: str, change: str | None) -> float | None:
-        at = ("attention", "precision", "quantize", "runner", "cache").index(family)
-        id = recipe_of((*BASE_CHOICE[:at], change, *BASE_CHOICE[at + 1 :])).hash  # type: ignore[arg-type]
-        return self._ratios[id].high if id in self._rows and math.isfinite(self._ratios[id].high) else None
+    def _alone(self, changes: Mapping[str, str]) -> float | None:
+        """The upper end of the gain of these changes together, where they were measured."""
+        found = self.out.space.find(changes)
+        if found is None or found.id not in self._rows or not math.isfinite(self._ratios[found.id].high):
+            return None
+        return self._ratios[found.id].high
 
     def _compiled_bound(self, candidate: Candidate) -> tuple[str, float] | None:
         """What another mode of the compiler gave, or the most that any code of the baseline's weights can give."""
-        runner = candidate.choice[3]
+        runner, kind = candidate.runner.name, candidate.recipe.engine.runner
         seen = [
-            (c.choice[3], self._ratios[c.id].high)
+            (c.runner.name, self._ratios[c.id].high)
             for c in self.out.space.legal
-            if c.id in self._rows and len(c.changes) == 1 and c.kind == candidate.kind and not c.is_plain
+            if c.id in self._rows and len(c.changes) == 1 and not c.is_plain and c.recipe.engine.runner == kind
         ]
         if seen:
             return max(seen, key=lambda pair: pair[1])
-        floor = self.estimator.floor_sec(recipe_of(BASE_CHOICE))
+        floor = self.estimator.floor_sec(baseline())
         if floor is None or not math.isfinite(self._base_sec):
             return None
         return f"{runner} (the baseline at its roofline)", self._base_sec / (ROOFLINE_SLACK * floor)
 
     def _native_parts(self, candidate: Candidate) -> list[tuple[str, float]] | None:
         """The native runner by itself, and each other change beside it, as far as they were measured."""
-        native = candidate.native_alone
-        alone = native.id
-        if alone not in self._rows:
+        runner = {RUNNER: candidate.runner.name}
+        native = self.out.space.find(runner)
+        if native is None or native.id not in self._rows:
             return None
-        plain = self._ratios[alone]
+        plain = self._ratios[native.id]
         if not plain.low or not math.isfinite(plain.high):
             return None
-        parts = [("native", plain.high)]
-        for at, (option, base) in enumerate(zip(candidate.choice, native.choice, strict=True)):
-            if option == base:
+        parts = [(candidate.runner.name, plain.high)]
+        for axis, change in candidate.changes.items():
+            if axis == RUNNER:
                 continue
-            choice = [*native.choice[:at], option, *native.choice[at + 1 :]]
-            id = recipe_of(tuple(choice)).hash  # type: ignore[arg-type]
-            if id == candidate.id or id not in self._rows or not math.isfinite(self._ratios[id].high):
+            beside = {**runner, axis: change}
+            high = self._alone(beside)
+            if beside == candidate.changes or high is None:
                 return None
-            parts.append((f"{option} beside it", self._ratios[id].high / plain.value))
+            parts.append((f"{change} beside it", high / plain.value))
         return parts if len(parts) > 2 else None
 
 

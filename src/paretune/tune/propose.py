@@ -17,21 +17,10 @@ from collections.abc import Mapping, Sequence
 from paretune.tune.bounds import Bounds
 from paretune.tune.estimate import Estimator
 from paretune.tune.outcome import Outcome
-from paretune.tune.space import Candidate
+from paretune.tune.space import CACHE, RUNNER, Candidate, Change
 
 FIRST_WAVE = 4  # candidates: the first answer comes early
 NATIVE_SHARE = 0.75  # of the roofline, before a native form was measured
-# Log gain that a change nobody has measured yet is credited with, so that each is looked at once, cheap ones first.
-UNSEEN = {"attention": 0.3, "precision": 0.4, "quantize": 0.5, "runner": 0.6, "cache": 0.05}
-# Seconds to start, before anything was measured; replaced by what the run sees.
-DEFAULT_START_SEC = {
-    "eager": 4.0,
-    "native": 4.0,
-    "compile:default": 45.0,
-    "compile:freeze": 50.0,
-    "compile:max-autotune": 90.0,
-    "compile:reduce-overhead": 60.0,
-}
 
 
 class Proposer:
@@ -64,7 +53,7 @@ class Proposer:
         rows = set(out.rows())
         native = self._native(left, rows) if self._native_pays(rows) else []
         if native:
-            if not any(c.is_native and c.id in out.race.trials for c in out.space.legal):
+            if not any(c.has_own_kernels and c.id in out.race.trials for c in out.space.legal):
                 size = min(size, FIRST_WAVE)
             return _that_fit(native, budget_sec, size, sec_of)
         singles = self._singles(rows)
@@ -74,13 +63,13 @@ class Proposer:
 
     def _native_pays(self, rows: set[str]) -> bool:
         """Whether native forms come first: they do until the runner by itself is shown not to beat the baseline."""
-        alone = next((c.id for c in self.out.space.legal if c.is_native and len(c.changes) == 1), None)
+        alone = next((c.id for c in self.out.space.legal if c.has_own_kernels and len(c.changes) == 1), None)
         return alone not in rows or self.out.goal.in_bytes or self.out.ratio(alone).value > 1
 
     def _native(self, left: Sequence[Candidate], rows: set[str]) -> list[Candidate]:
         """The native candidates in the order of their turn."""
         out = self.out
-        kinds = {c.weights: c for c in out.space.legal if c.is_native and c.choice[4] is None}
+        kinds = {c.weights: c for c in out.space.legal if c.has_own_kernels and CACHE not in c.options}
         share = self._native_share(rows)
 
         def rank(c: Candidate) -> tuple[int, float]:
@@ -93,7 +82,7 @@ class Proposer:
             # What differs in the cache alone waits for its kind, and drops out with it.
             return (2 if first.id in out.race.trials else 3), -gain
 
-        native = [c for c in left if c.is_native]
+        native = [c for c in left if c.has_own_kernels]
         ordered = sorted(native, key=rank)
         if any(rank(c)[0] < 3 for c in ordered):
             ordered = [c for c in ordered if rank(c)[0] < 3]
@@ -104,7 +93,7 @@ class Proposer:
         out, blocks = self.out, self.out.race.measured()
         shares = []
         for c in out.space.legal:
-            if c.is_native and c.id in rows and (floor := self.estimator.floor_sec(c.recipe)):
+            if c.has_own_kernels and c.id in rows and (floor := self.estimator.floor_sec(c.recipe)):
                 shares.append(floor / float(statistics.median(blocks.values(c.id))))
         return statistics.median(shares) if shares else NATIVE_SHARE
 
@@ -113,13 +102,13 @@ class Proposer:
         out, estimator = self.out, self.estimator
         if out.goal.in_bytes:
             return -math.log(estimator.step_bytes(c.recipe))
-        floor, alone = estimator.floor_sec(c.recipe), c.native_alone.id
+        floor, runner = estimator.floor_sec(c.recipe), {RUNNER: c.runner.name}
         if first is not None and first.id in rows and c.id != first.id:
             gain = math.log(out.ratio(first.id).value)
-            choice = (*c.native_alone.choice[:4], c.choice[4])
-            cached = next((k.id for k in out.space.legal if k.choice == choice), None)
-            if cached in rows and alone in rows:
-                return gain + math.log(out.ratio(cached).value / out.ratio(alone).value)
+            alone = out.space.find(runner)
+            cached = out.space.find({**runner, CACHE: c.changes[CACHE]}) if CACHE in c.options else alone
+            if cached and alone and cached.id in rows and alone.id in rows:
+                return gain + math.log(out.ratio(cached.id).value / out.ratio(alone.id).value)
             before = estimator.floor_sec(first.recipe)
             return gain + (math.log(before / floor) if before and floor else 0.0)
         if floor is None:  # nothing is known of its products: smaller weights first
@@ -128,23 +117,23 @@ class Proposer:
 
     # -- the rest
 
-    def _singles(self, rows: set[str]) -> dict[tuple[str, str | None], float]:
+    def _singles(self, rows: set[str]) -> dict[Change, float]:
         """Measured log gain of each change alone."""
         failed = {i for i, s in self.out.race.trials.items() if s.failure}
-        found: dict[tuple[str, str | None], float] = {}
+        found: dict[Change, float] = {}
         for c in self.out.space.legal:
             if change := c.single:
                 if c.id in rows:
                     gain = math.log(self.out.ratio(c.id).value)
                     # What runs natively alone is compared with the native runner by itself.
-                    alone = gain if len(c.changes) == 1 else gain - found.get(("runner", "native"), 0.0)
+                    alone = gain if len(c.changes) == 1 else gain - found.get((RUNNER, c.runner.name), 0.0)
                     found[change] = max(alone, found.get(change, -math.inf))  # a mechanism is seen eager and native
                 elif c.id in failed:
                     found.setdefault(change, -10.0)  # what fails alone is not tried in company first
         return found
 
 
-def predicted_log_gain(candidate: Candidate, singles: Mapping[tuple[str, str | None], float]) -> float:
+def predicted_log_gain(candidate: Candidate, singles: Mapping[Change, float]) -> float:
     """Log gain if gains multiplied: an order to try in, never a result (they do not multiply).
 
     Args:
@@ -156,13 +145,13 @@ def predicted_log_gain(candidate: Candidate, singles: Mapping[tuple[str, str | N
         if not math.isnan(gain):
             total += gain
         elif change == candidate.single:  # in company an unknown change is worth nothing yet: alone comes first
-            total += UNSEEN[change[0]]
+            total += candidate.options[change[0]].log_gain
     return total
 
 
 def _next_plain(
     left: Sequence[Candidate],
-    singles: Mapping[tuple[str, str | None], float],
+    singles: Mapping[Change, float],
     budget_sec: float,
     size: int,
     sec_of: Mapping[str, float],
@@ -172,7 +161,7 @@ def _next_plain(
     turn before the budget ends, but not before what promises most."""
 
     def rank(c: Candidate) -> tuple[bool, float]:
-        is_cheap_single = c.single is not None and (c.is_plain or c.is_native)
+        is_cheap_single = c.single is not None and (c.is_plain or c.has_own_kernels)
         return (not is_cheap_single, -predicted_log_gain(c, singles) / (1 + start_sec(c, sec_of) / 60))
 
     ordered = sorted(left, key=rank)
@@ -186,7 +175,8 @@ def _next_plain(
 
 
 def start_sec(candidate: Candidate, sec_of: Mapping[str, float]) -> float:
-    return sec_of.get(candidate.choice[3], DEFAULT_START_SEC[candidate.choice[3]])
+    """Seconds until its first step can be timed: as seen here, else as the runner declares."""
+    return sec_of.get(candidate.runner.name, candidate.runner.start_sec)
 
 
 def _that_fit(

@@ -38,7 +38,7 @@ from paretune.tune.gate import Gate
 from paretune.tune.goal import Goal
 from paretune.tune.journal import Journal
 from paretune.tune.outcome import MIN_BYTES_GAIN, Outcome
-from paretune.tune.propose import DEFAULT_START_SEC, Proposer
+from paretune.tune.propose import Proposer
 from paretune.tune.race import BASELINE, TWIN, Race
 
 WAVE = 6  # candidates at once: a block then takes about two seconds
@@ -86,7 +86,8 @@ class Search:
         self.tokenizer = Tokenizer(model_folder)
         self.text_name = "pieces" if text is None else Path(text).stem
         n_tokens = goal.input_len + goal.output_len
-        if spaces.mechanism_reason(config, n_tokens) is None:
+        differs_after = spaces.differs_after(goal.device, config, n_tokens)
+        if differs_after:
             # A window loses what lies beyond it: its quality is that of sequences as long as the request.
             self.window_len = max(WINDOW_LEN, n_tokens + 1)
         self.windows = self._windows(config, text)
@@ -106,7 +107,7 @@ class Search:
         self.journal = Journal(folder, key, resume)
         race = Race(goal, folder, model_folder, self.journal, say)
         # Long enough for what a window skips to be among what is checked.
-        n_check = 48 if self.window_len == WINDOW_LEN else spaces.WINDOW + 48
+        n_check = differs_after + 48
         race.check_prompt = self.windows["search"][0, :n_check].tolist()
         self.out = Outcome(goal, str(model), model_folder, config, space, race)
         self.out.quality_len = self.windows["search"].size(1)
@@ -304,15 +305,17 @@ class Search:
 
     def _start_secs(self) -> dict[str, float]:
         """Start-up seconds by runner as seen here; a runner not seen yet scales with those that were."""
-        known = [(c.choice[3], c.id) for c in self.out.space.legal] + [(spaces.BASELINE[3], BASELINE)]
+        declared = {name: runner.start_sec for name, runner in self.out.space.runners.items()}
+        known = [(c.runner.name, c.id) for c in self.out.space.legal]
+        known += [(c.runner.name, BASELINE) for c in self.out.space.legal if c.is_plain][:1]
         seen: dict[str, list[float]] = {}
         for runner, id in known:
             state = self.out.race.trials.get(id)
             if state and state.start_sec:
                 seen.setdefault(runner, []).append(state.start_sec)
         out = {runner: float(np.median(times)) for runner, times in seen.items()}
-        scale = max([out[r] / DEFAULT_START_SEC[r] for r in out], default=1.0)
-        return {r: out.get(r, DEFAULT_START_SEC[r] * max(1.0, scale)) for r in DEFAULT_START_SEC}
+        scale = max([out[r] / declared[r] for r in out], default=1.0)
+        return {r: out.get(r, sec * max(1.0, scale)) for r, sec in declared.items()}
 
     # -- gate and finals
 

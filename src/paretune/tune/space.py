@@ -1,56 +1,31 @@
-"""Every legal combination of the transforms and runners, and why the others are not."""
+"""Every legal combination of the axes' options, and why the others are not."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from paretune.model.config import ModelConfig
-from paretune.ops.quantized_linear import op
+from paretune.option import OWN_KERNELS, Option
 from paretune.recipe import Recipe, preset
+from paretune.recipe.axes import Axes, axes, default_of
 
-ATTENTION = ("sdpa", "eager")
-PRECISION = (None, "bf16", "fp16")
-QUANTIZE = (None, "int8", "int8-linear", "int4", "w8a8", "w7a7")
-RUNNERS = ("eager", "native", "compile:default", "compile:freeze", "compile:max-autotune")
-# On a GPU the way to a kernel costs more than a short kernel: graphs of them are a choice of their own.
-GPU_QUANTIZE = (*QUANTIZE[:4], "nf4", "w8a8", "w7a7")
-GPU_RUNNERS = ("eager", "compile:default", "compile:reduce-overhead")
-CACHE = (None, "bf16", "int8", "int4")  # what the native runner keeps keys and values in; None follows the model
-FAMILIES = ("attention", "precision", "quantize", "runner", "cache")
-Choice = tuple[str, str | None, str | None, str, str | None]
-# What has a fast form in native code alone: elsewhere every call would dequantise, or convert the cache.
-NATIVE_ONLY = {*(("quantize", q) for q in ("int4", "w8a8", "w7a7")), *(("cache", c) for c in CACHE if c)}
-GROUPS = {
-    "int4": {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
-    "w8a8": {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
-    "w7a7": {"name": "groups", "bits": 7, "group": 128, "head_bits": 8, "activation_bits": 7},
-}
-# What attention computes, in place of a form of it; quality is measured at the length of the request.
-WINDOW = 256
-MECHANISMS: dict[str, dict[str, object]] = {
-    f"window:{WINDOW}": {"name": "mechanism", "pattern": f"window:{WINDOW}"},
-    f"prefix:16+window:{WINDOW}": {"name": "mechanism", "pattern": f"prefix:16+window:{WINDOW}"},
-    "alibi": {"name": "mechanism", "alibi": True},
-}
-# What rounds inputs to gain nothing on a GPU, whose kernels multiply in 16 bits.
-NOT_ON_GPU = {
-    "w8a8": "inputs of 8 bits are multiplied in 16 on a GPU: they save nothing over int8",
-    "w7a7": "inputs of 7 bits are multiplied in 16 on a GPU: they save nothing over int8",
-}
-ALL_QUANTISED = (
-    "every weight is quantised: the number format would change the cache alone, which is a choice of its own"
-)
-SAME_ATTENTION = "native code runs the same attention whatever the form: a duplicate"
-BASELINE: Choice = ("sdpa", None, None, "eager", None)
+RUNNER, CACHE = "runner", "cache"  # the axes that say how a model is run, not what it is
+Change = tuple[str, str]  # an axis and the name of its option
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One point of the space."""
+    """One point of the space: its options by axis, those that the baseline has too left out.
 
-    choice: Choice
+    Args:
+        runner: the option of the runner's axis, the baseline's where that is the same.
+    """
+
+    options: Mapping[str, Option]
+    runner: Option
     recipe: Recipe
 
     @property
@@ -58,53 +33,46 @@ class Candidate:
         return self.recipe.hash
 
     @property
-    def changes(self) -> dict[str, str | None]:
-        """What differs from the baseline, by family."""
-        return {f: c for f, c, b in zip(FAMILIES, self.choice, BASELINE, strict=True) if c != b}
+    def changes(self) -> dict[str, str]:
+        """What differs from the baseline, by axis."""
+        return {axis: option.name for axis, option in self.options.items()}
 
     @property
-    def single(self) -> tuple[str, str | None] | None:
-        """The one change that this candidate tells something about: it is alone, or needs the native runner."""
-        changes = list(self.changes.items())
-        if len(changes) == 2 and ("runner", "native") in changes:
-            changes.remove(("runner", "native"))
-            return changes[0] if changes[0] in NATIVE_ONLY or changes[0][1] in MECHANISMS else None
-        return changes[0] if len(changes) == 1 else None
+    def tags(self) -> frozenset[str]:
+        return frozenset().union(self.runner.tags, *(o.tags for o in self.options.values()))
 
     @property
-    def kind(self) -> str:
-        """The runner, its mode aside."""
-        return self.choice[3].partition(":")[0]
+    def single(self) -> Change | None:
+        """The one change that this candidate tells something about: it is alone, or runs in kernels of its own because
+        it is tried nowhere else."""
+        changes = [c for c in self.changes.items() if c[0] != RUNNER]
+        if RUNNER not in self.options:
+            return changes[0] if len(changes) == 1 else None
+        if not changes:
+            return RUNNER, self.runner.name
+        if len(changes) > 1 or not self.has_own_kernels:
+            return None
+        option = self.options[changes[0][0]]
+        return changes[0] if option.needs or option.beside is not None else None
 
     @property
-    def is_native(self) -> bool:
-        return self.kind == "native"
+    def has_own_kernels(self) -> bool:
+        return OWN_KERNELS in self.runner.tags
 
     @property
     def is_plain(self) -> bool:
         """Whether the baseline's own runner executes it: it starts at once."""
-        return self.choice[3] == BASELINE[3]
+        return RUNNER not in self.options
 
     @property
-    def native_alone(self) -> Candidate:
-        """The native runner with nothing else changed."""
-        choice = (*BASELINE[:3], "native", None)
-        return Candidate(choice, recipe_of(choice))
-
-    @property
-    def weights(self) -> tuple[str, str | None, str | None]:
+    def weights(self) -> frozenset[Change]:
         """What is computed, with which numbers: candidates that share it differ in the runner and the cache alone."""
-        mechanism = self.choice[0] if self.choice[0] in MECHANISMS else ""
-        return mechanism, self.choice[1], self.choice[2]
+        return frozenset(change for change in self.numbers if change[0] != CACHE)
 
     @property
-    def numbers(self) -> frozenset[tuple[str, str | None]]:
-        """The changes that change numbers: all but the runner and exact forms of attention."""
-        return frozenset(
-            (family, change)
-            for family, change in self.changes.items()
-            if family != "runner" and (family != "attention" or change in MECHANISMS)
-        )
+    def numbers(self) -> frozenset[Change]:
+        """The changes that change numbers."""
+        return frozenset((axis, o.name) for axis, o in self.options.items() if o.changes_numbers)
 
 
 @dataclass
@@ -114,99 +82,96 @@ class Space:
     legal: list[Candidate] = field(default_factory=list)
     illegal: list[tuple[str, str]] = field(default_factory=list)  # name, reason
 
+    @cached_property
+    def _by_changes(self) -> dict[frozenset[Change], Candidate]:
+        return {frozenset(c.changes.items()): c for c in self.legal}
 
-def recipe_of(choice: Choice) -> Recipe:
-    attention, precision, quantize, runner, cache = choice
-    transforms: list[dict[str, object]] = [{"name": "attention", "form": attention}]
-    if attention in MECHANISMS:
-        transforms = [MECHANISMS[attention], {"name": "attention", "form": BASELINE[0]}]
-    if precision:
-        transforms.append({"name": "precision", "dtype": precision})
-    if quantize in GROUPS:
-        transforms.append(GROUPS[quantize])
-    elif quantize == "nf4":  # it leaves the ends to int8
-        transforms += [{"name": "nf4"}, {"name": "int8"}]
-    elif quantize:
-        transforms.append({"name": "int8", "embeddings": quantize == "int8"})
-    name, _, mode = runner.partition(":")
-    engine = {"runner": name} | ({"compile_mode": mode} if mode else {}) | ({"cache_dtype": cache} if cache else {})
-    return Recipe.from_dict({"transforms": transforms, "engine": engine})
+    def find(self, changes: Mapping[str, str]) -> Candidate | None:
+        """The candidate of exactly these changes."""
+        return self._by_changes.get(frozenset(changes.items()))
+
+    @property
+    def runners(self) -> dict[str, Option]:
+        """The runners' options by name, the baseline's among them where a candidate has it."""
+        return {c.runner.name: c.runner for c in self.legal}
 
 
 def baseline() -> Recipe:
     """The reasonable default that everything is compared with."""
-    recipe = preset("baseline")
-    assert recipe == recipe_of(BASELINE)
-    return recipe
+    return preset("baseline")
+
+
+def candidate(options: Mapping[str, Option], default_runner: Option) -> Candidate:
+    """The point of these options; axes that are not named are as in the baseline."""
+    names = "+".join(option.name for option in options.values())
+    return Candidate(dict(options), options.get(RUNNER, default_runner), preset(names or "baseline"))
 
 
 def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> Space:
     """All combinations; those that cannot run on `device`, or cannot win there, go aside with the reason.
 
     Args:
-        config, n_tokens: the model and the longest sequence of the request, for mechanisms and caches that it may not
-            have; None: without mechanisms.
+        config, n_tokens: the model and the longest sequence of the request, for what it may not have; None: of any.
     """
     space = Space()
-    reasons: dict[tuple[str, str | None], str | None] = {}
-    is_gpu = device.startswith("cuda")
-    fused = op.unavailable_reason(device) if is_gpu else None
-    families = (
-        (ATTENTION, PRECISION, GPU_QUANTIZE, GPU_RUNNERS, (None,))
-        if is_gpu
-        else (ATTENTION, PRECISION, QUANTIZE, RUNNERS, CACHE)
-    )
-    for family, options in zip(FAMILIES, families, strict=True):
-        at = FAMILIES.index(family)
-        for option in options:
-            alone = (*BASELINE[:at], option, *BASELINE[at + 1 :])
-            reasons[family, option] = recipe_of(alone).requires(device)  # type: ignore[arg-type]
-            if is_gpu and family == "quantize" and option:
-                cannot_win = NOT_ON_GPU.get(option) or (fused and f"dequantised at every call: {fused}")
-                reasons[family, option] = reasons[family, option] or cannot_win
-    for choice in itertools.product(*families):
-        a, p, q, r, cache = choice
-        if choice == BASELINE or (r != "native" and cache):
+    offered = axes(device, config, n_tokens)
+    runner = default_of(offered[RUNNER])
+    assert runner is not None, "some runner is the reference"
+    reasons = {
+        (axis, option.name): candidate({axis: option}, runner).recipe.requires(device) or option.reason
+        for axis, options in offered.items()
+        for option in options
+        if not option.is_default
+    }
+    for chosen in _combinations(offered):
+        point = candidate(chosen, runner)
+        if any(not o.needs <= point.tags for o in chosen.values()):
             continue
-        candidate = Candidate(choice, recipe_of(choice))
-        if r != "native" and ("quantize", q) in NATIVE_ONLY and not is_gpu:
-            continue
-        reason = next((reasons[f, c] for f, c in zip(FAMILIES, choice, strict=True) if reasons[f, c]), None)
+        reason = next((r for axis, o in chosen.items() if (r := reasons[axis, o.name])), None)
         if config is not None:
-            reason = reason or candidate.recipe.fits(config)
-        if r == "native" and a != BASELINE[0]:
-            reason = reason or SAME_ATTENTION
-        if r == "native" and p and q in ("int8", *GROUPS):
-            reason = reason or ALL_QUANTISED
+            reason = reason or point.recipe.fits(config)
+        reason = reason or _conflict(point)
         if reason:
-            space.illegal.append((candidate.recipe.name, reason))
+            space.illegal.append((point.recipe.name, reason))
         else:
-            space.legal.append(candidate)
-    if config is not None:
-        _add_mechanisms(space, config, n_tokens, reasons)
+            space.legal.append(point)
     return space
 
 
-def mechanism_reason(config: ModelConfig, n_tokens: int) -> str | None:
-    """Why no other mechanism is tried on a model for requests of `n_tokens`, or None."""
-    if config.alibi or not config.attention_pattern.is_dense:
-        return "the model has a mechanism of its own"
-    if n_tokens <= WINDOW:
-        return f"a window of {WINDOW} skips nothing in a request of {n_tokens} tokens, and ALiBi is for long ones"
+def differs_after(device: str, config: ModelConfig, n_tokens: int) -> int:
+    """Tokens after which all that may be tried on this model makes a difference; 0: from the first on."""
+    offered = [option for options in axes(device, config, n_tokens).values() for option in options]
+    return max((o.differs_after for o in offered if not o.reason), default=0)
+
+
+def _combinations(offered: Axes) -> Iterator[dict[str, Option]]:
+    """The points, by what of them differs from the baseline. What would multiply the space comes last."""
+    wide = {axis: [o for o in options if o.beside is None] for axis, options in offered.items()}
+    for choice in itertools.product(*([None, *_changing(options)] for options in wide.values())):
+        made = {axis: o for axis, o in zip(wide, choice, strict=True) if o is not None}
+        if made:
+            yield made
+    own = [o for o in wide[RUNNER] if OWN_KERNELS in o.tags]
+    for axis, options in offered.items():
+        for option in options:
+            if option.beside is None:
+                continue
+            yield {axis: option}
+            for runner in own:
+                yield {axis: option, RUNNER: runner}
+                for other in option.beside:
+                    for beside in _changing(wide.get(other, ())):
+                        yield {axis: option, other: beside, RUNNER: runner}
+
+
+def _changing(options: Sequence[Option]) -> list[Option]:
+    return [o for o in options if not o.is_default]
+
+
+def _conflict(point: Candidate) -> str | None:
+    """Why an option is pointless beside the others of a point, or None."""
+    for option in point.options.values():
+        for tags, reason in option.conflicts:
+            if tags <= point.tags:
+                return reason
     return None
-
-
-def _add_mechanisms(
-    space: Space, config: ModelConfig, n_tokens: int, reasons: Mapping[tuple[str, str | None], str | None]
-) -> None:
-    """Alone, and in native code (of a CPU) with each quantisation: a few, for they multiply the space."""
-    native = QUANTIZE if ("runner", "native") in reasons else ()
-    for name in MECHANISMS:
-        for quantize, runner in [(None, "eager"), *((q, "native") for q in native)]:
-            candidate = Candidate((name, None, quantize, runner, None), recipe_of((name, None, quantize, runner, None)))
-            reason = mechanism_reason(config, n_tokens) or reasons["runner", runner] or reasons["quantize", quantize]
-            reason = reason or candidate.recipe.fits(config)
-            if reason:
-                space.illegal.append((candidate.recipe.name, reason))
-            else:
-                space.legal.append(candidate)

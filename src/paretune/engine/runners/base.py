@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -15,6 +15,7 @@ from paretune.engine.sampling import argmax
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
+from paretune.option import OWN_KERNELS, Option
 
 Logits = Literal["last", "all"]
 CACHE_DTYPES = {
@@ -57,6 +58,28 @@ class Runner:
     same_bits_at_any_width: ClassVar[bool] = False  # a token's logits depend on neither batch nor width of its step
     fixed_batch: ClassVar[bool] = False  # has a graph for each batch size: another one costs a compilation
     exact: ClassVar[bool] = True  # claims the reference's results, so it is checked before it is timed
+
+    @classmethod
+    def options(cls, device: str) -> Sequence[Option]:
+        """Its settings that are worth trying on `device`."""
+        tags = frozenset({OWN_KERNELS}) if cls.own_kernels else frozenset()
+        default = cls.modes[0]
+        return [
+            Option(
+                cls.name if mode == default else f"{cls.name}({mode})",
+                tags=tags,
+                is_default=cls.is_reference,
+                changes_numbers=False,
+                log_gain=0.6,
+                start_sec=cls.start_sec[mode],
+            )
+            for mode in cls.modes_on(device)
+        ]
+
+    @classmethod
+    def modes_on(cls, device: str) -> Sequence[str]:
+        """Its modes that are worth trying on `device`; none where it is not for such devices."""
+        return cls.modes
 
     def __init__(self, model: LanguageModel, mode: str = "default") -> None:
         if mode not in self.modes:

@@ -7,7 +7,7 @@ no global compiler state changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +48,11 @@ class CompileRunner(Runner):
         # A decode graph of its own per batch size and capacity; both are few (capacity is rounded).
         self._decode = torch.compile(_Step(model), fullgraph=True, dynamic=False, options=options)
         self._prefill = torch.compile(_Step(model), fullgraph=True, options=options)
+
+    @classmethod
+    def modes_on(cls, device: str) -> Sequence[str]:
+        # On a GPU the way to a kernel costs more than a short kernel: graphs of them are a choice of their own.
+        return ("default", "freeze", "max-autotune") if device == "cpu" else ("default", "reduce-overhead")
 
     @staticmethod
     def requires(device: str) -> str | None:

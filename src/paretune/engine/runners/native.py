@@ -99,6 +99,10 @@ class NativeRunner(Runner):
     def _weight_pointers(self) -> list[int]:
         return [id(m.weight) for m in self.model.modules() if isinstance(m, Linear | Embedding)]
 
+    @classmethod
+    def modes_on(cls, device: str) -> Sequence[str]:
+        return cls.modes if device == "cpu" else ()
+
     @staticmethod
     def requires(device: str) -> str | None:
         if device != "cpu":

@@ -155,8 +155,8 @@ class Recipe:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
                 raise UsageError("a transform in the recipe has no name", f"Known: {', '.join(TRANSFORMS.names())}")
             kind = TRANSFORMS.get(entry["name"])
-            transforms.append(_build(kind, {k: v for k, v in entry.items() if k != "name"}, entry["name"]))
-        return Recipe(tuple(transforms), _build(EngineOptions, data.get("engine", {}), "engine"))
+            transforms.append(build(kind, {k: v for k, v in entry.items() if k != "name"}, entry["name"]))
+        return Recipe(tuple(transforms), build(EngineOptions, data.get("engine", {}), "engine"))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
@@ -244,7 +244,7 @@ class Recipe:
         return Recipe(tuple(t for t in self.transforms if not t.exact), engine)
 
 
-def _build(kind: type, values: Any, what: str) -> Any:
+def build(kind: type, values: Any, what: str) -> Any:
     if not isinstance(values, Mapping):
         raise UsageError(f"{what} in the recipe is not a table", "Write KEY = VALUE entries")
     _only(values, {f.name for f in dataclasses.fields(kind)}, what)
@@ -264,84 +264,3 @@ def _only(values: Mapping[str, Any], known: set[str], what: str) -> None:
     unknown = sorted(set(values) - known)
     if unknown:
         raise UsageError(f"{what} has no option {unknown[0]!r}", f"Known: {', '.join(sorted(known))}")
-
-
-def _preset(transforms: Sequence[dict[str, Any]], **engine: Any) -> dict[str, Any]:
-    return {"transforms": [{"name": "attention", "form": "sdpa"}, *transforms], "engine": engine}
-
-
-def _mechanism(form: str = "sdpa", runner: str = "eager", **mechanism: Any) -> dict[str, Any]:
-    transforms = [{"name": "mechanism", **mechanism}, {"name": "attention", "form": form}]
-    return {"transforms": transforms, "engine": {"runner": runner}}
-
-
-# `bench --config` names. The baseline is the reasonable default, not a straw man: fused attention, cache, fp32.
-PRESETS: dict[str, dict[str, Any]] = {
-    "baseline": _preset([]),
-    "fp32": _preset([]),
-    "flash_attn": _preset([]),
-    "eager_attn": {"transforms": []},
-    "bf16": _preset([{"name": "precision", "dtype": "bf16"}]),
-    "fp16": _preset([{"name": "precision", "dtype": "fp16"}]),
-    "int8": _preset([{"name": "int8"}]),
-    "int8_linear": _preset([{"name": "int8", "embeddings": False}]),
-    "llm_int8": _preset([{"name": "llm_int8"}]),
-    "nf4": _preset([{"name": "nf4"}]),
-    "nf4_head8": _preset([{"name": "nf4", "positions": True}, {"name": "int8"}]),
-    "fp8": _preset([{"name": "fp8"}]),
-    "bf16_int8": _preset([{"name": "precision", "dtype": "bf16"}, {"name": "int8"}]),
-    "native": _preset([], runner="native"),
-    "native_bf16": _preset([{"name": "precision", "dtype": "bf16"}], runner="native"),
-    "native_int8": _preset([{"name": "int8"}], runner="native"),
-    "kv8": _preset([], cache_dtype="int8"),
-    "kv4": _preset([], cache_dtype="int4"),
-    "native_int8_kv8": _preset([{"name": "int8"}], runner="native", cache_dtype="int8"),
-    "native_int8_kv4": _preset([{"name": "int8"}], runner="native", cache_dtype="int4"),
-    "native_q8_0": _preset([{"name": "groups", "bits": 8}], runner="native"),
-    "native_w8a8": _preset([{"name": "groups", "bits": 8, "group": 128, "activation_bits": 8}], runner="native"),
-    "native_w8a7": _preset([{"name": "groups", "bits": 8, "group": 128, "activation_bits": 7}], runner="native"),
-    "native_w7a7": _preset(
-        [{"name": "groups", "bits": 7, "group": 128, "activation_bits": 7}], runner="native", cache_dtype="int8"
-    ),
-    "native_int4": _preset([{"name": "groups"}], runner="native"),
-    "native_int4_kv8": _preset([{"name": "groups"}], runner="native", cache_dtype="int8"),
-    "native_int4_kv4": _preset([{"name": "groups"}], runner="native", cache_dtype="int4"),
-    "native_int4_a8": _preset([{"name": "groups", "activation_bits": 8}], runner="native", cache_dtype="int8"),
-    "native_q4_0": _preset([{"name": "groups", "head_bits": 4}], runner="native"),
-    "native_q4_0_a8": _preset(
-        [{"name": "groups", "head_bits": 4, "activation_bits": 8}], runner="native", cache_dtype="int8"
-    ),
-    "native_attn": {"transforms": [{"name": "attention", "form": "native"}]},
-    "flex_attn": {"transforms": [{"name": "attention", "form": "flex"}]},
-    # Mechanisms change what the model says: quality is measured, fine-tuning recovers it.
-    "alibi": _mechanism(alibi=True),
-    "window256": _mechanism(pattern="window:256"),
-    "longformer": _mechanism(pattern="prefix:16+window:256"),
-    "bigbird": _mechanism(form="native", pattern="prefix:64+window:192+random:3x64@0"),
-    "strided": _mechanism(form="native", pattern="window:128+strided:64"),
-    "blocks": _mechanism(form="native", pattern="blocks:128+strided:64"),
-    "alibi_window256": _mechanism(alibi=True, pattern="window:256"),
-    "native_alibi": _mechanism(runner="native", alibi=True),
-    "native_window256": _mechanism(runner="native", pattern="window:256"),
-    "native_alibi_window256": _mechanism(runner="native", alibi=True, pattern="window:256"),
-    "native_nf4": _preset([{"name": "nf4", "positions": True}, {"name": "int8"}], runner="native"),
-    "native_llm_int8": _preset([{"name": "llm_int8"}], runner="native"),
-    "compile": _preset([], runner="compile"),
-    "compile_freeze": _preset([], runner="compile", compile_mode="freeze"),
-    "compile_max": _preset([], runner="compile", compile_mode="max-autotune"),
-    "compile_bf16": _preset([{"name": "precision", "dtype": "bf16"}], runner="compile"),
-    "compile_int8": _preset([{"name": "int8"}], runner="compile"),
-}
-
-
-def preset(name: str) -> Recipe:
-    """The recipe of a `--config` name, or of a recipe file."""
-    if name.endswith((".toml", ".json")):
-        return Recipe.read(name)
-    if name not in PRESETS:
-        import difflib
-
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"unknown config {name!r}", f"{hint}Known: {', '.join(PRESETS)}, or a recipe file")
-    return Recipe.from_dict(PRESETS[name])
