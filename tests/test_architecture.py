@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from paretune import registry
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src" / "paretune"
 ROOF = 99  # the package itself and `python -m paretune` stand above everything
 EVERYWHERE = {"errors"}
+TABLES = (registry.RUNNERS, registry.ATTENTION, registry.TRANSFORMS, registry.FORMATS)
 
 
 def floors_of_the_document() -> dict[str, int]:
@@ -171,6 +174,63 @@ def calls(source: str) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
     return found
+
+
+NUMBER_FORMATS = {"int8", "fp8"}  # words for numbers too, wherever they are stored
+
+
+def mechanism_names() -> set[str]:
+    """Names of runners, attention functions, transforms and weight formats."""
+    return {name for table in TABLES for name in table.names()} - NUMBER_FORMATS
+
+
+def name_tests(source: str, names: set[str]) -> list[str]:
+    """Where a value is compared with the name of a mechanism, instead of asking what the mechanism declares."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        sides: list[ast.AST] = []
+        if isinstance(node, ast.Compare) and any(
+            isinstance(o, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for o in node.ops
+        ):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            sides = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
+            sides = list(node.args)
+        literals = [s for s in sides if isinstance(s, ast.Constant | ast.Tuple | ast.List | ast.Set)]
+        said = {c.value for s in literals for c in ast.walk(s) if isinstance(c, ast.Constant)}
+        if said & names:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_nobody_asks_for_the_name_of_a_mechanism():
+    """Operators know the layouts of their own formats, and a mechanism's file its own names."""
+    own = {target.partition(":")[0] for t in TABLES for target in t.targets.values()}
+    bad = {
+        str(path.relative_to(SOURCE)): found
+        for module, path in modules(SOURCE).items()
+        if module.partition(".")[0] != "ops" and f"paretune.{module}" not in own
+        if (found := name_tests(path.read_text("utf-8"), mechanism_names()))
+    }
+    assert bad == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if runner.name == 'native': pass",
+        "x = kind != 'eager'",
+        "x = t.name in ('precision', 'nf4')",
+        "x = 'compile' == mode.runner",
+        "x = choice[3].startswith('compile')",
+        "match runner:\n    case 'native':\n        pass",
+        "x = [t for t in recipe if t['name'] not in {'mechanism'}]",
+    ],
+)
+def test_a_planted_name_test_is_caught(source):
+    assert name_tests(source, mechanism_names())
+    assert not name_tests("x = kind == other; y = runner.compiled; z = name == 'sdpas'", mechanism_names())
 
 
 CLOCKS = r"time\.(time|perf_counter|monotonic|process_time|thread_time|sleep)(_ns)?|timeit(\..*)?"

@@ -80,7 +80,7 @@ def load_recipe(
     dtype = torch.float32 if device == "cpu" else None
     model = checkpoint.load(folder, dtype, convert if streams else None).to(device)
     if ctx is None:
-        is_plain = all(m.weight.format == "dense" for m in model.modules() if isinstance(m, Linear | Embedding))
+        is_plain = all(m.weight.is_plain for m in model.modules() if isinstance(m, Linear | Embedding))
         needs = is_plain and any(t.needs_calibration for t in recipe.transforms)
         before = clock.now()
         ctx = Context(device=device, calibration=calibration.from_model(model) if needs else None)
@@ -89,7 +89,7 @@ def load_recipe(
     model = recipe.apply(model, ctx)
     convert_sec += clock.now() - before
     loaded = Loaded(folder, recipe, recipe.runner(model), clock.now() - started, convert_sec, calibrate_sec)
-    if device.startswith("cuda") and any(isinstance(m, Weight) and m.format != "dense" for m in model.modules()):
+    if device.startswith("cuda") and any(isinstance(m, Weight) and not m.is_plain for m in model.modules()):
         op.unavailable_reason(device)  # tries the kernels now, once a process: in a captured graph would be too late
     return loaded
 

@@ -50,6 +50,7 @@ class BandwidthProbe:
         self.n_bytes = n_bytes or probe_bytes()
         self.kind = "torch"
         self.note = ""
+        self._handle: int | None = None
         try:
             self._library = native_probe()
             self._handle = self._library.paretune_probe_new(self.n_bytes, self.threads)
@@ -66,7 +67,7 @@ class BandwidthProbe:
             self._buffer = torch.ones(max(1, self.n_bytes // 4), dtype=torch.float32)
 
     def __call__(self, seconds: float = PROBE_SEC, threads: int | None = None) -> float:
-        if self.kind == "native":
+        if self._handle:
             return float(self._library.paretune_probe_read(self._handle, threads or self.threads, seconds))
         return self._torch_read(seconds, threads or self.threads)
 

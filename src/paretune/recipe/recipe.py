@@ -104,6 +104,11 @@ class Recipe:
         return RUNNERS.get(self.engine.runner)
 
     @property
+    def dtype(self) -> str | None:
+        """What dense weights are stored in, and the cache where the engine does not say otherwise; None: as loaded."""
+        return next((t.dtype_of_model for t in self.transforms if t.dtype_of_model), None)
+
+    @property
     def changes_mechanism(self) -> bool:
         """Whether something changes what attention computes, so that quality depends on the length."""
         return any(t.changes_mechanism for t in self.transforms)

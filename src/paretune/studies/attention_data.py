@@ -13,6 +13,7 @@ import torch
 
 from paretune.errors import ParetuneError
 from paretune.model.config import ModelConfig
+from paretune.model.layers import DEFAULT_ATTENTION
 from paretune.ops.attention.spec import AttentionSpec
 from paretune.recipe import Recipe
 from paretune.registry import ATTENTION
@@ -88,7 +89,7 @@ class Mechanism:
     @property
     def training(self) -> Recipe:
         """What is applied before fine-tuning, which runs on PyTorch's operators (they have gradients)."""
-        return self.recipe(form="eager" if self.form == "eager" else "sdpa")
+        return self.recipe(form=self.form if self.form == DEFAULT_ATTENTION else "sdpa")
 
 
 def pattern_of(config: ModelConfig) -> str:

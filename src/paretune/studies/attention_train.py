@@ -15,6 +15,7 @@ from paretune.evaluate import summaries
 from paretune.evaluate.pairs import PairSet
 from paretune.evaluate.summaries import Summary, SummaryScores
 from paretune.model import checkpoint
+from paretune.model.layers import DEFAULT_ATTENTION
 from paretune.model.prompt import PromptFormat
 from paretune.model.tokenizer import Tokenizer
 from paretune.report.tables import Row
@@ -45,7 +46,7 @@ def fine_tune(
     say: Say,
 ) -> dict[str, Tuned]:
     """Converts and fine-tunes each set of weights with each seed; all alike but for the mechanism."""
-    first = {m.weights: m for m in reversed(chosen) if m.form != "eager"}
+    first = {m.weights: m for m in reversed(chosen) if m.form != DEFAULT_ATTENTION}
     tuned: dict[str, Tuned] = {name: Tuned() for name in dict.fromkeys(m.weights for m in chosen)}
     for seed in seeds:
         for name, found in tuned.items():

@@ -30,6 +30,7 @@ from paretune.studies import common
 from paretune.studies.common import Say
 
 BASELINE = "baseline"
+QUICK_CONFIGS = (BASELINE, "flash_attn", "int8", "int8 native")  # that the quick study sweeps
 NEW_TOKENS, QUICK_TOKENS = 100, 48
 PUBLISHED_GPT2 = {
     "baseline": {"tokens_per_sec": 96.2, "memory_bytes": 0.51e9, "speedup": 1.0},
@@ -138,7 +139,7 @@ def run(
     out = files.ensure_folder(output_dir)
     head = common.header("precision", name, config, quick=quick, seed=seed)
     every = configs(device)
-    swept = {k: v for k, v in every.items() if not quick or k in (BASELINE, "flash_attn", "int8", "int8 native")}
+    swept = {k: v for k, v in every.items() if not quick or k in QUICK_CONFIGS}
     n_in = min(32, config.n_positions // 2)
     n_new = QUICK_TOKENS if quick else NEW_TOKENS
     n_out = min(n_new, config.n_positions - n_in)

@@ -32,7 +32,7 @@ from paretune.studies import common
 from paretune.studies.common import Say
 from paretune.transforms.formats import formats, transforms_of
 
-PLAIN = "fp32"
+PLAIN, ROUNDED = "fp32", "int8"  # the two formats of the published table
 BATCHES = (4, 12)
 CONTEXT = 256  # tokens of a window
 QUICK_TOKENS, QUICK_FORMATS = 10_300, ("int8", "int4", "llm_int8", "nf4")
@@ -40,8 +40,8 @@ QUICK_TOKENS, QUICK_FORMATS = 10_300, ("int8", "int4", "llm_int8", "nf4")
 PUBLISHED = {
     (PLAIN, 4): {"train_perplexity": 41.9369, "valid_perplexity": 43.0793, "memory_bytes": 4.23e9},
     (PLAIN, 12): {"train_perplexity": 42.5210, "valid_perplexity": 41.9354, "memory_bytes": 8.42e9},
-    ("int8", 4): {"train_perplexity": 41.8604, "valid_perplexity": 43.0131, "memory_bytes": 2.51e9},
-    ("int8", 12): {"train_perplexity": 41.8611, "valid_perplexity": 42.4083, "memory_bytes": 6.67e9},
+    (ROUNDED, 4): {"train_perplexity": 41.8604, "valid_perplexity": 43.0131, "memory_bytes": 2.51e9},
+    (ROUNDED, 12): {"train_perplexity": 41.8611, "valid_perplexity": 42.4083, "memory_bytes": 6.67e9},
 }
 PUBLISHED_SIZES = {PLAIN: {"model_bytes": 1.42e9, "share": 1.0}, "int8": {"model_bytes": 0.412e9, "share": 0.29}}
 # The first stands for the text that a search and calibration see; neither is what `pocket` was trained on (books).
@@ -210,7 +210,7 @@ def summary(rows: list[Row], sizes: list[Row]) -> list[str]:
             word = "no loss that this text shows" if row["ppl_increase"] <= 0 else "a loss"
             share = format_percent(size["share"])
             said.append(f"{size['format']}: {share} of the fp32 bytes; perplexity {_loss(row)} ({word}).")
-        if size["format"] == "int8" and size.get("parts"):
+        if size["format"] == ROUNDED and size.get("parts"):
             said.append(
                 f"int8 weights are not exactly 25 % of fp32 but {size['share']:.2%}: {size['parts']}. Scales come on "
                 "top of the numbers, norms and biases stay as they are (published: 29 %, the embeddings stayed too)."
@@ -223,7 +223,7 @@ def summary(rows: list[Row], sizes: list[Row]) -> list[str]:
     )
     for row in rows:
         whole, small = plain[row["batch_size"]].get("rss_peak_bytes"), row.get("rss_peak_bytes")
-        if row["format"] != "int8" or not whole or not small:
+        if row["format"] != ROUNDED or not whole or not small:
             continue
         saved = format_bytes(plain[row["batch_size"]]["weights_bytes"] - row["weights_bytes"])
         cache, more = format_bytes(row["kv_cache_bytes"]), format_bytes(row["activation_peak_bytes"])

@@ -216,7 +216,7 @@ def check_trainable(model: LanguageModel) -> None:
     Raises:
         UsageError: quantised weights.
     """
-    other = [m.format for m in model.modules() if isinstance(m, Weight) and m.format != "dense"]
+    other = [m.format for m in model.modules() if isinstance(m, Weight) and not m.is_plain]
     if other:
         raise UsageError(f"the model holds {other[0]} weights, which carry no gradient", "Train the dense model")
 

@@ -113,6 +113,11 @@ class Transform:
         return self.stage == Stage.MECHANISM
 
     @property
+    def dtype_of_model(self) -> str | None:
+        """What it makes dense weights and the cache, such as `bf16`; None: it leaves them."""
+        return None
+
+    @property
     def weight_width(self) -> float | None:
         """Bytes that a weight takes in memory under it, from above; None: as many as without it."""
         return None

@@ -52,6 +52,10 @@ class Precision(Transform):
         return self.dtype
 
     @property
+    def dtype_of_model(self) -> str:
+        return self.dtype
+
+    @property
     def weight_width(self) -> float:
         return 2.0
 

@@ -17,7 +17,6 @@ from paretune.model.layers import Embedding, Linear
 from paretune.ops.attention.pattern import Pattern, parse
 from paretune.recipe import Recipe
 from paretune.transforms.mechanism import Mechanism
-from paretune.transforms.precision import Precision
 from paretune.transforms.quantize import Chosen, Quantize, matrices
 from paretune.tune.goal import Goal
 
@@ -43,7 +42,7 @@ class Estimator:
         Args:
             of_a_step: without tables of which a decode step reads single rows.
         """
-        width = CACHE_DTYPES[_dtype(recipe)].itemsize
+        width = CACHE_DTYPES[recipe.dtype or "fp32"].itemsize
         quantizers = [t for t in recipe.transforms if isinstance(t, Quantize)]
         taken: dict[int, float] = {}
         for transform in quantizers:
@@ -60,7 +59,7 @@ class Estimator:
         goal, config = self.goal, self.config
         context = goal.input_len + goal.output_len / 2
         seen = min(context, roofline.keys_seen(_pattern(recipe, config), context))
-        dtype = CACHE_DTYPES[recipe.engine.cache_dtype or _dtype(recipe)]
+        dtype = CACHE_DTYPES[recipe.engine.cache_dtype or recipe.dtype or "fp32"]
         each = 2 * config.n_layer * position_bytes(dtype, config.n_kv_head, config.head_dim)
         return self.weights_bytes(recipe, of_a_step=True) + goal.batch_size * seen * each
 
@@ -73,7 +72,7 @@ class Estimator:
         if goal.sample_kind == "ttft":
             if any(isinstance(t, Quantize) for t in recipe.transforms):
                 return None
-            rate = ceilings.matrix_rates.get(_dtype(recipe))
+            rate = ceilings.matrix_rates.get(recipe.dtype or "fp32")
             pattern = _pattern(recipe, self.config)
             flops = goal.batch_size * roofline.prefill_flops(self.config, goal.input_len, pattern=pattern)
             return flops / rate if rate else None
@@ -92,11 +91,6 @@ def _looked_up(model: Module) -> set[int]:
     """Weights of embeddings that are no linear layer's too."""
     products = {id(m.weight) for m in model.modules() if isinstance(m, Linear)}
     return {id(m.weight) for m in model.modules() if isinstance(m, Embedding)} - products
-
-
-def _dtype(recipe: Recipe) -> str:
-    """What dense weights are stored in, and the cache where the recipe does not say otherwise."""
-    return next((t.dtype for t in recipe.transforms if isinstance(t, Precision)), "fp32")
 
 
 def _pattern(recipe: Recipe, config: ModelConfig) -> Pattern:

@@ -154,8 +154,7 @@ def _limits(out: Outcome, state: TrialState, times: dict[str, float]) -> dict[st
     if out.ceilings is None or state.facts is None:
         return {"mbu": None, "mfu": None, "bound_by": None, "tpot_roofline_sec": None, "explanations": []}
     goal, config, facts = out.goal, out.config, state.facts
-    precision = next((t.dtype for t in state.recipe.transforms if t.name == "precision"), None)  # type: ignore[attr-defined]
-    rate = out.ceilings.matrix_rates.get(RATE_OF[precision])
+    rate = out.ceilings.matrix_rates.get(RATE_OF[state.recipe.dtype])
     # What a step must read: the weights but for the embedding rows that are not looked up, and the keys and values.
     pattern = parse(facts.get("attention_pattern", "causal"))
     kv = facts["kv_bytes_per_token"] * roofline.keys_seen(pattern, goal.input_len + 8)
@@ -178,7 +177,7 @@ def _limits(out: Outcome, state: TrialState, times: dict[str, float]) -> dict[st
             "facts": facts.get("threads"),
             "whole": {
                 "sec": sec,
-                "dtype": RATE_OF[precision],
+                "dtype": RATE_OF[state.recipe.dtype],
                 "bytes_per_weight": facts.get("bytes_per_weight"),
                 "needed_bytes": n_bytes,
                 "needed_flops": flops,

@@ -23,7 +23,7 @@ def score(trial: Trial, request: dict[str, Any]) -> dict[str, Any]:
     runner = trial.loaded.runner
     # A compiled decode graph has a fixed batch: it is scored as it was timed.
     n_rows = max(1, EAGER_ROWS * ROW_LEN // max(ROW_LEN, windows.size(1)))
-    batch_size = n_rows if runner.name in ("eager", "native") else request["batch_size"]
+    batch_size = request["batch_size"] if runner.fixed_batch else n_rows
     started = clock.now()
     scores = fidelity.score(
         runner,

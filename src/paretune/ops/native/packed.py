@@ -134,6 +134,10 @@ class PackedWeight(Weight):
         return self._origin.format
 
     @property
+    def is_plain(self) -> bool:  # type: ignore[override]
+        return self._origin.is_plain
+
+    @property
     def kernel(self) -> str:  # type: ignore[override]
         return f"native::{self.kind}"
 

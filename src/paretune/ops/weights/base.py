@@ -98,6 +98,7 @@ class Weight(nn.Module):
     """
 
     format: ClassVar[str]  # the name in `registry.FORMATS`, written into checkpoints
+    is_plain: ClassVar[bool] = False  # numbers as they are, nothing rounded but by their dtype
     is_native: ClassVar[bool] = False  # native code has it (`native`)
     kernel: ClassVar[str | None] = None  # operator that a profile of one step must show, where there is one
 
@@ -113,10 +114,14 @@ class Weight(nn.Module):
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`matmul`, and the bias `[out]` added: on a GPU in one kernel that dequantises, where the format has one."""
         if op.applies(x) and (form := self.gpu()) is not None:
-            kind = self.format if self.format == "nf4" else f"int{self.bits}"
-            return op.quantized_linear(self.rounded(x), *form, bias, kind, self.group)
+            return op.quantized_linear(self.rounded(x), *form, bias, self.gpu_kind, self.group)
         y = self.matmul(x)
         return y if bias is None else y + bias
+
+    @property
+    def gpu_kind(self) -> str:
+        """How GPU kernels know its numbers (`ops.quantized_linear.tiles.FORMATS`)."""
+        return f"int{self.bits}"
 
     def gpu(self) -> GpuForm | None:
         """What GPU kernels read, without copying; None where they know no such format."""

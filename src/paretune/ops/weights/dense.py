@@ -19,6 +19,7 @@ class Dense(Weight):
     """
 
     format = "dense"
+    is_plain = True
     is_native = True
 
     def __init__(self, values: Tensor) -> None:

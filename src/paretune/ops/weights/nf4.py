@@ -186,6 +186,10 @@ class NF4(Weight):
     def dequantize(self) -> Tensor:
         return self._numbers(self.q, self.absmax())
 
+    @property
+    def gpu_kind(self) -> str:
+        return self.format
+
     def gpu(self) -> GpuForm | None:
         return GpuForm(self.q, self.scale, None, self.scale_of_scales, self.offset)
 
