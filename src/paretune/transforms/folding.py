@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from paretune.model.base import LanguageModel
-from paretune.model.gpt2 import GPT2
+from paretune.model.families.gpt2.model import GPT2
+from paretune.model.families.llama.model import Llama
 from paretune.model.layers import Linear
-from paretune.model.llama import Llama
 from paretune.ops.weights.dense import Dense
 
 Set = Callable[[nn.Module, str, Any], None]

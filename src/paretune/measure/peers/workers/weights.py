@@ -115,7 +115,7 @@ class Checkpoint:
         )
 
     def rope_frequencies(self) -> np.ndarray:
-        """Angular frequency of each pair of dimensions, fp32 [D / 2], scaled as `paretune.model.llama` does."""
+        """Angular frequency of each pair of dimensions, fp32 [D / 2], scaled as ours."""
         c = self.config
         size, scaling = c["head_dim"], c["rope_scaling"]
         frequency = 1.0 / c["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from paretune import native_build
 from paretune.model import checkpoint
 from paretune.model.config import ACTIVATIONS, GPT2_SIZES
-from paretune.model.gpt2 import CausalSelfAttention
+from paretune.model.families.gpt2.model import CausalSelfAttention
 from paretune.registry import ATTENTION
 
 # What runs on any machine without compiling graphs; the others have tests of their own (tests/ops).
