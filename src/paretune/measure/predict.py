@@ -18,8 +18,6 @@ from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
-# Operators of an eager step that do something, a block and around the blocks (counted on our models; fused attention).
-OPERATORS = {"gpt2": (14, 7), "llama": (36, 14), "mistral": (36, 14)}
 _FORMS = ("eager", "one call or graph")
 
 
@@ -37,9 +35,9 @@ class Sizes:
         model = checkpoint.build(config)
         n = sum(p.numel() for p in model.parameters())
         looked_up = config.vocab_size * config.n_embd * (not config.tied_head)
-        if config.family == "gpt2":
+        if model.family.positions == "learned":
             looked_up += config.n_positions * config.n_embd
-        each, around = OPERATORS.get(config.family, OPERATORS["llama"])
+        each, around = model.family.operators
         kv = 2 * config.n_layer * config.n_kv_head * config.head_dim
         return cls(n - looked_up, kv, each * config.n_layer + around, config)
 

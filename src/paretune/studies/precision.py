@@ -91,13 +91,13 @@ def sizes(quick: bool) -> list[tuple[str, ModelConfig]]:
     """Random GPT-2 models from small to large, Mistral-7B's shape last."""
     if quick:
         shapes = {"6 x 512": (6, 8, 512)}
-        base = dict(checkpoint.gpt2_config("gpt2").hf) | {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 0}
+        base = dict(checkpoint.published("gpt2").hf) | {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 0}
         made = []
         for name, (n_layer, n_head, n_embd) in shapes.items():
             hf = base | {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
             made.append((f"GPT-2 {name}", ModelConfig.from_hf(hf)))
         return made
-    return [(name, checkpoint.gpt2_config(name)) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
+    return [(name, checkpoint.published(name)) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")]
 
 
 def does_not_fit(config: ModelConfig, cell: Cell, value_bytes: float = 4.0) -> str | None:
