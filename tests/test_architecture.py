@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from paretune.registry import FAMILIES
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src" / "paretune"
 ROOF = 99  # the package itself and `python -m paretune` stand above everything
@@ -181,6 +183,40 @@ def matches(source: str, pattern: str) -> list[str]:
     return [f"{line}: {name}" for line, name in calls(source) if re.fullmatch(pattern, name)]
 
 
+# Of a family, what stands above one: everything else in the folder is one family's own.
+SHARED = {f"model.families.{name}" for name in ("base", "fold", "gguf")}
+LOOKUPS = {"get", "pop", "setdefault", "startswith", "endswith", "removeprefix", "removesuffix", "index", "count"}
+
+
+def name_tests(source: str, names: set[str]) -> list[str]:
+    """Lines that decide by a literal name: comparisons, membership, `match`, look-ups in tables and by them."""
+
+    def literal(node: ast.AST | None) -> bool:
+        if isinstance(node, ast.Constant):
+            return node.value in names
+        if isinstance(node, ast.Dict):
+            return any(literal(key) for key in node.keys)
+        return isinstance(node, ast.Tuple | ast.List | ast.Set) and any(literal(e) for e in node.elts)
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            is_test = any(literal(side) for side in (node.left, *node.comparators))
+        elif isinstance(node, ast.MatchValue):
+            is_test = literal(node.value)
+        elif isinstance(node, ast.Subscript):
+            is_test = literal(node.slice)  # a `Dict` is caught below
+        elif isinstance(node, ast.Dict):
+            is_test = literal(node)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LOOKUPS:
+            is_test = any(literal(argument) for argument in node.args)
+        else:
+            continue
+        if is_test:
+            found.append(f"{node.lineno if hasattr(node, 'lineno') else 0}: {ast.unparse(node)[:80]}")
+    return found
+
+
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False
@@ -334,6 +370,57 @@ def test_no_pickle():
 )
 def test_the_searches_catch(source, pattern):
     assert matches(source, pattern)
+
+
+def test_nobody_asks_for_the_name_of_a_family():
+    """What a family is like, it declares (`model/families/base.py`)."""
+    names = set(FAMILIES.names())
+    bad = [
+        f"{path.relative_to(SOURCE)}:{line}"
+        for module, path in modules(SOURCE).items()
+        if module != "registry" and not module.startswith("model.families")
+        for line in name_tests(path.read_text("utf-8"), names)
+    ]
+    assert bad == []
+
+
+def test_nobody_imports_one_family():
+    """Not even `isinstance(model, GPT2)`: what all have in common stands in `SHARED`."""
+    known = set(modules(SOURCE))
+    assert known >= SHARED
+    bad = [
+        f"{path.relative_to(SOURCE)}:{i.line}: {i.target}"
+        for module, path in modules(SOURCE).items()
+        if not module.startswith("model.families")
+        for i in imports(path.read_text("utf-8"), module, path.name == "__init__.py", known)
+        if i.target.startswith("model.families.") and i.target not in SHARED
+    ]
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a = config.family == 'gpt2'",
+        "a = 'gpt2' != config.family",
+        "a = c['family'] in ('llama', 'mistral')",
+        "a = family not in ['mistral']",
+        "match family:\n    case 'gpt2' | 'x':\n        pass",
+        "a = {'gpt2': 1, 'llama': 2}[family]",
+        "TABLE = {'llama': 2}",
+        "a = TABLE['llama']",
+        "a = TABLE.get('gpt2', 0)",
+        "a = family.startswith(('x', 'gpt2'))",
+    ],
+)
+def test_a_planted_name_test_is_caught(source):
+    assert name_tests(source, {"gpt2", "llama", "mistral"})
+    assert not name_tests(source, {"another"})
+
+
+@pytest.mark.parametrize("source", ["DEFAULT = 'gpt2'", "KNOWN = ('gpt2', 'llama')", "a = family in peer.families"])
+def test_naming_a_family_without_a_test_is_allowed(source):
+    assert not name_tests(source, {"gpt2", "llama", "mistral"})
 
 
 def test_the_command_line_starts_without_torch():

@@ -55,7 +55,12 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
+    own: tuple[tuple[str, Any], ...] = ()  # names and values of options that only its family knows
     hf: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the file as it was read
+
+    def option(self, name: str) -> Any:
+        """The value of an option in `own`."""
+        return dict(self.own)[name]
 
     @property
     def gated_mlp(self) -> bool:

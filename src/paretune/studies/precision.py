@@ -49,6 +49,7 @@ CLAIMS = (
     ("int8", "size", "8 bits degrade models below 1B parameters (0.34x)"),
     ("4bit", "size", "use 4 bits only when memory is short (0.70x)"),
 )
+SEVEN_B = "mistral"  # the entry of a result about the model of this shape
 MISTRAL_7B = {
     "model_type": "mistral",
     "vocab_size": 32000,
@@ -217,7 +218,7 @@ def run(
         "methods": methods,
         "sweeps": points,
         "sizes": size_rows,
-        "mistral": mistral,
+        SEVEN_B: mistral,
         "crossovers": crossovers(points),
         "advice": advice(methods, points, quick),
         "bench": [{k: v for k, v in run.items() if k != "ceilings"} for run in runs],
@@ -445,7 +446,7 @@ def _write(out: Path, result: Mapping[str, Any], threads: int) -> None:
         "The shape of Mistral-7B with random weights. Predicted columns are arithmetic: bytes of the weights, and the "
         "read bandwidth measured here over the bytes that a step has to read. They are no measurement."
     ]
-    sections.append(html.section("Mistral-7B", said, result["mistral"], _MISTRAL))
-    tables = {k: result[k] for k in ("methods", "sizes", "mistral", "crossovers")}
+    sections.append(html.section("Mistral-7B", said, result[SEVEN_B], _MISTRAL))
+    tables = {k: result[k] for k in ("methods", "sizes", SEVEN_B, "crossovers")}
     tables |= {f"over {k}": v for k, v in result["sweeps"].items()}
     common.write_results(out, result, tables, sections, result["advice"][:3], threads)
