@@ -35,7 +35,7 @@ class Sizes:
         model = checkpoint.build(config)
         n = sum(p.numel() for p in model.parameters())
         looked_up = config.vocab_size * config.n_embd * (not config.tied_head)
-        if model.family.positions == "learned":
+        if config.has_learned_positions:
             looked_up += config.n_positions * config.n_embd
         each, around = model.family.operators
         kv = 2 * config.n_layer * config.n_kv_head * config.head_dim

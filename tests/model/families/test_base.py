@@ -279,6 +279,8 @@ def test_it_is_predicted(toy):
     assert sizes.n_operators == 2 * 17 + 5
     read = sum(p.numel() for p in model.parameters()) - model.wpe.weight.values.numel()
     assert sizes.n_weights == read  # a decode step looks one position up; the embedding is the head
+    bare = replace(model.config, alibi=True, has_positions=False)  # no table of positions to look up in
+    assert Sizes.of(bare).n_weights == read
     assert all(row["predicted_sec"] > 0 for row in predict(model.config, device_profile("laptop-cpu"), 20))
 
 
