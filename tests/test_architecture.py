@@ -213,7 +213,7 @@ def name_tests(source: str, names: set[str]) -> list[str]:
         else:
             continue
         if is_test:
-            found.append(f"{node.lineno if hasattr(node, 'lineno') else 0}: {ast.unparse(node)[:80]}")
+            found.append(f"{node.lineno}: {ast.unparse(node)[:80]}")
     return found
 
 
