@@ -105,7 +105,7 @@ def operator(length: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_model(args: argparse.Namespace, mechanism: dict[str, Any] | None) -> NativeRunner:
-    config = checkpoint.gpt2_config(args.model_size, args.n_positions)
+    config = checkpoint.published(args.model_size, args.n_positions)
     model = checkpoint.new(config, args.seed)
     if mechanism is not None:
         model = Mechanism(**mechanism).apply(model, Context())

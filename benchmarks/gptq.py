@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     threads = hardware.set_threads(args.threads)
-    model = Attention("sdpa").apply(checkpoint.new(checkpoint.gpt2_config(args.size)), Context())
+    model = Attention("sdpa").apply(checkpoint.new(checkpoint.published(args.size)), Context())
     tokens = torch.randint(50257, (args.windows, args.window_len), generator=torch.Generator().manual_seed(0))
     started = clock.now()
     GPTQ().apply(model, Context(calibration=tokens, progress=lambda said: print(said, file=sys.stderr, flush=True)))

@@ -69,7 +69,7 @@ def test_without_a_compiler(quick, monkeypatch):
 
 def test_study_002_falls_out_of_the_t4(tiny_gpt2_folder):
     """Its finding: on a T4, 16 bits alone gain next to nothing, a compiled step does, both together most."""
-    config = checkpoint.gpt2_config("gpt2")
+    config = checkpoint.published("gpt2")
     device = device_profile("t4")
     rows = predict.predict(config, device, 64)
     assert all(row["is_prediction"] for row in rows)
@@ -87,7 +87,7 @@ def test_study_002_falls_out_of_the_t4(tiny_gpt2_folder):
 
 def test_an_emulated_format_gains_where_one_call_reads_it_as_it_is():
     """A laptop without bf16: PyTorch converts, the native runner reads 16 bits and computes in fp32."""
-    config, device = checkpoint.gpt2_config("gpt2"), device_profile("laptop-cpu")
+    config, device = checkpoint.published("gpt2"), device_profile("laptop-cpu")
     rows = predict.predict(config, device, 64)
     gains = {(r["dtype"], r["form"]): r["speedup"] for r in rows if r["phase"] == "decode"}
     assert gains["bf16", "eager"] == 1.0 and gains["bf16", "one call or graph"] == pytest.approx(2.0, rel=0.01)
@@ -103,7 +103,7 @@ def test_every_device_profile_predicts(name, tiny_llama_folder):
 
 
 def test_a_model_too_large_for_the_device():
-    config = checkpoint.gpt2_config("gpt2-xl", n_positions=1024)
+    config = checkpoint.published("gpt2-xl", n_positions=1024)
     small = {**vars(device_profile("t4")), "memory_bytes": 1 << 30}
     device = type(device_profile("t4"))(**small)
     assert "does not fit" in " ".join(predict.findings(device, predict.predict(config, device, 128)))

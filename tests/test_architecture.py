@@ -184,26 +184,6 @@ def mechanism_names() -> set[str]:
     return {name for table in TABLES for name in table.names()} - NUMBER_FORMATS
 
 
-def name_tests(source: str, names: set[str]) -> list[str]:
-    """Where a value is compared with the name of a mechanism, instead of asking what the mechanism declares."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        sides: list[ast.AST] = []
-        if isinstance(node, ast.Compare) and any(
-            isinstance(o, ast.Eq | ast.NotEq | ast.In | ast.NotIn) for o in node.ops
-        ):
-            sides = [node.left, *node.comparators]
-        elif isinstance(node, ast.MatchValue):
-            sides = [node.value]
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
-            sides = list(node.args)
-        literals = [s for s in sides if isinstance(s, ast.Constant | ast.Tuple | ast.List | ast.Set)]
-        said = {c.value for s in literals for c in ast.walk(s) if isinstance(c, ast.Constant)}
-        if said & names:
-            found.append(f"{node.lineno}: {ast.unparse(node)}")
-    return found
-
-
 def test_nobody_asks_for_the_name_of_a_mechanism():
     """Operators know the layouts of their own formats, and a mechanism's file its own names."""
     own = {target.partition(":")[0] for t in TABLES for target in t.targets.values()}
@@ -211,7 +191,7 @@ def test_nobody_asks_for_the_name_of_a_mechanism():
         str(path.relative_to(SOURCE)): found
         for module, path in modules(SOURCE).items()
         if module.partition(".")[0] != "ops" and f"paretune.{module}" not in own
-        if (found := name_tests(path.read_text("utf-8"), mechanism_names()))
+        if (found := name_tests(path.read_text("utf-8"), mechanism_names(), in_tables=False))
     }
     assert bad == {}
 
@@ -228,8 +208,8 @@ def test_nobody_asks_for_the_name_of_a_mechanism():
         "x = [t for t in recipe if t['name'] not in {'mechanism'}]",
     ],
 )
-def test_a_planted_name_test_is_caught(source):
-    assert name_tests(source, mechanism_names())
+def test_a_planted_test_of_a_mechanism_is_caught(source):
+    assert name_tests(source, mechanism_names(), in_tables=False)
     assert not name_tests("x = kind == other; y = runner.compiled; z = name == 'sdpas'", mechanism_names())
 
 
@@ -239,6 +219,49 @@ PICKLES = r"(c?pickle|_pickle|dill|shelve|joblib|marshal)(\..*)?|torch\.(load|sa
 
 def matches(source: str, pattern: str) -> list[str]:
     return [f"{line}: {name}" for line, name in calls(source) if re.fullmatch(pattern, name)]
+
+
+# Of a family, what stands above one: everything else in the folder is one family's own.
+SHARED = {f"model.families.{name}" for name in ("base", "fold", "gguf")}
+TABLE_LOOKUPS = {"get", "pop", "setdefault"}
+LOOKUPS = TABLE_LOOKUPS | {"startswith", "endswith", "removeprefix", "removesuffix", "index", "count"}
+
+
+def name_tests(source: str, names: set[str], in_tables: bool = True) -> list[str]:
+    """Lines that decide by a literal name: comparisons, membership, `match`, look-ups in tables and by them.
+
+    Args:
+        in_tables: False for names that are words of results too (`attention`), which stand in many a table.
+    """
+
+    def literal(node: ast.AST | None) -> bool:
+        if isinstance(node, ast.Constant):
+            return node.value in names
+        if isinstance(node, ast.Dict):
+            return any(literal(key) for key in node.keys)
+        return isinstance(node, ast.Tuple | ast.List | ast.Set) and any(literal(e) for e in node.elts)
+
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            is_test = any(literal(side) for side in (node.left, *node.comparators))
+        elif isinstance(node, ast.MatchValue):
+            is_test = literal(node.value)
+        elif isinstance(node, ast.Subscript) and in_tables:
+            is_test = literal(node.slice)  # a `Dict` is caught below
+        elif isinstance(node, ast.Dict) and in_tables:
+            is_test = literal(node)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in LOOKUPS - (set() if in_tables else TABLE_LOOKUPS)
+        ):
+            is_test = any(literal(argument) for argument in node.args)
+        else:
+            continue
+        if is_test:
+            found.append(f"{node.lineno}: {ast.unparse(node)[:80]}")
+    return found
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -394,6 +417,57 @@ def test_no_pickle():
 )
 def test_the_searches_catch(source, pattern):
     assert matches(source, pattern)
+
+
+def test_nobody_asks_for_the_name_of_a_family():
+    """What a family is like, it declares (`model/families/base.py`)."""
+    names = set(registry.FAMILIES.names())
+    bad = [
+        f"{path.relative_to(SOURCE)}:{line}"
+        for module, path in modules(SOURCE).items()
+        if module != "registry" and not module.startswith("model.families")
+        for line in name_tests(path.read_text("utf-8"), names)
+    ]
+    assert bad == []
+
+
+def test_nobody_imports_one_family():
+    """Not even `isinstance(model, GPT2)`: what all have in common stands in `SHARED`."""
+    known = set(modules(SOURCE))
+    assert known >= SHARED
+    bad = [
+        f"{path.relative_to(SOURCE)}:{i.line}: {i.target}"
+        for module, path in modules(SOURCE).items()
+        if not module.startswith("model.families")
+        for i in imports(path.read_text("utf-8"), module, path.name == "__init__.py", known)
+        if i.target.startswith("model.families.") and i.target not in SHARED
+    ]
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "a = config.family == 'gpt2'",
+        "a = 'gpt2' != config.family",
+        "a = c['family'] in ('llama', 'mistral')",
+        "a = family not in ['mistral']",
+        "match family:\n    case 'gpt2' | 'x':\n        pass",
+        "a = {'gpt2': 1, 'llama': 2}[family]",
+        "TABLE = {'llama': 2}",
+        "a = TABLE['llama']",
+        "a = TABLE.get('gpt2', 0)",
+        "a = family.startswith(('x', 'gpt2'))",
+    ],
+)
+def test_a_planted_name_test_is_caught(source):
+    assert name_tests(source, {"gpt2", "llama", "mistral"})
+    assert not name_tests(source, {"another"})
+
+
+@pytest.mark.parametrize("source", ["DEFAULT = 'gpt2'", "KNOWN = ('gpt2', 'llama')", "a = family in peer.families"])
+def test_naming_a_family_without_a_test_is_allowed(source):
+    assert not name_tests(source, {"gpt2", "llama", "mistral"})
 
 
 def test_the_command_line_starts_without_torch():

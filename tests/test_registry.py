@@ -83,7 +83,7 @@ def test_nothing_is_imported_until_it_is_asked_for():
     code = (
         "import sys, paretune.registry as r\n"
         "assert r.TRANSFORMS.names() and r.FAMILIES.check('gpt2')\n"
-        "assert 'torch' not in sys.modules and 'paretune.model.gpt2' not in sys.modules\n"
+        "assert 'torch' not in sys.modules and 'paretune.model.families.gpt2.family' not in sys.modules\n"
         "r.ATTENTION.get('sdpa')\n"
         "assert 'torch' in sys.modules\n"
     )

@@ -115,7 +115,7 @@ def test_share_of_fp32(command, tmp_path):
 
 def test_share_of_fp32_at_the_shape_of_gpt2():
     """NF4 with positions and an 8-bit head, from the config: numbers, scales of both formats, norms and biases."""
-    config = checkpoint.gpt2_config("gpt2")
+    config = checkpoint.published("gpt2")
     C, L, V, P = config.n_embd, config.n_layer, config.vocab_size, config.n_positions
     in_4_bits, vectors = 12 * L * C * C + P * C, 13 * L * C + 2 * C
     numbers = in_4_bits / 2 + V * C

@@ -76,7 +76,7 @@ def test_the_bits_on_disk_are_the_small_ones(written, family, name):
     assert {n.removesuffix(".weight") for n in config["formats"]} == {n for n, x in by_name.items() if not x.reason}
     model = checkpoint.load(source)
     for layer in made.layers:
-        kept = [n for n in stored if f".{layer.names[0]}.weight" in f".{n}".replace(model.hf_prefix, "")]
+        kept = [n for n in stored if f".{layer.names[0]}.weight" in f".{n}".replace(model.family.stored_prefix, "")]
         assert sum(stored[n].nbytes for n in kept) == layer.n_bytes
         assert layer.reason or not any(n.endswith(f"{layer.names[0]}.weight") for n in kept), "a dense copy is kept"
     assert sum(stored[n].nbytes for n in list(stored)) == made.vector_bytes + sum(x.n_bytes for x in made.layers)

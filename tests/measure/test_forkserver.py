@@ -171,7 +171,8 @@ def test_what_a_worker_needs_is_imported_without_threads(fork):
         "import paretune.measure.worker, paretune.tune.worker, paretune.train.worker\n"
         "for module in (paretune.measure.worker, paretune.tune.worker, paretune.train.worker): module.preload()\n"
         "names = ['torch', 'torch._dynamo.utils', 'paretune.engine.exact', 'paretune.evaluate.fidelity',\n"
-        "         'paretune.engine.runners.native', 'paretune.transforms.gptq', 'paretune.model.llama']\n"
+        "         'paretune.engine.runners.native', 'paretune.transforms.gptq',\n"
+        "         'paretune.model.families.llama.model']\n"
         "print(json.dumps([len(os.listdir('/proc/self/task')), [n for n in names if n not in sys.modules]]))\n"
     )
     import subprocess

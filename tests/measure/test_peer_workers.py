@@ -19,7 +19,7 @@ from paretune.measure.peers.workers.onnxruntime import BLOCK, pack
 from paretune.measure.peers.workers.weights import Checkpoint
 from paretune.measure.session import TrialProcess
 from paretune.model import checkpoint
-from paretune.model.llama import rope_frequencies
+from paretune.model.families.llama.model import rope_frequencies
 
 
 class CountingEngine(protocol.Engine):

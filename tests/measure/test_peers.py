@@ -242,7 +242,9 @@ def test_a_conversion_is_made_once(model):
     assert (first / "weights").read_text() == "int8" and json.loads((first / convert.MARK).read_text())
     assert converted(model, "ctranslate2:int8", worker) == first and len(worker.requests) == 1
     request = worker.requests[0]
-    assert request["config"]["family"] == "gpt2" and "hf" not in request["config"]
+    assert not {"hf", "family"} & set(request["config"])
+    assert request["config"]["facts"]["modules"]["embedding"] == "wte"  # what the family declares, as plain data
+    assert json.loads(json.dumps(request["config"]))["facts"]["positions"] == "learned"
     assert request["weight_files"] == [str(model / "model.safetensors")]
 
 

@@ -17,7 +17,7 @@ from paretune.model.layers import Linear
 
 # 10 GB/s at 1 MB, 20 GB/s at 16 MB.
 PRODUCTS = ({"bytes": 1e6, "bytes_per_sec": 1e10}, {"bytes": 1.6e7, "bytes_per_sec": 2e10})
-CONFIG = checkpoint.gpt2_config("gpt2")
+CONFIG = checkpoint.published("gpt2")
 
 
 def test_rates_between_the_sizes_and_beyond_them():

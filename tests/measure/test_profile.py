@@ -262,7 +262,7 @@ def test_needed_memory_grows_with_the_phase(tiny_gpt2_folder):
 
 
 def test_needed_memory_is_that_of_the_converted_weights():
-    config = checkpoint.gpt2_config("gpt2-xl")
+    config = checkpoint.published("gpt2-xl")
     needed = {
         c: profile_steps.needed_bytes(config, "decode", 128, 1, preset(c)) for c in ("fp32", "bf16", "native_int4")
     }

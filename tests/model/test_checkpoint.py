@@ -192,7 +192,7 @@ def test_with_and_without_prefix(folder_of, family):
     """Checkpoints of the bare model (GPT2Model) have no `transformer.`."""
     folder = folder_of(family)
     model = checkpoint.load(folder)
-    prefix = model.hf_prefix
+    prefix = model.family.stored_prefix
     assert any(n.startswith(prefix) for n in load_file(folder / "model.safetensors"))
     edit_tensors(folder, lambda tensors: {n.removeprefix(prefix): t for n, t in tensors.items()})
     assert not any(n.startswith(prefix) for n in load_file(folder / "model.safetensors"))
@@ -673,6 +673,6 @@ def test_dtype_names():
     assert caught.value.exit_code == EXIT_USAGE
 
 
-def test_unknown_gpt2_size_lists_the_known():
+def test_unknown_size_lists_the_known():
     with pytest.raises(UsageError, match="gpt2-medium"):
-        checkpoint.gpt2_config("gpt2-huge")
+        checkpoint.published("gpt2-huge")

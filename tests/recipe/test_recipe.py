@@ -164,7 +164,7 @@ def test_absent_options_take_their_defaults():
 def test_presets_build_and_run(name):
     """On a model: every preset applies, and makes the runner that it names."""
     recipe = preset(name)
-    config = checkpoint.gpt2_config().from_hf(
+    config = checkpoint.published("gpt2").from_hf(
         {"model_type": "gpt2", "vocab_size": 64, "n_positions": 512, "n_layer": 1, "n_head": 2, "n_embd": 128}
     )
     runner = recipe.runner(recipe.apply(checkpoint.new(config), Context()))

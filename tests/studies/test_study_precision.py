@@ -70,7 +70,7 @@ def test_too_large_shapes_are_refused_before_anything_is_drawn(monkeypatch):
 @pytest.mark.parametrize("seven", [False, True])
 def test_the_study_writes_everything(tiny_gpt2_folder, tmp_path, monkeypatch, seven):
     monkeypatch.setattr(bench, "bench", fake_bench)
-    drawn = [("small", precision.ModelConfig.from_hf(TINY)), ("huge", precision.checkpoint.gpt2_config("gpt2-xl"))]
+    drawn = [("small", precision.ModelConfig.from_hf(TINY)), ("huge", precision.checkpoint.published("gpt2-xl"))]
     monkeypatch.setattr(precision, "sizes", lambda quick: drawn)
     too_large = {48} | (set() if seven else {32})  # layers of gpt2-xl, of Mistral-7B
     monkeypatch.setattr(precision, "does_not_fit", lambda c, *a: "no room" if c.n_layer in too_large else None)

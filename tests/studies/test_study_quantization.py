@@ -16,7 +16,7 @@ from paretune.studies import quantization
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, pocket_folder):
     """A narrow model with pocket's tokenizer."""
-    shape = dict(checkpoint.gpt2_config("gpt2", 64).hf) | {"vocab_size": 8192, "n_embd": 64, "n_layer": 1, "n_head": 2}
+    shape = dict(checkpoint.published("gpt2", 64).hf) | {"vocab_size": 8192, "n_embd": 64, "n_layer": 1, "n_head": 2}
     out = tmp_path_factory.mktemp("narrow")
     checkpoint.save(checkpoint.new(checkpoint.ModelConfig.from_hf(shape), 0), out, pocket_folder)
     return out

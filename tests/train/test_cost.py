@@ -9,7 +9,7 @@ from paretune.model import checkpoint
 from paretune.recipe import Recipe, preset
 from paretune.train import cost
 
-CONFIG = checkpoint.gpt2_config("gpt2")
+CONFIG = checkpoint.published("gpt2")
 N = 124_000_000
 
 

@@ -133,7 +133,7 @@ def test_numbers_are_what_the_runner_and_exact_attention_leave(machine):
 # -- mechanisms: what attention computes
 
 
-GPT2 = checkpoint.gpt2_config()
+GPT2 = checkpoint.published("gpt2")
 
 
 def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):

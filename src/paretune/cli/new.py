@@ -78,11 +78,11 @@ def _config(source: str, n_positions: int | None) -> ModelConfig:
 
     from paretune.errors import CheckpointError, UsageError
     from paretune.model import checkpoint
-    from paretune.model.config import GPT2_SIZES, ModelConfig
+    from paretune.model.config import ModelConfig
 
     path = Path(source).expanduser()
-    if source in GPT2_SIZES:
-        config = checkpoint.gpt2_config(source)
+    if source in checkpoint.published_sizes():
+        config = checkpoint.published(source)
     elif checkpoint.is_named(source) or path.is_dir():
         config = checkpoint.read_config(checkpoint.resolve(source))
     elif path.is_file():
@@ -94,7 +94,7 @@ def _config(source: str, n_positions: int | None) -> ModelConfig:
             raise CheckpointError(f"{path} is not a JSON object", "Pass a model's config.json")
         config = ModelConfig.from_hf(hf, str(path))
     else:
-        sizes = ", ".join(GPT2_SIZES)
+        sizes = ", ".join(checkpoint.published_sizes())
         raise UsageError(
             f"{source!r} is no size, file or folder", f"Pass one of {sizes}, a config.json or a model folder"
         )
@@ -109,7 +109,6 @@ def _tokenizer(source: str, wanted: str | None, vocab_size: int) -> tuple[Path |
     """
     from paretune.errors import CheckpointError, UsageError
     from paretune.model import checkpoint
-    from paretune.model.config import GPT2_SIZES
     from paretune.model.tokenizer import Tokenizer
 
     if wanted is not None:
@@ -125,7 +124,7 @@ def _tokenizer(source: str, wanted: str | None, vocab_size: int) -> tuple[Path |
     path = Path(source).expanduser()
     if checkpoint.is_named(source):
         candidates.insert(0, (checkpoint.resolve(source), True, "its own tokenizer"))
-    elif source not in GPT2_SIZES:  # a folder, or a config.json beside its tokenizer
+    elif source not in checkpoint.published_sizes():  # a folder, or a config.json beside its tokenizer
         candidates.insert(0, (path if path.is_dir() else path.parent, True, "its own tokenizer"))
     for folder, own, description in candidates:
         try:

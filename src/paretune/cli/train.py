@@ -274,7 +274,7 @@ def _new_config(name: str, shape: dict[str, int | None], tokenizer_folder: Path)
     from paretune.train.data import end_of_text_id
 
     size = name.partition(":")[2]
-    hf: dict[str, Any] = dict(checkpoint.gpt2_config(size or "gpt2").to_hf())
+    hf: dict[str, Any] = dict(checkpoint.published(size or "gpt2").to_hf())
     missing = [flag for flag in ("n_layer", "n_head", "n_embd") if shape[flag] is None]
     if not size and missing:
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in missing)

@@ -18,9 +18,7 @@ from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 
 WIDTHS = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "int8": 1.0}
-# Operators of an eager step that do something, a block and around the blocks (counted on our models; fused attention).
-OPERATORS = {"gpt2": (14, 7), "llama": (36, 14), "mistral": (36, 14)}
-_FORMS = ("eager", "one call or graph")
+APART, AT_ONCE = "eager", "one call or graph"  # how operators are launched
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,9 @@ class Sizes:
         model = checkpoint.build(config)
         n = sum(p.numel() for p in model.parameters())
         looked_up = config.vocab_size * config.n_embd * (not config.tied_head)
-        if config.family == "gpt2":
+        if config.has_learned_positions:
             looked_up += config.n_positions * config.n_embd
-        each, around = OPERATORS.get(config.family, OPERATORS["llama"])
+        each, around = model.family.operators
         kv = 2 * config.n_layer * config.n_kv_head * config.head_dim
         return cls(n - looked_up, kv, each * config.n_layer + around, config)
 
@@ -71,11 +69,11 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
                 else roofline.prefill_flops(config, input_len, pattern=pattern)
             )
             compute = flops / rate
-            for form in _FORMS:
-                each = device.operator_sec if form == "eager" else device.graph_sec
+            for form in (APART, AT_ONCE):
+                each = device.operator_sec if form == APART else device.graph_sec
                 launch = sizes.n_operators * each
                 # An emulated format is converted before it is used: no gain, unless one call reads it as it is.
-                converted = dtype in device.emulated and not (device.reads_narrow and form != "eager")
+                converted = dtype in device.emulated and not (device.reads_narrow and form != APART)
                 read_bytes = wide_bytes if converted else n_bytes
                 memory = read_bytes / bandwidth
                 # Launches run beside the kernels: the longer of the two is what is waited for.
@@ -105,11 +103,11 @@ def predict(config: ModelConfig, device: DeviceProfile, input_len: int, batch_si
 def findings(device: DeviceProfile, rows: list[dict[str, Any]]) -> list[str]:
     """What the rows say, in sentences; each one a prediction."""
     by = {(r["phase"], r["dtype"], r["form"]): r for r in rows}
-    eager, graph = by["decode", "fp32", "eager"], by["decode", "fp32", _FORMS[1]]
+    eager, graph = by["decode", "fp32", APART], by["decode", "fp32", AT_ONCE]
     said = []
     half = next((dtype for dtype in ("fp16", "bf16") if dtype not in device.emulated), None)
-    alone = by["decode", half or "fp32", "eager"]["speedup"]
-    narrow, int8 = (by["decode", dtype, _FORMS[1]]["speedup"] for dtype in (half or "bf16", "int8"))
+    alone = by["decode", half or "fp32", APART]["speedup"]
+    narrow, int8 = (by["decode", dtype, AT_ONCE]["speedup"] for dtype in (half or "bf16", "int8"))
     gains = f"{half} alone gains {alone:.2f}x" if half else "no 16-bit format gains"
     if eager["bound_by"] == "operator launches":
         said.append(

@@ -212,7 +212,7 @@ def take_apart(
             cost = min(max(statistics.median(more) / instruments[1].marks.n_readings, alone), 3 * alone)
         # Off each part what its own readings cost, as a second set of them showed: never a factor that makes it fit.
         seconds = {key: max(0.0, sec - cost * calls.get(key, 0)) for key, sec in seconds.items()}
-        parts = rows_of(seconds, counts, calls, plain_sec, ceilings, dtype, runner.config.family)
+        parts = rows_of(seconds, counts, calls, plain_sec, ceilings, dtype, runner.model.family.titles)
         layers = layers_of(seconds)
         total = sum(seconds.values())
         overhead = {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from paretune import clock
-from paretune.measure.profile_parts import BOUNDARIES, OUTSIDE, SEAM_OWNERS, STACKS
+from paretune.measure.profile_parts import BY_KEY, OUTSIDE
 from paretune.model.base import LanguageModel
 from paretune.ops.attention import reference
 from paretune.ops.attention.pattern import Pattern
@@ -100,16 +100,17 @@ class Instrument:
 
     def __init__(self, model: LanguageModel, marks: Marks) -> None:
         self.marks = marks
-        family = model.config.family
+        family = model.family
         self.missing: list[str] = []
         self._swaps: list[tuple[nn.Module, str, Any]] = []
-        if family not in BOUNDARIES:
-            self.missing.append(f"{family} has no table of parts")
+        if not family.boundaries:
+            self.missing.append(f"{family.name} has no table of parts")
             return
-        stack = STACKS[family]
-        blocks: list[Any] = list(getattr(model, stack))
+        stack = family.stack
+        blocks: list[Any] = list(model.get_submodule(stack))  # type: ignore[call-overload]
         named = dict(model.named_modules())
-        for end, begins, ends in BOUNDARIES[family]:
+        for end, begins, ends in family.boundaries:
+            assert begins in BY_KEY and ends in BY_KEY, f"{family.name}: {end} begins a part that is not there"
             top = [(end, -1)] if end in named else []
             places = top or [(f"{stack}.{i}.{end}", i) for i in range(len(blocks))]
             for name, layer in places:
@@ -119,7 +120,7 @@ class Instrument:
                 self._wrap_module(named[name], (begins, layer, False), (ends, layer, False))
         self._wrap_module(blocks[-1], None, ("last_token", -1, False))
         for i, block in enumerate(blocks):
-            owner = getattr(block, SEAM_OWNERS[family])
+            owner = block.get_submodule(family.attention)
             self._swaps.append((owner, "attention", self._seam(owner.attention, i)))
 
     def around(self, model: LanguageModel) -> Instrument:

@@ -1,11 +1,12 @@
 """The parts of a step that a profile tells apart: study 002's rows, and those that a cache and other families add.
 
-A part is a leaf; groups are sums of leaves. `BOUNDARIES` says where parts begin and end in a family's module tree, so a
-new architecture is one more table here.
+A part is a leaf; groups are sums of leaves. Where parts begin and end in a module tree, the family says
+(`Family.boundaries`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,46 +78,14 @@ TITLES: dict[Group, str] = {
     "mlp": "Within the MLP",
 }
 
-# (end of a module's name, the part that begins when it is called, the part that begins when it returns). What lies
-# between two modules (a reshape, a residual) belongs to the part that the first one's end began.
-_GPT2 = (
-    ("wte", "token_embedding", "embedding_sum"),
-    ("wpe", "position_embedding", "embedding_sum"),
-    ("ln_1", "norm_1", "qkv_projection"),
-    ("attn.c_attn", "qkv_projection", "qkv_reshape"),
-    ("attn.c_proj", "output_projection", "residual_1"),
-    ("ln_2", "norm_2", "expansion"),
-    ("mlp.c_fc", "expansion", "activation"),
-    ("mlp.c_proj", "projection", "residual_2"),
-    ("ln_f", "final_norm", "head"),
-    ("lm_head", "head", OUTSIDE),
-)
-_LLAMA = (
-    ("embed_tokens", "token_embedding", "rotary_angles"),
-    ("input_layernorm", "norm_1", "qkv_projection"),
-    ("self_attn.q_proj", "qkv_projection", "qkv_reshape"),
-    ("self_attn.k_proj", "qkv_projection", "qkv_reshape"),
-    ("self_attn.v_proj", "qkv_projection", "qkv_reshape"),
-    ("self_attn.o_proj", "output_projection", "residual_1"),
-    ("post_attention_layernorm", "norm_2", "expansion"),
-    ("mlp.gate_proj", "expansion", "activation"),
-    ("mlp.up_proj", "expansion", "activation"),
-    ("mlp.down_proj", "projection", "residual_2"),
-    ("norm", "final_norm", "head"),
-    ("lm_head", "head", OUTSIDE),
-)
-BOUNDARIES = {"gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA}
-STACKS = {"gpt2": "h", "llama": "layers", "mistral": "layers"}  # the list of blocks
-SEAM_OWNERS = {"gpt2": "attn", "llama": "self_attn", "mistral": "self_attn"}
 
+def title_of(key: str, titles: Mapping[str, str]) -> str:
+    """The name of a row.
 
-def title_of(key: str, family: str = "gpt2") -> str:
-    """The name of a row; what a family does differently is said there."""
+    Args:
+        titles: of parts that do more in a family than their name says (`Family.titles`).
+    """
     for sum_key, title, _ in SUMS.values():
         if key == sum_key:
             return title
-    if family != "gpt2" and key == "qkv_reshape":
-        return "QKV reshape and rotation"
-    if family != "gpt2" and key == "activation":
-        return "Activation and gate"
-    return BY_KEY[key].title
+    return titles.get(key, BY_KEY[key].title)

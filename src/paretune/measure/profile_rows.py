@@ -72,7 +72,7 @@ def rows_of(
     plain_sec: float,
     ceilings: Ceilings,
     dtype: str,
-    family: str,
+    titles: Mapping[str, str],
 ) -> list[Row]:
     """One row a part and a group, parts in the order of a forward pass, each group before its members.
 
@@ -119,7 +119,7 @@ def rows_of(
                 {
                     **row,
                     **details,
-                    "title": title_of(name, family),
+                    "title": title_of(name, titles),
                     "is_published": is_published,
                     "share": row["sec"] / plain_sec,
                     "group_share": row["sec"] / totals[group] if totals[group] else None,

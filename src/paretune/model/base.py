@@ -2,43 +2,51 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from paretune.model import families
 from paretune.model.config import ModelConfig
+from paretune.model.families.base import Family
 from paretune.model.layers import Embedding, Linear
 from paretune.ops.native.program import CannotLower, Program
 
 
 class LanguageModel(nn.Module):
-    """Base of every architecture: how its tensors are called in a Hugging Face folder, and its two ends.
+    """Base of every architecture; a subclass holds `config`. What else is particular to a family: `families.base`."""
 
-    A subclass holds `config` and sets the class variables:
-        hf_prefix: what stored names begin with, the head's aside.
-        hf_transposed: ends of names that are stored `[in, out]`.
-        hf_ignored: ends of names that carry no information.
-        embedding_name, head_name: attributes of the token embedding and the output layer.
-    """
-
-    hf_prefix: ClassVar[str]
-    hf_transposed: ClassVar[tuple[str, ...]] = ()
-    hf_ignored: ClassVar[tuple[str, ...]] = ()
-    embedding_name: ClassVar[str]
-    head_name: ClassVar[str]
     config: ModelConfig
 
     @property
+    def family(self) -> Family:
+        return families.of(self.config)
+
+    @property
+    def embedding_name(self) -> str:
+        return self.family.modules["embedding"]
+
+    @property
+    def head_name(self) -> str:
+        return self.family.modules["head"]
+
+    @property
     def embedding(self) -> Embedding:
-        return getattr(self, self.embedding_name)
+        return self.get_submodule(self.embedding_name)  # type: ignore[return-value]
 
     @property
     def head(self) -> Linear:
-        return getattr(self, self.head_name)
+        return self.get_submodule(self.head_name)  # type: ignore[return-value]
 
     def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
-        """Logits of the next token; see `GPT2.forward`."""
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 `[B, T]`.
+            cache: a `KVCache` (floor 4) begun for T tokens, or None: then `tokens` is all there is.
+            logits: of every position, `[B, T, V]`, or of each row's last valid one, `[B, 1, V]`.
+        """
         raise NotImplementedError
 
     def drop_positions_(self) -> None:

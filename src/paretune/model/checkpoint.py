@@ -23,14 +23,15 @@ from torch import Tensor, nn
 
 from paretune.errors import CheckpointError, UsageError, WriteError
 from paretune.files import write_json
-from paretune.model import downloads
+from paretune.model import downloads, families
 from paretune.model.base import LanguageModel
-from paretune.model.config import GPT2_SIZES, ModelConfig
+from paretune.model.config import ModelConfig
+from paretune.model.families.base import Family
 from paretune.model.layers import Embedding, Linear
 from paretune.model.stored import StoredTensors
 from paretune.ops.weights.base import Weight
 from paretune.ops.weights.dense import Dense
-from paretune.registry import FAMILIES, FORMATS
+from paretune.registry import FORMATS
 
 EMBEDDED = ("pocket", "pocket-draft")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -127,7 +128,7 @@ def read_config(folder: Path) -> ModelConfig:
 def build(config: ModelConfig) -> LanguageModel:
     """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return FAMILIES.get(config.family)(config)
+        return families.of(config).model(config)
 
 
 def new(config: ModelConfig, seed: int = 0) -> LanguageModel:
@@ -138,26 +139,22 @@ def new(config: ModelConfig, seed: int = 0) -> LanguageModel:
     return model.eval()
 
 
-def gpt2_config(size: str = "gpt2", n_positions: int = 1024) -> ModelConfig:
-    """The config of a published GPT-2 size."""
-    if size not in GPT2_SIZES:
-        raise UsageError(f"unknown GPT-2 size {size!r}", f"Known: {', '.join(GPT2_SIZES)}")
-    n_layer, n_head, n_embd = GPT2_SIZES[size]
-    return ModelConfig.from_hf(
-        {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "vocab_size": 50257,
-            "n_positions": n_positions,
-            "n_layer": n_layer,
-            "n_head": n_head,
-            "n_embd": n_embd,
-            "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5,
-            "bos_token_id": 50256,
-            "eos_token_id": 50256,
-        }
-    )
+def published(size: str, n_positions: int | None = None) -> ModelConfig:
+    """The config of a published model's size, such as `gpt2-medium`.
+
+    Args:
+        n_positions: the longest sequence; None: the published one.
+    """
+    sizes = published_sizes()
+    if size not in sizes:
+        raise UsageError(f"unknown model size {size!r}", f"Known: {', '.join(sizes)}")
+    config = ModelConfig.from_hf(sizes[size])
+    return config if n_positions is None else config.with_positions(n_positions)
+
+
+def published_sizes() -> dict[str, Mapping[str, Any]]:
+    """Entries of `config.json` of the sizes that have a name, of every family."""
+    return {size: hf for family in families.every() for size, hf in family.sizes.items()}
 
 
 OnWeight = Callable[[LanguageModel, str, Weight], Weight]
@@ -188,7 +185,7 @@ def load(folder: Path, dtype: torch.dtype | None = None, on_weight: OnWeight | N
         if stored not in tensors:
             raise CheckpointError(f"{folder}: tensor {stored} is missing", "Download or save the model again")
         value = tensors.pop(stored)
-        if name.endswith(getattr(model, "hf_transposed", ())) and value.dim() == 2:
+        if name.endswith(model.family.stored_transposed) and value.dim() == 2:
             value = value.t()
         shape = getattr(owner, attribute).shape
         if value.shape != shape:
@@ -223,17 +220,17 @@ def tensors_of(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
 
     Dense layers come in the stock layout (`transformers` reads them), others as their stored tensors.
     """
-    prefix = model.hf_prefix
+    family = model.family
     for name, (owner, attribute) in _dense_slots(model):
         value = getattr(owner, attribute).detach()
-        transposed = name.endswith(model.hf_transposed) and value.dim() == 2
-        yield _hf_name(name, prefix), (value.t() if transposed else value).contiguous()
+        transposed = name.endswith(family.stored_transposed) and value.dim() == 2
+        yield _hf_name(family, name), (value.t() if transposed else value).contiguous()
     for name, module in _weight_holders(model):
         weight = module.weight
         if isinstance(weight, Dense):
             continue
         for part, value in weight.to_tensors().items():
-            yield f"{_hf_name(name, prefix)}.weight.{weight.format}.{part}", value.detach().contiguous()
+            yield f"{_hf_name(family, name)}.weight.{weight.format}.{part}", value.detach().contiguous()
 
 
 def save(
@@ -304,15 +301,15 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no model.safetensors", "Pass a folder with safetensors weights")
 
 
-def _hf_name(name: str, prefix: str) -> str:
-    return name if name.startswith("lm_head.") else prefix + name
+def _hf_name(family: Family, name: str) -> str:
+    return name if name.startswith(f"{family.modules['head']}.") else family.stored_prefix + name
 
 
 def _renamer(model: LanguageModel, tensors: StoredTensors):
     """Our name -> the stored name; checkpoints of the bare model lack the prefix."""
-    prefix = model.hf_prefix
-    prefixed = any(name.startswith(prefix) for name in tensors)
-    return lambda name: _hf_name(name, prefix if prefixed else "")
+    family = model.family
+    is_bare = not any(name.startswith(family.stored_prefix) for name in tensors)
+    return lambda name: name if is_bare else _hf_name(family, name)
 
 
 def _weight_holders(model: LanguageModel) -> Iterator[tuple[str, Linear | Embedding]]:
@@ -429,11 +426,11 @@ def _drop_redundant_(model: LanguageModel, tensors: StoredTensors, rename, expec
     Raises:
         CheckpointError: the config ties head and embedding but the file holds two different matrices.
     """
-    for name in [n for n in tensors if n.endswith(model.hf_ignored)]:
+    for name in [n for n in tensors if n.endswith(model.family.stored_ignored)]:
         del tensors[name]
     if not model.config.tied_head:
         return
-    embedding, head = rename(f"{model.embedding_name}.weight"), "lm_head.weight"
+    embedding, head = rename(f"{model.embedding_name}.weight"), f"{model.head_name}.weight"
     if head not in tensors:
         return
     if embedding not in tensors and f"{model.embedding_name}.weight" in expected:

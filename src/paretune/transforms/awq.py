@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from paretune.model.base import LanguageModel
+from paretune.model.families.fold import Fold
 from paretune.model.layers import Linear
 from paretune.ops.weights import rounding
 from paretune.transforms.calibrate import SecondMoments
 from paretune.transforms.calibrated import CalibratedGroups, Edits
-from paretune.transforms.folding import Fold, fold_, folds_of
+from paretune.transforms.folding import fold_, folds_of
 from paretune.transforms.formats import GROUPS_ENDS, Format
 from paretune.transforms.quantize import naming
 

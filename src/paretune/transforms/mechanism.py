@@ -105,7 +105,8 @@ class Mechanism(Transform):
         if self.alibi:
             slopes = alibi.slopes(config.n_head)
             ensure(all(s.slopes == slopes for s in specs), self, "some layers have other slopes")  # type: ignore[union-attr]
-            left = [n for n, _ in model.named_parameters() if n.startswith("wpe.")]
+            table = model.family.modules.get("positions")
+            left = [n for n, _ in model.named_parameters() if table is not None and n.startswith(f"{table}.")]
             ensure(self.positions == "kept" or not (left or config.has_positions), self, "positions are still added")
             what = "no positions are added" if self.positions == "removed" else "positions are added as before"
             said.append(f"all {len(layers)} layers fall by {slopes[0]:.3g} to {slopes[-1]:.3g} a token; {what}")

@@ -20,6 +20,7 @@ from paretune.engine.cache import KVCache
 from paretune.engine.cache_formats import position_bytes
 from paretune.engine.runners.base import Logits, Runner
 from paretune.errors import NoEffectError
+from paretune.model import families
 from paretune.model.base import CannotLower, LanguageModel
 from paretune.model.config import ModelConfig
 from paretune.model.layers import Embedding, Linear
@@ -27,7 +28,7 @@ from paretune.ops.attention.pattern import Pattern, prefix_and_window, work
 from paretune.ops.native import packed
 from paretune.ops.native import program as native
 from paretune.ops.native.packed import PackedWeight
-from paretune.registry import FAMILIES, FORMATS
+from paretune.registry import FORMATS
 
 MAX_ROWS = 512  # tokens that go through at once; longer steps go in pieces, which bounds the working memory
 
@@ -115,7 +116,7 @@ class NativeRunner(Runner):
 
     @classmethod
     def fits(cls, config: ModelConfig, formats: Collection[str] = (), cache_dtype: str | None = None) -> str | None:
-        if FAMILIES.get(config.family).lower is LanguageModel.lower:
+        if not families.of(config).has_native_form:
             return f"native code has no {config.family} models"
         if prefix_and_window(config.attention_pattern) is None:
             return f"native code has no {config.attention_pattern} attention"

@@ -18,7 +18,7 @@ from typing import Any
 from paretune import files
 from paretune.measure.peers import envs
 from paretune.measure.peers.catalogue import Engine, Peer
-from paretune.model import checkpoint
+from paretune.model import checkpoint, families
 from paretune.model.config import ModelConfig
 
 SCHEMA = 2  # of what the workers write: a higher number converts all anew
@@ -102,8 +102,22 @@ def converted(folder: Path, config: ModelConfig, engine: Engine, threads: int, a
 
 
 def request_config(config: ModelConfig) -> dict[str, Any]:
-    """The narrowed config as plain data; workers never read `config.json`."""
-    return {key: value for key, value in asdict(config).items() if key != "hf"}
+    """The narrowed config as plain data, and under `facts` what the family declares: workers never read `config.json`,
+    import nothing of ours and ask for no family's name."""
+    family = families.of(config)
+    facts: dict[str, Any] = {
+        "positions": family.positions,
+        "norm": family.norm,
+        "is_gated": family.is_gated,
+        "modules": dict(family.modules),
+        "stored_prefix": family.stored_prefix,
+        "stored_transposed": list(family.stored_transposed),
+        "gguf": None,
+    }
+    if family.gguf is not None:
+        names = ("architecture", "title", "activation", "interleaved")
+        facts["gguf"] = {name: getattr(family.gguf, name) for name in names}
+    return {key: value for key, value in asdict(config).items() if key not in ("hf", "family")} | {"facts": facts}
 
 
 def bytes_for(name: str) -> int:

@@ -64,7 +64,7 @@ def save(folder: Path, path: Path, wanted: str | None = None, name: str = "") ->
         type_name = wanted
         if full_name.startswith(model.embedding_name) or full_name.startswith(model.head_name):
             type_name = _ENDS.get(wanted or "", wanted)
-        if wanted in blocks.BITS and full_name.startswith("wpe") and weight.is_plain:
+        if wanted in blocks.BITS and model.family.role_of(full_name) == "positions" and weight.is_plain:
             type_name = "F32"  # a row a token: nothing to win, and llama.cpp keeps it so
         encoded = blocks.plan(weight, type_name, full_name)
         how[encoded.how] += 1

@@ -17,12 +17,15 @@ from paretune.model.config import ModelConfig
 from paretune.model.gguf.container import F32
 from paretune.model.tokenizer import Tokenizer
 
+# Kinds of tokenizer in `tokenizer.ggml.model`, which llama.cpp names after the first models that had them.
+_BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 WHOLE = "tokenizer.huggingface.json"
 SPACE = "\u2581"  # SentencePiece's mark of a space
 # Splitting rules of byte-level tokenizers that llama.cpp knows by name, told by a part of their pattern.
 _PRE = {"(?i:'s|'t|'re|'ve|'m|'ll|'d)": "llama-bpe", "'s|'t|'re|'ve|'m|'ll|'d": "gpt-2"}
 _DIGITS = {"type": "Digits", "individual_digits": True}
+_PLAIN_SPLIT = ("gpt-2", "gpt2", "default")  # names of GPT-2's splitting rule
 _SPLIT_DIGITS = "smollm"  # digits one by one, the rest as GPT-2
 _PATTERNS = {
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -60,14 +63,14 @@ def to_metadata(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], list
             name = "default"
             notes.append("llama.cpp has no name for the tokenizer's splitting rule: its tokens may differ")
         out |= {
-            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.model": _BYTE_LEVEL,
             "tokenizer.ggml.pre": name,
             "tokenizer.ggml.merges": [" ".join(_pair(merge)) for merge in model["merges"]],
         }
     else:
         prefix = "Prepend" in json.dumps(whole.get("normalizer")) or '"always"' in json.dumps(pre)
         out |= {
-            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.model": _SENTENCEPIECE,
             "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.scores": scores,
             "tokenizer.ggml.add_space_prefix": prefix,
@@ -128,12 +131,12 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> str | None:
     kind = metadata.get("tokenizer.ggml.model")
     if isinstance(metadata.get(WHOLE), str):
         write_text(folder / "tokenizer.json", metadata[WHOLE])
-    elif kind == "gpt2" and tokens and metadata.get("tokenizer.ggml.merges"):
+    elif kind == _BYTE_LEVEL and tokens and metadata.get("tokenizer.ggml.merges"):
         pre = metadata.get("tokenizer.ggml.pre", "gpt-2")
-        if pre not in ("gpt-2", "gpt2", "default", _SPLIT_DIGITS, *_PATTERNS):
+        if pre not in (*_PLAIN_SPLIT, _SPLIT_DIGITS, *_PATTERNS):
             return f"its tokenizer splits text by the rule {pre!r}, which is not known here"
         write_text(folder / "tokenizer.json", json.dumps(_byte_level(metadata, pre), ensure_ascii=False))
-    elif kind == "llama" and tokens and metadata.get("tokenizer.ggml.scores"):
+    elif kind == _SENTENCEPIECE and tokens and metadata.get("tokenizer.ggml.scores"):
         write_text(folder / "tokenizer.json", json.dumps(_sentence_piece(metadata), ensure_ascii=False))
     else:
         return "it has no tokenizer" if kind in (None, "no_vocab") else f"its tokenizer {kind!r} is not read here"
@@ -201,7 +204,7 @@ def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
 def _begin(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """The post-processor that puts the first token before a text."""
     i = metadata.get("tokenizer.ggml.bos_token_id")
-    default = metadata.get("tokenizer.ggml.model") == "llama"
+    default = metadata.get("tokenizer.ggml.model") == _SENTENCEPIECE
     if i is None or not metadata.get("tokenizer.ggml.add_bos_token", default):
         return None
     token = metadata["tokenizer.ggml.tokens"][i]

@@ -26,11 +26,15 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
 
     checkpoint = open_checkpoint(request)
     c = checkpoint.config
-    if c["family"] == "gpt2" and (not c["scale_attn_weights"] or c["scale_attn_by_inverse_layer_idx"]):
-        raise Refused("CTranslate2's GPT-2 divides the scores by sqrt(head size) in every layer, this model does not")
-    options: dict[str, Any] = {"activation": getattr(common_spec.Activation, _ACTIVATIONS[c["activation"]])}
+    if not c["scale_attn_weights"] or c["scale_attn_by_inverse_layer_idx"]:
+        raise Refused("CTranslate2 divides the scores by sqrt(head size) in every layer, this model does not")
+    options: dict[str, Any] = {
+        "activation": getattr(common_spec.Activation, _ACTIVATIONS[c["activation"]]),
+        "ffn_glu": checkpoint.is_gated,
+        "rms_norm": checkpoint.has_rms_norm,
+    }
     scaling = c["rope_scaling"]
-    if c["family"] != "gpt2":
+    if checkpoint.is_rotary:
         kinds = attention_spec.RotaryScalingType
         kind = None if scaling is None else {"linear": kinds.Linear, "llama3": kinds.Llama3}[scaling["kind"]]
         if (
@@ -40,8 +44,6 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
         ):
             raise Refused("CTranslate2 fixes llama3 scaling at a factor of 8 over 8192 tokens")
         options |= {
-            "ffn_glu": True,
-            "rms_norm": True,
             "rotary_dim": c["head_dim"],
             "rotary_interleave": False,
             "rotary_base": c["rope_theta"],
@@ -56,7 +58,7 @@ def convert(request: dict[str, Any]) -> dict[str, Any]:
     decoder.scale_embeddings = False
     decoder.embeddings.weight = checkpoint.embedding
     decoder.projection.weight = checkpoint.embedding if checkpoint.head is None else checkpoint.head
-    if checkpoint.is_gpt2:
+    if checkpoint.has_learned_positions:
         decoder.position_encodings.encodings = checkpoint.positions
     _norm(decoder.layer_norm, checkpoint.norm)
     for i, into in enumerate(decoder.layer):

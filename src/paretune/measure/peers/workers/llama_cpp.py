@@ -57,15 +57,13 @@ def _bytes_by_type(path: Path) -> dict[str, int]:
 def _write(checkpoint: Checkpoint, out: Path) -> None:
     import gguf
 
-    c = checkpoint.config
-    if checkpoint.is_gpt2:
-        if c["activation"] != "gelu_tanh":
-            raise Refused(f"llama.cpp's GPT-2 has no activation {c['activation']}")
-        if not c["scale_attn_weights"] or c["scale_attn_by_inverse_layer_idx"]:
-            raise Refused("llama.cpp's GPT-2 divides the scores by sqrt(head size) in every layer, this model does not")
-    elif c["activation"] != "silu":
-        raise Refused(f"llama.cpp's Llama has no activation {c['activation']}")
-    writer = gguf.GGUFWriter(out, "gpt2" if checkpoint.is_gpt2 else "llama")
+    c, form = checkpoint.config, checkpoint.gguf
+    theirs = f"llama.cpp's {form['title']}"
+    if c["activation"] != form["activation"]:
+        raise Refused(f"{theirs} has no activation {c['activation']}")
+    if not c["scale_attn_weights"] or c["scale_attn_by_inverse_layer_idx"]:
+        raise Refused(f"{theirs} divides the scores by sqrt(head size) in every layer, this model does not")
+    writer = gguf.GGUFWriter(out, form["architecture"])
     writer.add_file_type(_FILE_TYPES["F32"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(c["vocab_size"])
@@ -86,11 +84,13 @@ def _write(checkpoint: Checkpoint, out: Path) -> None:
     head = checkpoint.head
     if head is not None:
         add("output", (head, None))
-    if checkpoint.is_gpt2:
-        writer.add_layer_norm_eps(c["norm_eps"])
-        add("position_embd", (checkpoint.positions, None))
-    else:
+    if checkpoint.has_rms_norm:
         writer.add_layer_norm_rms_eps(c["norm_eps"])
+    else:
+        writer.add_layer_norm_eps(c["norm_eps"])
+    if checkpoint.has_learned_positions:
+        add("position_embd", (checkpoint.positions, None))
+    if checkpoint.is_rotary:
         writer.add_rope_dimension_count(c["head_dim"])
         writer.add_key_length(c["head_dim"])
         writer.add_value_length(c["head_dim"])
@@ -106,12 +106,14 @@ def _write(checkpoint: Checkpoint, out: Path) -> None:
         block = f"blk.{i}."
         add(f"{block}attn_norm", layer.norm_1)
         add(f"{block}ffn_norm", layer.norm_2)
-        if layer.gate is None:
+        if checkpoint.has_fused_qkv:
             add(f"{block}attn_qkv", layer.qkv)
         else:
-            add(f"{block}attn_q", _interleaved(layer.q, c["n_head"]))
-            add(f"{block}attn_k", _interleaved(layer.k, c["n_kv_head"]))
+            is_swapped = {role: role in form["interleaved"] for role in ("q", "k")}
+            add(f"{block}attn_q", _interleaved(layer.q, c["n_head"]) if is_swapped["q"] else layer.q)
+            add(f"{block}attn_k", _interleaved(layer.k, c["n_kv_head"]) if is_swapped["k"] else layer.k)
             add(f"{block}attn_v", layer.v)
+        if layer.gate is not None:
             add(f"{block}ffn_gate", layer.gate)
         add(f"{block}attn_output", layer.o)
         add(f"{block}ffn_up", layer.up)
@@ -123,7 +125,7 @@ def _write(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _interleaved(values: Linear, n_head: int) -> Linear:
-    """llama.cpp's Llama rotates dimension 2i with 2i + 1, Hugging Face's i with i + D/2."""
+    """llama.cpp rotates dimension 2i with 2i + 1, Hugging Face's i with i + D/2."""
 
     def swap(x: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(x.reshape(n_head, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape))

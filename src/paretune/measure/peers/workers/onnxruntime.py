@@ -60,9 +60,7 @@ class Graph:
 
         self.onnx, self.checkpoint, self.bits = onnx, checkpoint, bits
         self.c = checkpoint.config
-        if checkpoint.is_gpt2 and self.c["activation"] not in ("gelu_tanh", "gelu"):
-            raise Refused(f"activation {self.c['activation']} is not in this graph")
-        if not checkpoint.is_gpt2 and self.c["activation"] not in _GATES:
+        if self.c["activation"] not in (_GATES if checkpoint.is_gated else ("gelu_tanh", "gelu")):
             raise Refused(f"activation {self.c['activation']} is not in this graph")
         if self.c["scale_attn_by_inverse_layer_idx"] or not self.c["scale_attn_weights"]:
             raise Refused("attention scaled by layer is not in this graph")
@@ -72,10 +70,10 @@ class Graph:
     def build(self) -> Any:
         c, helper, kinds = self.c, self.onnx.helper, self.onnx.TensorProto
         x = self.op("Gather", self.constant("embedding", self.checkpoint.embedding), "tokens")
-        if self.checkpoint.is_gpt2:
+        if self.checkpoint.has_learned_positions:
             table = self.constant("position_table", self.checkpoint.positions)
             x = self.op("Add", x, self.op("Gather", table, "positions"))
-        else:
+        if self.checkpoint.is_rotary:
             angles = np.arange(c["n_positions"])[:, None] * self.checkpoint.rope_frequencies()[None].astype(np.float64)
             self.constant("cos", np.cos(angles).astype(np.float32))
             self.constant("sin", np.sin(angles).astype(np.float32))
@@ -98,7 +96,7 @@ class Graph:
             helper.make_tensor_value_info("last_index", kinds.INT32, ["B"]),
             helper.make_tensor_value_info("total_length", kinds.INT32, []),
         ]
-        if self.checkpoint.is_gpt2:
+        if self.checkpoint.has_learned_positions:
             inputs.append(helper.make_tensor_value_info("positions", kinds.INT64, ["T"]))
         logits = helper.make_tensor_value_info("logits", kinds.FLOAT, ["B", "T_out", c["vocab_size"]])
         graph = helper.make_graph(self.nodes, "model", inputs + caches, [logits, *updated], self.constants)
@@ -110,7 +108,7 @@ class Graph:
         h = self.norm(x, layer.norm_1, f"{i}.norm_1")
         qkv = self.matmul(h, layer.qkv, f"{i}.qkv")
         caches = [f"past_key_{i}", f"past_value_{i}"]
-        rope = ["cos", "sin"] if not self.checkpoint.is_gpt2 else []
+        rope = ["cos", "sin"] if self.checkpoint.is_rotary else []
         y = self.op(
             "GroupQueryAttention",
             *(qkv, "", "", *caches, "last_index", "total_length", *rope),
@@ -203,7 +201,7 @@ class OnnxRuntime(Engine):
         path = str(Path(request["converted"]) / FILE)
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.n_rows, self.n_vocab = request["workload"]["batch_size"], c["vocab_size"]
-        self.is_gpt2 = c["family"] == "gpt2"
+        self.takes_positions = c["facts"]["positions"] == "learned"
         shape = (self.n_rows, c["n_kv_head"], request["capacity"], c["head_dim"])
         value = onnxruntime.OrtValue.ortvalue_from_numpy
         self.caches = {
@@ -244,7 +242,7 @@ class OnnxRuntime(Engine):
             "last_index": np.full(self.n_rows, self.length - 1, dtype=np.int32),
             "total_length": np.array(self.length, dtype=np.int32),
         }
-        if self.is_gpt2:
+        if self.takes_positions:
             feeds["positions"] = np.arange(before, self.length)
         for name, values in feeds.items():
             binding.bind_cpu_input(name, values)

@@ -57,9 +57,9 @@ class Graph:
         op, c, checkpoint = self.op, self.c, self.checkpoint
         table = self.weight(checkpoint.embedding, is_large=True)
         x = op.gather(table, self.tokens, self.ints(0))
-        if checkpoint.is_gpt2:
+        if checkpoint.has_learned_positions:
             x = op.add(x, op.gather(op.constant(checkpoint.positions), self.positions, self.ints(0)))
-        else:
+        if checkpoint.is_rotary:
             angles = np.arange(c["n_positions"])[:, None] * checkpoint.rope_frequencies()[None].astype(np.float64)
             angles = np.concatenate([angles, angles], -1)
             tables = [op.constant(f(angles).astype(np.float32)) for f in (np.cos, np.sin)]
@@ -88,7 +88,7 @@ class Graph:
         q = self.heads(self.linear(h, layer.q), H)
         k = self.heads(self.linear(h, layer.k), Hkv)
         v = self.heads(self.linear(h, layer.v), Hkv)
-        if not self.checkpoint.is_gpt2:
+        if self.checkpoint.is_rotary:
             q, k = self.rotate(q), self.rotate(k)
         k, v = self.remember(f"key_{i}", k), self.remember(f"value_{i}", v)
         if Hkv != H:

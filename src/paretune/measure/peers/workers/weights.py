@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as NumPy arrays, under names that GPT-2 and Llama share.
+"""A Hugging Face checkpoint as NumPy arrays, under names that all families share.
 
 Every matrix is fp32 `[out, in]`, read from the memory-mapped safetensors when it is asked for.
 """
@@ -19,7 +19,7 @@ Linear = tuple[np.ndarray, np.ndarray | None]  # weight [out, in] (of a norm: [C
 
 @dataclass(frozen=True)
 class Layer:
-    """One block. `gate` is None for GPT-2."""
+    """One block. `gate` is None where the MLP has none."""
 
     norm_1: Linear
     q: Linear
@@ -41,7 +41,7 @@ class Layer:
 
 class Checkpoint:
     """Args:
-    config: the fields of `paretune.model.config.ModelConfig`.
+    config: the fields of `paretune.model.config.ModelConfig`, and under `facts` what its family declares.
     files: the safetensors files.
     """
 
@@ -56,66 +56,83 @@ class Checkpoint:
                 if name != "__metadata__":
                     low, high = (start + offset for offset in entry["data_offsets"])
                     self._where[name] = (data, entry["dtype"], entry["shape"], low, high)
-        stem = "transformer." if config["family"] == "gpt2" else "model."
-        self._stem = stem if any(name.startswith(stem) for name in self._where) else ""
+        self._facts: dict[str, Any] = config["facts"]
+        prefix = self._facts["stored_prefix"]
+        self._prefix = prefix if any(name.startswith(prefix) for name in self._where) else ""
 
     @property
-    def is_gpt2(self) -> bool:
-        return self.config["family"] == "gpt2"
+    def has_learned_positions(self) -> bool:
+        return self._facts["positions"] == "learned"
+
+    @property
+    def is_rotary(self) -> bool:
+        return self._facts["positions"] == "rotary"
+
+    @property
+    def is_gated(self) -> bool:
+        return self._facts["is_gated"]
+
+    @property
+    def has_rms_norm(self) -> bool:
+        return self._facts["norm"] == "rms"
+
+    @property
+    def has_fused_qkv(self) -> bool:
+        return "qkv" in self._facts["modules"]
+
+    @property
+    def gguf(self) -> dict[str, Any]:
+        """What llama.cpp calls the family."""
+        assert self._facts["gguf"] is not None, "the catalogue names families that the peer can express"
+        return self._facts["gguf"]
 
     @property
     def embedding(self) -> np.ndarray:
         """[V, C]."""
-        name = self._stem + ("wte.weight" if self.is_gpt2 else "embed_tokens.weight")
+        name = f"{self._name('embedding')}.weight"
         # A tied matrix may be stored under the head's name alone.
-        return self._read(name if name in self._where else "lm_head.weight")
+        return self._read(name if name in self._where else self._head_name)
 
     @property
     def positions(self) -> np.ndarray:
-        """[n_positions, C], GPT-2 only."""
-        return self._read(self._stem + "wpe.weight")
+        """[n_positions, C], learned ones only."""
+        return self._read(f"{self._name('positions')}.weight")
 
     @property
     def head(self) -> np.ndarray | None:
         """[V, C]; None where it is the embedding."""
-        return None if self.config["tied_head"] else self._read("lm_head.weight")
+        return None if self.config["tied_head"] else self._read(self._head_name)
 
     @property
     def norm(self) -> Linear:
-        return self._linear("ln_f" if self.is_gpt2 else "norm")
+        return self._linear("norm")
 
     def layer(self, i: int) -> Layer:
-        if not self.is_gpt2:
-            h, attn, mlp = f"layers.{i}.", f"layers.{i}.self_attn.", f"layers.{i}.mlp."
-            return Layer(
-                norm_1=self._linear(h + "input_layernorm"),
-                q=self._linear(attn + "q_proj"),
-                k=self._linear(attn + "k_proj"),
-                v=self._linear(attn + "v_proj"),
-                o=self._linear(attn + "o_proj"),
-                norm_2=self._linear(h + "post_attention_layernorm"),
-                gate=self._linear(mlp + "gate_proj"),
-                up=self._linear(mlp + "up_proj"),
-                down=self._linear(mlp + "down_proj"),
-            )
-        h, c = f"h.{i}.", self.config["n_embd"]
-        weight, bias = self._conv1d(h + "attn.c_attn")
-        assert bias is not None
-        q, k, v = ((weight[j * c : (j + 1) * c], bias[j * c : (j + 1) * c]) for j in range(3))
+        if self.has_fused_qkv:
+            q, k, v = self._split(*self._linear("qkv", i))
+        else:
+            q, k, v = (self._linear(role, i) for role in ("q", "k", "v"))
         return Layer(
-            norm_1=self._linear(h + "ln_1"),
+            norm_1=self._linear("norm_1", i),
             q=q,
             k=k,
             v=v,
-            o=self._conv1d(h + "attn.c_proj"),
-            norm_2=self._linear(h + "ln_2"),
-            gate=None,
-            up=self._conv1d(h + "mlp.c_fc"),
-            down=self._conv1d(h + "mlp.c_proj"),
+            o=self._linear("o", i),
+            norm_2=self._linear("norm_2", i),
+            gate=self._linear("gate", i) if self.is_gated else None,
+            up=self._linear("up", i),
+            down=self._linear("down", i),
         )
 
+    def _split(self, weight: np.ndarray, bias: np.ndarray | None) -> list[Linear]:
+        """Queries, keys and values of one matrix."""
+        c = self.config
+        ends = np.cumsum([c["n_head"] * c["head_dim"], c["n_kv_head"] * c["head_dim"]])
+        biases = [None] * 3 if bias is None else np.split(bias, ends)
+        return list(zip(np.split(weight, ends), biases, strict=True))
+
     def rope_frequencies(self) -> np.ndarray:
-        """Angular frequency of each pair of dimensions, fp32 [D / 2], scaled as `paretune.model.llama` does."""
+        """Angular frequency of each pair of dimensions, fp32 [D / 2], scaled as ours."""
         c = self.config
         size, scaling = c["head_dim"], c["rope_scaling"]
         frequency = 1.0 / c["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float64) / size)
@@ -135,14 +152,19 @@ class Checkpoint:
         kept = np.clip((turns - low) / (high - low), 0, 1)
         return (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
 
-    def _linear(self, name: str) -> Linear:
-        name = self._stem + name
-        bias = self._read(f"{name}.bias") if f"{name}.bias" in self._where else None
-        return self._read(f"{name}.weight"), bias
+    @property
+    def _head_name(self) -> str:
+        return f"{self._facts['modules']['head']}.weight"  # it has no prefix
 
-    def _conv1d(self, name: str) -> Linear:
-        weight, bias = self._linear(name)
-        return np.ascontiguousarray(weight.T), bias
+    def _name(self, role: str, i: int = 0) -> str:
+        return self._prefix + self._facts["modules"][role].format(i=i)
+
+    def _linear(self, role: str, i: int = 0) -> Linear:
+        name = self._name(role, i)
+        weight = self._read(f"{name}.weight")
+        if weight.ndim == 2 and f"{name}.weight".endswith(tuple(self._facts["stored_transposed"])):
+            weight = np.ascontiguousarray(weight.T)
+        return weight, self._read(f"{name}.bias") if f"{name}.bias" in self._where else None
 
     def _read(self, name: str) -> np.ndarray:
         data, dtype, shape, low, high = self._where[name]

@@ -12,8 +12,8 @@ from transformers import GPT2LMHeadModel
 
 from paretune import native_build
 from paretune.model import checkpoint
-from paretune.model.config import ACTIVATIONS, GPT2_SIZES
-from paretune.model.gpt2 import CausalSelfAttention
+from paretune.model.entries import ACTIVATIONS
+from paretune.model.families.gpt2.model import CausalSelfAttention
 from paretune.registry import ATTENTION
 
 # What runs on any machine without compiling graphs; the others have tests of their own (tests/ops).
@@ -162,17 +162,17 @@ def test_compiles_without_graph_breaks(tiny, tiny_tokens):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("size", GPT2_SIZES)
+@pytest.mark.parametrize("size", checkpoint.published_sizes())
 def test_published_sizes_on_meta(size):
     """Parameter counts of the four published models, the tied head counted once."""
     millions = {"gpt2": 124.44, "gpt2-medium": 354.82, "gpt2-large": 774.03, "gpt2-xl": 1557.61}
-    model = checkpoint.build(checkpoint.gpt2_config(size))
+    model = checkpoint.build(checkpoint.published(size))
     count = sum(p.numel() for p in model.parameters())
     assert round(count / 1e6, 2) == millions[size]
 
 
 def test_new_is_reproducible_and_follows_the_seed():
-    config = checkpoint.gpt2_config("gpt2").from_hf(
+    config = checkpoint.published("gpt2").from_hf(
         {"model_type": "gpt2", "vocab_size": 50, "n_positions": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
     )
     a, b, c = (checkpoint.new(config, seed) for seed in (1, 1, 2))

@@ -83,13 +83,6 @@ class GPT2(LanguageModel):
         config: shapes; parameters are left unset (`checkpoint.load` or `initialize_` fills them).
     """
 
-    hf_prefix = "transformer."
-    # Hugging Face stores these as Conv1D, [in, out].
-    hf_transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-    # Buffers of old checkpoints that carry no information (the causal mask).
-    hf_ignored = (".attn.bias", ".attn.masked_bias")
-    embedding_name, head_name = "wte", "lm_head"
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -103,13 +96,7 @@ class GPT2(LanguageModel):
             self.lm_head.weight = self.wte.weight
 
     def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
-        """Logits of the next token.
-
-        Args:
-            tokens: int64 `[B, T]`.
-            cache: a `KVCache` (floor 4) begun for T tokens, or None: then `tokens` is all there is.
-            logits: of every position, `[B, T, V]`, or of each row's last valid one, `[B, 1, V]`.
-        """
+        """Logits of the next token; see the base."""
         T = tokens.size(1)
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions
         x = self.wte(tokens)  # (B, T, C)

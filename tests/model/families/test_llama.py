@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from paretune import native_build
 from paretune.model import checkpoint
-from paretune.model.llama import Attention, rope_frequencies
+from paretune.model.families.llama.model import Attention, rope_frequencies
 from paretune.model.tokenizer import Tokenizer
 from paretune.registry import ATTENTION
 

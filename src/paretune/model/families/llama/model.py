@@ -1,4 +1,4 @@
-"""Llama and Mistral, whole: plain PyTorch, the same two seams as GPT-2.
+"""Llama and Mistral, whole: plain PyTorch, the same two seams as every family.
 
 References: Touvron et al. 2023, arXiv:2302.13971; Jiang et al. 2023 (Mistral 7B), arXiv:2310.06825; Hugging Face
 `modeling_llama.py`, whose module names and rotary convention (halves, not pairs) are kept.
@@ -105,11 +105,11 @@ class Block(nn.Module):
 
 
 class Llama(LanguageModel):
-    """The language model; arguments as `GPT2`."""
+    """The language model.
 
-    hf_prefix = "model."
-    hf_ignored = (".rotary_emb.inv_freq",)
-    embedding_name, head_name = "embed_tokens", "lm_head"
+    Args:
+        config: shapes; parameters are left unset (`checkpoint.load` or `initialize_` fills them).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Llama(LanguageModel):
         self._rope = rope_frequencies(config) if config.has_positions else None
 
     def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
-        """Logits of the next token; arguments and result as `GPT2.forward`."""
+        """Logits of the next token; see the base."""
         T = tokens.size(1)
         positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions
         x = self.embed_tokens(tokens)  # (B, T, C)
