@@ -18,6 +18,7 @@ from paretune.model.layers import Embedding, Linear
 from paretune.ops.native import packed
 from paretune.ops.quantized_linear import op
 from paretune.ops.weights.base import Weight
+from paretune.process import give_back_free_memory
 from paretune.recipe import Recipe
 from paretune.transforms.base import Context
 
@@ -86,7 +87,9 @@ def load_recipe(
     before = clock.now()
     model = recipe.apply(model, ctx)
     convert_sec += clock.now() - before
-    loaded = Loaded(folder, recipe, recipe.runner(model), clock.now() - started, convert_sec, calibrate_sec)
+    runner = recipe.runner(model)
+    give_back_free_memory()  # of the plain weights that were converted
+    loaded = Loaded(folder, recipe, runner, clock.now() - started, convert_sec, calibrate_sec)
     if device.startswith("cuda") and any(isinstance(m, Weight) and m.format != "dense" for m in model.modules()):
         op.unavailable_reason(device)  # tries the kernels now, once a process: in a captured graph would be too late
     return loaded
