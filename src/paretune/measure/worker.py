@@ -204,9 +204,10 @@ def serve(handlers: dict[str, Handler]) -> None:
 
 
 def preload() -> None:
-    """Imports what a trial needs. It starts no threads (the fork server makes sure of it)."""
-    import torch._dynamo  # noqa: F401 - the proof of effect asks it for graph breaks; seconds of import
+    """Imports what a trial needs. It starts no threads (the fork server makes sure of it).
 
+    PyTorch's compiler is not among it: that is as much again, and the trials that compile can wait for it.
+    """
     import paretune.engine.exact
     import paretune.engine.load
     import paretune.measure.interleave
