@@ -31,6 +31,7 @@ class Loaded:
         load_sec: from the folder to the runner, the next two included.
         convert_sec: what the transforms took.
         calibrate_sec: the model's writing of the text that some of them need.
+        notes: what the user has to know of how it was loaded.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Loaded:
     load_sec: float
     convert_sec: float = 0.0
     calibrate_sec: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def load_recipe(
@@ -78,18 +80,20 @@ def load_recipe(
 
     dtype = torch.float32 if device == "cpu" else None
     model = checkpoint.load(folder, dtype, convert if streams else None).to(device)
+    notes: list[str] = []
     if ctx is None:
         is_plain = all(m.weight.format == "dense" for m in model.modules() if isinstance(m, Linear | Embedding))
         needs = is_plain and any(t.needs_calibration for t in recipe.transforms)
         before = clock.now()
-        ctx = Context(device=device, calibration=calibration.from_model(model) if needs else None)
+        windows = calibration.from_model(model, say=notes.append) if needs else None
+        ctx = Context(device=device, calibration=windows)
         calibrate_sec = clock.now() - before
     before = clock.now()
     model = recipe.apply(model, ctx)
     convert_sec += clock.now() - before
     runner = recipe.runner(model)
     give_back_free_memory()  # of the plain weights that were converted
-    loaded = Loaded(folder, recipe, runner, clock.now() - started, convert_sec, calibrate_sec)
+    loaded = Loaded(folder, recipe, runner, clock.now() - started, convert_sec, calibrate_sec, tuple(notes))
     if device.startswith("cuda") and any(isinstance(m, Weight) and m.format != "dense" for m in model.modules()):
         op.unavailable_reason(device)  # tries the kernels now, once a process: in a captured graph would be too late
     return loaded

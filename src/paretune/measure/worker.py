@@ -101,7 +101,7 @@ class Trial:
             "load_sec": self.loaded.load_sec,
             "compile_sec": compile_sec,
             "proof": proof + exact,
-            "notes": [] if request.get("is_checked") else recipe.notes(device),
+            "notes": [*self.loaded.notes, *([] if request.get("is_checked") else recipe.notes(device))],
             "runner": observation.runner,
             "bytes_by_dtype": observation.bytes_by_dtype,
             "weights_bytes": self.weights_bytes,
