@@ -304,7 +304,7 @@ def test_the_budget_ends_the_run_and_says_what_was_not_reached(tiny_gpt2_folder)
 
 def test_memory_that_does_not_hold_all_makes_groups_around_the_baseline(tiny_gpt2_folder, monkeypatch):
     FakeProcess.speed = {"int8": 2.0, "bf16": 0.5}
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: int(3.6 * grid.PROCESS_BYTES))
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: grid.PROCESS_BYTES + int(4.2 * grid.FORKED_BYTES))
     result = run(tiny_gpt2_folder, ("baseline", "int8", "bf16"))
     assert FakeProcess.most_alive == 3
     loaded = [r["name"] for r in FakeProcess.requests]
@@ -362,8 +362,23 @@ def test_a_cell_is_estimated_above_its_weights(tiny_gpt2_folder):
     n = grid.n_parameters(config)
     small, large = (grid.trial_bytes(config, n, Cell(8, 8, b)) for b in (1, 64))
     assert grid.PROCESS_BYTES + 4 * n < small < large
+    assert (
+        grid.trial_bytes(config, n, Cell(8, 8, 1), grid.FORKED_BYTES) == small - grid.PROCESS_BYTES + grid.FORKED_BYTES
+    )
     low, high = grid.estimate_sec(2, 1, 2, 8, 27)
     assert 0 < low < high and math.isfinite(high)
+
+
+def test_what_trials_share_is_counted_once(monkeypatch):
+    monkeypatch.setattr(grid.forkserver, "is_possible", lambda: True)
+    alone = (0, grid.PROCESS_BYTES)
+    assert grid.shared_and_own_bytes([preset("native")]) == (grid.PROCESS_BYTES, grid.FORKED_BYTES)
+    compiled = Recipe.from_dict({"transforms": [], "engine": {"runner": "compile"}})
+    assert grid.shared_and_own_bytes([preset("native"), compiled]) == alone
+    assert grid.shared_and_own_bytes([preset("native")], "cuda") == alone
+    assert grid.shared_and_own_bytes([preset("native")], has_peers=True) == alone
+    monkeypatch.setattr(grid.forkserver, "is_possible", lambda: False)
+    assert grid.shared_and_own_bytes([preset("native")]) == alone
 
 
 def test_a_process_serves_every_cell_where_it_is_kept(tiny_gpt2_folder):

@@ -15,7 +15,7 @@ from paretune import clock, files, hardware, stats
 from paretune.engine.dispatch import Table
 from paretune.measure.bench_group import Group, Row
 from paretune.measure.bench_rows import Cell, Trial
-from paretune.measure.grid import PROCESS_BYTES, groups_of, trial_bytes
+from paretune.measure.grid import groups_of, shared_and_own_bytes, trial_bytes
 from paretune.measure.peers.subject import Peers
 from paretune.measure.session import TrialProcess
 from paretune.model import checkpoint
@@ -135,13 +135,14 @@ class CellRun:
 
     def run(self) -> None:
         of = self.of
-        each = trial_bytes(of.config, of.n_params, self.cell)
+        shared, own = shared_and_own_bytes(of.configs.values(), of.device, bool(of.peers.engines))
+        each = trial_bytes(of.config, of.n_params, self.cell, own)
         # While it loads: the file's tensors beside the model; while it is checked: a reference and an fp32 twin.
-        extra = 3 * 4 * of.n_params
+        extra = shared + 3 * 4 * of.n_params
         names = [*of.configs, *of.peers.engines]
         challengers = [name for name in names if name != of.baseline]
         # What kept processes hold is theirs already.
-        available = hardware.available_memory_bytes() + len(of.kept) * (PROCESS_BYTES + 4 * of.n_params)
+        available = hardware.available_memory_bytes() + len(of.kept) * (own + 4 * of.n_params)
         groups = groups_of(challengers, each, extra, available)
         if len(groups) > 1 and of.keeps_processes:
             of.keeps_processes = False
