@@ -8,7 +8,8 @@ import torch
 from paretune.errors import ParetuneError
 from paretune.model.layers import Linear
 from paretune.ops.weights.dense import Dense
-from paretune.transforms.calibrate import STRIP, SecondMoments
+from paretune.transforms import calibrate
+from paretune.transforms.calibrate import STRIP, SecondMoments, blocks_of, walk
 
 
 def linear(n_out, n_in):
@@ -44,3 +45,26 @@ def test_inputs_that_are_not_finite_are_refused():
     layers["a"](torch.full((2, 8), torch.inf))
     with pytest.raises(ParetuneError, match="not finite"):
         moments.of("a")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_walk_leaves_out_the_last_product_and_sees_the_same_bits(tiny, family, monkeypatch):
+    """Inputs of every layer of every block, against passes that go to their end; in three batches."""
+    tokens = torch.randint(0, 97, (6, 12), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(calibrate, "TOKENS_AT_ONCE", 24)
+    ran: list[str] = []
+
+    def moments_of(stops):
+        model = tiny(family, vocab_size=97)[0]
+        monkeypatch.setattr(calibrate, "SecondMoments", lambda layers, **options: SecondMoments(layers, stops=stops))
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                layer.register_forward_hook(lambda *args, name=name: ran.append(name))
+        found = {}
+        walk(model, tokens, lambda b, layers, m: found.update({n: m.of(n) for n in layers}), lambda line: None)
+        return found, [name for name, _ in blocks_of(model)]
+
+    (whole, blocks), n_whole = moments_of(False), len(ran)
+    short, _ = moments_of(True)
+    assert whole.keys() == short.keys() and all(torch.equal(whole[n], short[n]) for n in whole)
+    assert n_whole - (len(ran) - n_whole) == 3 * len(blocks), "one product a batch and block"

@@ -12,7 +12,7 @@ from paretune import hardware
 from paretune.engine.dispatch import PLAN, Form
 from paretune.errors import ParetuneError, UsageError
 from paretune.measure import bench as measure
-from paretune.measure import bench_run, session
+from paretune.measure import bench_group, session
 from paretune.recipe import Recipe, preset
 from paretune.report import regimes as report
 from paretune.report.html import render_report
@@ -92,7 +92,7 @@ def tune(monkeypatch, tmp_path):
         machine = install(monkeypatch, Machine(cost={name: 0.005 if wins else 0.01}, weights={name: 14 * MB}))
         own = {"speed": speed or {}, "failing": failing or {}, "loads": [], "shapes": [], "alive_names": []}
         process = type("Process", (Process,), {**own, "clock": machine.clock})
-        monkeypatch.setattr(bench_run, "TrialProcess", process)
+        monkeypatch.setattr(bench_group, "TrialProcess", process)
         monkeypatch.setattr(session, "prepare", lambda: None)
         monkeypatch.setattr(hardware.BandwidthProbe, "kind", "fake", raising=False)
         monkeypatch.setattr(hardware.BandwidthProbe, "note", "", raising=False)

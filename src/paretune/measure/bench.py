@@ -17,8 +17,9 @@ from paretune import clock, files, hardware, stats
 from paretune.engine.dispatch import Table
 from paretune.errors import UsageError
 from paretune.measure import environment, session
+from paretune.measure.bench_group import Row
 from paretune.measure.bench_rows import DEFINITIONS, MAX_AA, is_judged
-from paretune.measure.bench_run import Row, Run
+from paretune.measure.bench_run import Run
 from paretune.measure.grid import cells_of, n_parameters
 from paretune.measure.peers.catalogue import Engine
 from paretune.measure.peers.subject import Peers
@@ -129,6 +130,8 @@ def bench(
         keeps_processes=keeps_processes,
         tables=dict(tables or {}),
     )
+    if device == "cpu":
+        session.settle()
     interrupted = False
     with _log(sample_log) as run.log:
         try:

@@ -19,7 +19,7 @@ COLUMNS = 128  # that GPTQ rounds before the rest of the matrix is brought up to
 # barrier a column, a core that another program takes away now and then stops everything.
 FEW_COLUMNS = 16
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.05)  # scales that are tried, times the one of plain rounding
-AT_ONCE = 1 << 22  # numbers that are rounded together
+AT_ONCE = 1 << 18  # numbers that are rounded together: they and what is made of them stay in the caches
 
 
 def levels(bits: int) -> tuple[int, int]:
