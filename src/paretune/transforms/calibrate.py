@@ -103,6 +103,10 @@ class SecondMoments:
         for hook in self._hooks:
             hook.remove()
 
+    def inputs_of(self, name: str) -> int:
+        """A number that layers share which read one tensor."""
+        return self._of[name]
+
     def of(self, name: str) -> Tensor:
         """Raises `ParetuneError` where the calibration text gave NaN or infinity."""
         at = self._of[name]
