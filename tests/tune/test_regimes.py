@@ -94,6 +94,7 @@ def tune(monkeypatch, tmp_path):
         process = type("Process", (Process,), {**own, "clock": machine.clock})
         monkeypatch.setattr(bench_group, "TrialProcess", process)
         monkeypatch.setattr(session, "prepare", lambda: None)
+        monkeypatch.setattr(session, "settle", lambda: None)
         monkeypatch.setattr(hardware.BandwidthProbe, "kind", "fake", raising=False)
         monkeypatch.setattr(hardware.BandwidthProbe, "note", "", raising=False)
         monkeypatch.setattr("paretune.native_build.unavailable_reason", lambda: None)
