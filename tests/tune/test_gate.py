@@ -130,26 +130,44 @@ def test_without_time_there_is_no_judgement():
     assert candidate(*INT8).id not in out.qualities and {stop for _, _, stop in scored} == {3, 8}
 
 
-def test_the_early_looks_reject_what_lies_on_the_bound_rarely():
-    """Of 200 candidates that lose exactly what is allowed, at most a tenth leaves before the last look."""
-    n_early = 0
-    for i in range(200):
-        out = outcome({INT8: 0.001})
-        gate, scored = gate_of(out, {INT8: 0.0})
-        base = gate.out.race.score
+def judged_on_noise(loss: float, seed: int) -> tuple[bool | None, bool]:
+    """The judgement of a candidate whose windows differ in what they lose, as texts do, and whether it was early."""
+    out = outcome({INT8: 0.001})
+    gate, scored = gate_of(out, {INT8: 0.0})
+    base = gate.out.race.score
 
-        def noisy(id, split, windows, text_name, start, stop, seed=i, base=base):
-            scores = base(id, split, windows, text_name, start, stop)
-            if id == BASELINE:
-                return scores
-            random = np.random.default_rng([seed, start])
-            for phase in (scores.prefill, scores.decode):
-                # Windows differ in what they lose, as texts do.
-                loss = math.log(1.01) + random.normal(0, 0.02, (len(phase.nll), 1))
-                np.add(phase.nll, loss, out=phase.nll, casting="same_kind")
+    def noisy(id, split, windows, text_name, start, stop):
+        scores = base(id, split, windows, text_name, start, stop)
+        if id == BASELINE:
             return scores
+        random = np.random.default_rng([seed, start])
+        for phase in (scores.prefill, scores.decode):
+            np.add(
+                phase.nll,
+                math.log1p(loss) + random.normal(0, 0.02, (len(phase.nll), 1)),
+                out=phase.nll,
+                casting="same_kind",
+            )
+        return scores
 
-        gate.out.race.score = noisy
-        gate.judge(candidate(*INT8).id)
-        n_early += not any(stop == 40 for _, _, stop in scored)
-    assert n_early <= 20, n_early
+    gate.out.race.score = noisy
+    said = gate.judge(candidate(*INT8).id)
+    return said, not any(stop == 40 for _, _, stop in scored)
+
+
+def test_the_lower_bound_rejects_what_lies_on_the_limit_rarely(monkeypatch):
+    """Of 100 candidates that lose exactly what is allowed, at most a tenth leaves for being over it."""
+    monkeypatch.setattr("paretune.tune.gate.NO_CHANCE", 0.0)
+    assert sum(judged_on_noise(0.01, seed)[1] for seed in range(100)) <= 10
+
+
+def test_what_the_whole_text_would_accept_is_rarely_turned_away(monkeypatch):
+    early = [seed for seed in range(100) if judged_on_noise(0.004, seed)[1]]
+    monkeypatch.setattr("paretune.tune.gate.LOOKS", ())
+    assert sum(bool(judged_on_noise(0.004, seed)[0]) for seed in early) <= 5
+
+
+def test_what_has_no_chance_is_turned_away_early_with_figures():
+    """1.3 % where 1 % is allowed: too near the limit for the lower bound, too far for the upper one."""
+    said = [judged_on_noise(0.013, seed) for seed in range(20)]
+    assert not any(accepted for accepted, _ in said) and sum(early for _, early in said) >= 15

@@ -36,7 +36,8 @@ class Confirmer:
         return share * self.out.goal.budget_sec - self.out.race.journal.elapsed_sec
 
     def confirm(self, winner: str | None, finalists: Sequence[str]) -> bool:
-        """Measures the winner again; where it does not hold, the next one has its turn.
+        """Measures the winner again; where it does not hold, the next one has its turn, at last one that was proven
+        equal: what could have been taken before is never lost.
 
         Returns:
             whether one held (and reached what was asked for).
@@ -64,12 +65,25 @@ class Confirmer:
             better = [f for f in left if out.verdict(f) == "faster" and not out.race.trials[f].failure]
             winner = max(better, key=lambda i: out.ratio(i).value) if better and self._left(0.9) > 0 else None
             left = [f for f in left if f != winner]
+            if winner is None and out.confirmation is None:
+                winner = self._answer()
         if BASELINE not in out.explanations:
             self._explain(BASELINE, BASELINE)
         if out.confirmation is None:
             wanted = (out.goal.min_speedup or 0) > 1 and not out.too_noisy
             out.kind = "none" if wanted else "baseline"
         return False
+
+    def _answer(self) -> str | None:
+        """The best of what is known to keep the quality, though it was no finalist: an answer that was there stays one.
+
+        Where the budget has ended, only what needs no text to be scored is measured beyond it.
+        """
+        out = self.out
+        known = [i for i in out.rows() if i not in out.refused and out.is_accepted(i) and out.verdict(i) == "faster"]
+        if self._left(1.0) <= 0:
+            known = [i for i in known if not out.race.trials[i].recipe.changes_numbers]
+        return max(known, key=lambda i: out.ratio(i).value, default=None)
 
     def _confirmed(self, winner: str) -> tuple[dict[str, Any] | None, str]:
         """The figures of the confirmation, or why it does not hold."""

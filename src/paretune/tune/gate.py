@@ -3,13 +3,17 @@
     3 windows -> 8 -> 20 -> all of them (40 or more)
 
 At each look before the last a candidate may only be rejected: the lower end of a one-sided interval of its loss lies
-over the limit. It may only be accepted at the last, where the upper end has to lie within. Accepting has one look, so
-its bound of 95 % needs no correction for looks; rejecting too early can cost a good candidate, at most REJECT_LEVEL of
-the time a look, never a wrong acceptance. The winner is judged again on text that the search did not see.
+over the limit, or from what was seen the upper end has no chance to come out within it when all windows are scored
+(conditional power; Lachin 2005, "A review of methods for futility stopping based on conditional power"). It may only be
+accepted at the last, where the upper end has to lie within. Accepting has one look, so its bound of 95 % needs no
+correction for looks; rejecting too early can cost a good candidate now and then, never a wrong acceptance. The winner
+is judged again on text that the search did not see.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,6 +26,9 @@ from paretune.tune.race import BASELINE
 
 LOOKS = (3, 8, 20)  # windows after which a candidate may be rejected
 REJECT_LEVEL = 0.98
+NO_CHANCE = 0.05  # of being accepted: less ends it
+Z_95 = 1.645  # of a one-sided interval of 95 %
+FIRST_CHANCE = 8  # windows; fewer say too little of the spread
 
 
 class Gate:
@@ -74,7 +81,10 @@ class Gate:
                 return False
             base.append(theirs)
             ours.append(mine)
-            if stop < self.windows.size(0) and (figures := self._far_over(joined(base), joined(ours), stop)):
+            if stop < self.windows.size(0) and (
+                figures := self._far_over(joined(base), joined(ours), stop)
+                or self._without_chance(joined(base), joined(ours), stop)
+            ):
                 self._reject(id, joined(base), joined(ours), figures)
                 return False
         quality = compare(joined(base), joined(ours), out.goal.max_ppl_increase)
@@ -120,6 +130,24 @@ class Gate:
         if not lower > limit:
             return None
         return f"perplexity rises by at least {lower:+.1%} after {n_windows} windows; the limit is {limit:+.2%}"
+
+    def _without_chance(self, base: Scores, ours: Scores, n_windows: int) -> str | None:
+        """Why it cannot be expected to be accepted when all windows are scored, or None."""
+        limit, n_all = self.out.goal.max_ppl_increase, self.windows.size(0)
+        found = compare(base, ours, limit)
+        margin = found.ppl_increase_upper - found.ppl_increase
+        if n_windows < FIRST_CHANCE or not math.isfinite(margin) or margin <= 0:
+            return None
+        # The margin shrinks with the root of the text; what is still to come moves the mean by the rest of the spread.
+        at_the_end = margin * math.sqrt(n_windows / n_all)
+        spread = margin / Z_95 * math.sqrt(1 - n_windows / n_all)
+        chance = statistics.NormalDist(found.ppl_increase, spread).cdf(limit - at_the_end)
+        if chance >= NO_CHANCE:
+            return None
+        return (
+            f"perplexity {found.ppl_increase:+.2%} after {n_windows} windows: {n_all} would hardly show it within "
+            f"{limit:+.2%} (chance below {NO_CHANCE:.0%})"
+        )
 
     def _reject(self, id: str, base: Scores, ours: Scores, figures: str) -> None:
         quality: Fidelity = compare(base, ours, self.out.goal.max_ppl_increase)
