@@ -24,13 +24,13 @@ from paretune.engine import cache_formats
 from paretune.engine.cache_formats import INT4
 from paretune.errors import UsageError
 from paretune.ops.attention.pattern import Kept, Pattern
-from paretune.ops.attention.spec import Visible
+from paretune.ops.attention.spec import LayerCache, Visible
 
 RING_STEP = 256  # tokens a step may have on a ring; longer ones go in pieces
 RING_UNIT = 256  # rings are multiples of it: native code reads so many positions in one stretch
 
 
-class LayerView:
+class LayerView(LayerCache):
     """One layer's keys and values, as its attention function sees them."""
 
     # Of an int8 cache fp32 [B, n_kv_head, n_slots]; of a 4-bit one fp16 [B, n_kv_head, n_slots, groups, 2], the minimum
@@ -54,17 +54,14 @@ class LayerView:
 
     @property
     def in_order_from(self) -> int | None:
-        """Position of this step's first token where all rows share it and keys lie in order; else None."""
         return None if self.cache.ring else self.common_start
 
     @property
     def common_start(self) -> int | None:
-        """Position of this step's first token where all rows share it; else None."""
         return None if self.cache.static else self.cache.start
 
     @property
     def prefix_and_ring(self) -> tuple[int, int]:
-        """Positions from `prefix` on share `ring` slots behind the first ones; ring 0: slots are positions."""
         return self.cache.prefix, self.cache.ring
 
     @property
@@ -72,7 +69,6 @@ class LayerView:
         return sum(t.nbytes for t in (self.k, self.v, self.k_scale, self.v_scale) if t is not None)
 
     def append(self, k_new: Tensor, v_new: Tensor, pattern: Pattern) -> Visible:
-        """Stores `[B, Hkv, K, D]` at the rows' positions and returns what the new queries may see."""
         cache, dtype = self.cache, k_new.dtype
         self._store(k_new, self.k, self.k_scale)
         self._store(v_new, self.v, self.v_scale)
