@@ -274,9 +274,9 @@ class KVCache:
         self.start = longest if uniform else None
         self.extent = longest + K
         self._masks = {}
-        steps = torch.arange(K, device=self.device)[None]
         lengths = self.step_lengths
-        self.positions = self.slot_index = lengths[:, None] + steps
+        self.positions = lengths[:, None].clone() if K == 1 else lengths[:, None] + torch.arange(K, device=self.device)
+        self.slot_index = self.positions
         if self.ring:
             at = self.positions
             self.slot_index = torch.where(at < self.prefix, at, self.prefix + at % self.ring)
