@@ -21,18 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from paretune import files, hardware, stats
+from paretune import files, stats
+from paretune.engine import session
 from paretune.engine.generate import generate
-from paretune.engine.load import load_recipe
+from paretune.engine.plan import is_plan
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate import texts
 from paretune.measure import environment
 from paretune.measure.interleave import block_order
 from paretune.measure.workload import MIN_SLICE_SEC, Bench, Workload
-from paretune.model import checkpoint
-from paretune.model.tokenizer import Tokenizer
-from paretune.recipe import preset
-from paretune.tune.plan import is_plan, read_plan
 
 BOUND = 1.10
 CASES = {
@@ -82,12 +79,10 @@ def generated(run: Callable[[], Any]) -> float:
 
 def measure(model: str, args: argparse.Namespace, pipe: Pipe) -> dict[str, Any]:
     """All blocks of one model."""
-    plan = read_plan(model) if is_plan(model) else None
-    folder = checkpoint.resolve(model) if plan is None else plan.model_folder
-    recipe = preset(args.config) if plan is None else plan.recipe
-    threads = hardware.set_threads(recipe.engine.threads or args.threads)
-    runner = load_recipe(folder, recipe).runner
-    tokenizer = Tokenizer(folder)
+    opened = session.open(model, None if is_plan(model) else args.config)
+    recipe, tokenizer = opened.recipe, opened.tokenizer()
+    threads = opened.set_threads(args.threads)
+    runner = opened.load().runner
     prompt = tokenizer.encode(texts.text_of("confirm"))[: args.input_len]
     n = args.new_tokens
     bench = AllSteps(runner, Workload(len(prompt), n), torch.tensor([prompt]))

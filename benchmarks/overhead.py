@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from paretune import clock, files, hardware, stats
+from paretune.engine.cache import KVCache
 from paretune.engine.generate import generate
 from paretune.engine.sampling import SamplingOptions
 from paretune.errors import ParetuneError
@@ -39,12 +40,14 @@ class FreeRunner:
 
     config = SimpleNamespace(vocab_size=VOCABULARY, longest=1 << 20, eos_token_ids=())
     device = torch.device("cpu")
+    chooses, same_bits_at_any_width = False, True
 
     def __init__(self) -> None:
         self.logits = 3 * torch.randn(1, 1, VOCABULARY, generator=torch.Generator().manual_seed(0))
 
-    def new_cache(self, batch_size: int, capacity: int) -> None:
-        return None
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        shape: Any = {"n_layer": 0, "n_kv_head": 1, "head_dim": 1, "dtype": torch.float32}
+        return KVCache(batch_size=batch_size, capacity=capacity, **shape)
 
     def forward(self, tokens: Any, cache: Any, logits: str = "last") -> torch.Tensor:
         return self.logits

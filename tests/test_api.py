@@ -14,7 +14,7 @@ import paretune
 from paretune.engine.generate import naive_generate
 from paretune.errors import UsageError
 from paretune.model import checkpoint
-from paretune.recipe import Recipe
+from paretune.recipe import Recipe, preset
 
 PROMPT = "Once upon a time"
 
@@ -26,7 +26,7 @@ def pocket():
 
 @pytest.fixture
 def int8_plan(tmp_path):
-    recipe = paretune.api.preset("int8").to_dict()
+    recipe = preset("int8").to_dict()
     (tmp_path / "plan.json").write_text(
         json.dumps(
             {
@@ -46,7 +46,7 @@ import sys, paretune
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 assert paretune.Recipe().name == "as loaded, eager" and paretune.__version__
 assert "torch" not in sys.modules
-import paretune.tune.plan, paretune.evaluate.texts
+import paretune.tune.goal, paretune.evaluate.texts
 for name in paretune.__all__:
     assert hasattr(paretune, name), name
 for name in ("load", "generate", "evaluate", "bench", "tune"):
@@ -129,7 +129,7 @@ def test_load_takes_a_recipe_and_refuses_what_is_not_there():
 def test_a_folder_without_tokenizer_gives_logits_and_says_what_generation_needs(tiny_gpt2_folder, tiny_tokens):
     model = paretune.load(tiny_gpt2_folder)
     assert model.tokenizer is None and model.model(tiny_tokens).shape == (2, 23, 131)
-    with pytest.raises(paretune.api.checkpoint.CheckpointError, match=r"no tokenizer\.json"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"no tokenizer\.json"):
         model.generate("a")
 
 

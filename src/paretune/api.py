@@ -11,21 +11,19 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from paretune import clock, hardware, native_build
+from paretune import clock, native_build
+from paretune.engine import session
 from paretune.engine.dispatch import Dispatcher
 from paretune.engine.generate import generate as run_generate
-from paretune.engine.load import load_recipe
+from paretune.engine.plan import is_plan
 from paretune.engine.runners.base import Runner
 from paretune.engine.sampling import SamplingOptions
 from paretune.errors import UsageError
 from paretune.evaluate import texts
 from paretune.evaluate.perplexity import Perplexity, perplexity
-from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
-from paretune.recipe import Recipe, preset
-from paretune.tune.plan import is_plan, read_plan
+from paretune.recipe import Recipe
 
-DEFAULT_CONFIG = "baseline"
 DEFAULT_BENCH = ("baseline", "bf16", "int8")
 DEFAULT_CONTEXT = 1024  # tokens; GPT-2's published protocol
 
@@ -176,23 +174,12 @@ def load(name: str | Path, recipe: Recipe | str | None = None, device: str = "cp
         UsageError: an unknown model or recipe, a recipe beside a plan, or one that cannot run here.
         CheckpointError: the folder cannot be loaded as it is.
     """
-    name, plan = str(name), None
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use cpu")
-    if is_plan(name):
-        if recipe is not None:
-            raise UsageError(f"{name} is a plan and has its own recipe", "Leave out `recipe`, or load the model itself")
-        plan = read_plan(name)
-        folder, chosen, notes = plan.model_folder, plan.recipe, plan.warnings()
-    else:
-        chosen, notes = recipe if isinstance(recipe, Recipe) else preset(recipe or DEFAULT_CONFIG), []
-        folder = checkpoint.resolve(name)
-    loaded = load_recipe(folder, chosen, device)
-    for note in [*notes, *(n for t in chosen.transforms for n in t.notes(device))]:
+    opened = session.open(name, recipe, device, is_alone=True)
+    loaded = opened.load()
+    for note in opened.notes():
         native_build.say(note)
-    has_tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
-    forms = Dispatcher.of(loaded, plan, spare_bytes)
-    return Model(loaded.runner, Tokenizer(folder) if has_tokenizer else None, chosen, folder, forms)
+    tokenizer = opened.tokenizer() if opened.has_tokenizer else None
+    return Model(loaded.runner, tokenizer, opened.recipe, opened.folder, opened.forms(loaded, spare_bytes))
 
 
 @overload
@@ -263,16 +250,11 @@ def bench(
     """
     from paretune.measure import bench as measure
 
-    named = [(c.name, c) if isinstance(c, Recipe) else (c, preset(c)) for c in configs]
-    if is_plan(name):
-        plan = read_plan(name)
-        folder = plan.source
-        tables = {} if plan.table is None else {"plan": plan.table}
-        options = {"folders": {"plan": plan.model_folder}, "tables": tables, **options}
-        named.append(("plan", plan.recipe))
-    else:
-        folder = checkpoint.resolve(str(name))
-    return measure.bench(folder, named, **options)
+    names = [*configs, *([session.PLAN] if is_plan(name) else [])]
+    sides = session.compare(name, names, options.get("device", "cpu"))
+    if sides.folders:
+        options = {"folders": sides.folders, "tables": sides.tables, **options}
+    return measure.bench(sides.folder, sides.configs, **options)
 
 
 def tune(

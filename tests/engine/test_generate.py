@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paretune import clock
+from paretune.engine.cache import KVCache
 from paretune.engine.exact import TIE_MARGIN
-from paretune.engine.generate import FRAME_SEC, check_request, generate, naive_generate
+from paretune.engine.generate import check_request, generate, naive_generate
 from paretune.engine.runners.eager import EagerRunner
-from paretune.engine.sampling import SamplingOptions
+from paretune.engine.sampling import Sampler, SamplingOptions
+from paretune.engine.scheduler import FRAME_SEC
 from paretune.errors import UsageError
 from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
@@ -211,10 +213,11 @@ class Scripted:
         self.config = SimpleNamespace(longest=10**6, vocab_size=vocab_size, eos_token_ids=eos)
         self.step = 0
 
-    chooses = False
+    chooses, same_bits_at_any_width = False, True
 
     def new_cache(self, batch_size, capacity):
-        return SimpleNamespace(stage_=lambda lengths: None)
+        shape = {"n_layer": 0, "n_kv_head": 1, "head_dim": 1, "dtype": torch.float32}
+        return KVCache(batch_size=batch_size, capacity=capacity, **shape)
 
     def forward(self, tokens, cache, logits):
         out = torch.zeros(len(self.rows), 1, self.vocab_size)
@@ -395,15 +398,14 @@ def test_time_outside_the_model_is_not_model_time(pocket):
 
 
 def test_sampling_is_not_model_time(gpt2, monkeypatch):
-    from paretune.engine import generate as module
-
-    def slow_choose(logits, rows, plain_greedy):
+    def slow_choose(sampler, logits):
         fake.sleep(3.0)
-        return [1] * len(rows)
+        return 1
 
-    monkeypatch.setattr(module, "_choose", slow_choose)
+    monkeypatch.setattr(Sampler, "choose", slow_choose)
     with clock.use(clock.FakeClock()) as fake:
-        timing = generate(Scripted([1], prefill_sec=1.0, decode_sec=1.0, fake=fake), [[1]], 5).timing
+        runner = Scripted([1], prefill_sec=1.0, decode_sec=1.0, fake=fake)
+        timing = generate(runner, [[1]], 5, SamplingOptions(temperature=1.0, seed=0)).timing
     assert (timing.model_sec, timing.total_sec) == (5.0, 20.0)
 
 

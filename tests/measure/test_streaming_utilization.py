@@ -21,15 +21,15 @@ def runner(n_positions: int = 64):
 def test_chunks_and_gaps_are_timed_as_they_are(monkeypatch):
     fake = clock.FakeClock()
     subject = runner()
-    inner = subject.greedy
+    inner = subject.forward
     steps = []
 
-    def greedy(tokens, cache):
+    def forward(tokens, cache, logits):
         steps.append(tokens.size(1))
         fake.sleep(1.0 if tokens.size(1) > 1 else 0.25)
-        return inner(tokens, cache)
+        return inner(tokens, cache, logits)
 
-    monkeypatch.setattr(subject, "greedy", greedy)
+    monkeypatch.setattr(subject, "forward", forward)
     with clock.use(fake):
         found = streaming.stream(subject, 20, n_new=4, chunk=8)
     assert steps == [8, 8, 4, 1, 1, 1]

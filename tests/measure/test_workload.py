@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from paretune import clock
-from paretune.engine.runners.base import Runner
+from paretune.engine.cache import KVCache
 from paretune.errors import UsageError
 from paretune.measure import workload
 from paretune.measure.workload import Bench, Workload, step_weights_bytes
@@ -16,39 +16,29 @@ from paretune.measure.workload import Bench, Workload, step_weights_bytes
 PREFILL_SEC, STEP_SEC = 0.04, 0.01
 
 
-class FakeCache:
-    def __init__(self) -> None:
-        self.length = 0
-
-    def truncate_(self, length: int) -> None:
-        assert length <= self.length
-        self.length = length
-
-
 class FakeRunner:
     """Costs a prefill or a step of the fake clock and writes down where each call stood."""
 
     config = SimpleNamespace(n_positions=64, vocab_size=50)
     device = torch.device("cpu")
+    chooses, same_bits_at_any_width = False, True
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int]] = []  # (position, tokens)
         self.prompts: list[torch.Tensor] = []
 
-    greedy = Runner.greedy
+    def new_cache(self, batch_size: int, capacity: int) -> KVCache:
+        shape = {"n_layer": 0, "n_kv_head": 1, "head_dim": 1, "dtype": torch.float32}
+        return KVCache(batch_size=batch_size, capacity=capacity, **shape)
 
-    def new_cache(self, batch_size: int, capacity: int) -> FakeCache:
-        self.capacity = capacity
-        return FakeCache()
-
-    def forward(self, tokens: torch.Tensor, cache: FakeCache, logits: str = "last") -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, cache: KVCache, logits: str = "last") -> torch.Tensor:
         K = tokens.size(1)
         clock.sleep(STEP_SEC if K == 1 else PREFILL_SEC)
-        self.calls.append((cache.length, K))
+        self.calls.append((cache.host_lengths[0], K))
         if K > 1:
             self.prompts.append(tokens)
-        cache.length += K
-        assert cache.length <= self.capacity
+        cache.begin_(K)
+        cache.commit_()
         return torch.zeros(tokens.size(0), 1, self.config.vocab_size)
 
 

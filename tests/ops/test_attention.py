@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from paretune.ops.attention import reference, sdpa
+from paretune.ops.attention import flash, flex, native, reference, sdpa
 from paretune.ops.attention.pattern import CAUSAL, Window
-from paretune.ops.attention.spec import AttentionSpec, Visible
+from paretune.ops.attention.spec import AttentionSpec, LayerCache, Visible
 from paretune.registry import ATTENTION
 
 FUNCTIONS = {"eager": reference.attention, "sdpa": sdpa.attention}
@@ -48,8 +48,11 @@ def naive(q, k, v, spec, visible=None):
     return out
 
 
-class FixedCache:
+class FixedCache(LayerCache):
     """A layer cache that gives back what it was given."""
+
+    common_start = in_order_from = None
+    prefix_and_ring = (0, 0)
 
     def __init__(self, k, v, mask=None, is_causal=False):
         self.visible, self.asked = Visible(k, v, mask, is_causal), []
@@ -222,3 +225,37 @@ def test_reference_softmax_runs_in_fp32():
     q, k, v = (t.bfloat16() for t in (q, k, v))
     got = reference.attention(q, k[:, :, :1], v[:, :, :1], FixedCache(k, v), AttentionSpec(scale=1.0))
     assert_close(got, torch.ones_like(got), atol=1e-2, rtol=0)
+
+
+PROPERTIES = {
+    "common_start": property(lambda self: 0),
+    "in_order_from": property(lambda self: 0),
+    "prefix_and_ring": property(lambda self: (0, 0)),
+    "append": lambda self, k_new, v_new, pattern: Visible(k_new, v_new, None, True),
+}
+
+
+@pytest.mark.parametrize("missing", PROPERTIES)
+def test_a_wrapper_has_the_whole_protocol(missing):
+    """A wrapper that forgets the ring would show kernels the wrong keys: it cannot be made."""
+    type("Whole", (LayerCache,), PROPERTIES)()
+    part = {name: member for name, member in PROPERTIES.items() if name != missing}
+    with pytest.raises(TypeError, match=missing):
+        type("Wrapper", (LayerCache,), part)()
+
+
+@pytest.mark.parametrize(
+    ("function", "missing"),
+    [
+        (native.attention, "common_start"),
+        (native.attention, "prefix_and_ring"),
+        (flash.attention, "in_order_from"),
+        (flex.attention, "in_order_from"),
+    ],
+)
+def test_kernels_assume_nothing_about_a_cache(function, missing):
+    """Nor does a kernel go on without what it asks for."""
+    part = {name: member for name, member in PROPERTIES.items() if name != missing}
+    cache = type("Wrapper", (), part)()
+    with pytest.raises(AttributeError, match=f"Wrapper.*{missing}"):
+        function(*inputs(K=3), cache, AttentionSpec(scale=1.0))

@@ -11,9 +11,9 @@ from points import recipe_of
 
 from paretune import hardware
 from paretune.engine.load import load_recipe
+from paretune.engine.plan import Plan, is_plan, read_plan
 from paretune.errors import ParetuneError, UsageError
 from paretune.tune import result as results
-from paretune.tune.plan import Plan, is_plan, read_plan
 
 INT8 = ("sdpa", None, "int8", "eager", None)
 CHOICES = {

@@ -10,6 +10,7 @@ from fake_race import MB, Machine, install, only
 
 from paretune import hardware
 from paretune.engine.dispatch import PLAN, Form
+from paretune.engine.plan import read_plan
 from paretune.errors import ParetuneError, UsageError
 from paretune.measure import bench as measure
 from paretune.measure import bench_group, session
@@ -19,7 +20,6 @@ from paretune.report.html import render_report
 from paretune.tune import regimes
 from paretune.tune import space as spaces
 from paretune.tune.goal import Goal
-from paretune.tune.plan import read_plan
 from paretune.tune.run import run
 
 BF16 = ("sdpa", "bf16", None, "eager", None)

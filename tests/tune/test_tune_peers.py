@@ -10,6 +10,7 @@ import pytest
 from fake_race import MB, Machine, install, only
 
 from paretune import clock
+from paretune.engine.plan import read_plan
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import Scores
 from paretune.measure import bench as measure
@@ -17,7 +18,6 @@ from paretune.measure import bench_group
 from paretune.report.html import render_report
 from paretune.tune import peer_quality, peers
 from paretune.tune.goal import Goal
-from paretune.tune.plan import read_plan
 from paretune.tune.run import run
 
 INT8 = ("sdpa", None, "int8", "eager", None)

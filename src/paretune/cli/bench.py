@@ -11,7 +11,6 @@ import typer
 from paretune.cli.model_help import MODEL_OR_PLAN
 
 if TYPE_CHECKING:
-    from paretune.engine.dispatch import Table
     from paretune.measure.peers.catalogue import Engine
     from paretune.recipe import Recipe
 
@@ -71,12 +70,13 @@ def bench(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Measures configurations against a baseline in interleaved blocks: TTFT, TPOT, memory, with intervals."""
-    from paretune.measure import session
+    from paretune.measure import session as trials
 
     if device == "cpu" and not dry_run:
-        session.prepare()  # trials import their libraries while this process imports its own
+        trials.prepare()  # trials import their libraries while this process imports its own
     from paretune import hardware
     from paretune.cli.interrupts import sigterm_as_interrupt
+    from paretune.engine import session
     from paretune.errors import ParetuneError, TooNoisyError, UsageError
     from paretune.files import ensure_folder
     from paretune.measure import bench as measure
@@ -99,9 +99,9 @@ def bench(
     max_blocks = max(max_blocks, min_blocks)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}", "It has to be 1 or more")
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
-    folder, configs, folders, tables = _configs(model, config)
+    hardware.check_device(device)
+    sides = session.compare(model, _configs(model, config), device)
+    folder, configs, folders, tables = sides.folder, sides.configs, sides.folders, sides.tables
     with_ours, engines = engines_of(engine)
     if engines and device != "cpu":
         raise UsageError(f"peers are measured on the CPU, not on {device!r}", "Leave --engine out, or --device cpu")
@@ -187,25 +187,16 @@ def _formats(text: str | None) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _configs(model: str, text: str | None) -> tuple[Path, list[tuple[str, Recipe]], dict[str, Path], dict[str, Table]]:
-    """The folder of the model as given, the configurations, the folders of those that have their own, and the tables
-    of those that choose by regime."""
+def _configs(model: str, text: str | None) -> list[str]:
+    from paretune.engine.plan import is_plan
     from paretune.errors import UsageError
-    from paretune.model import checkpoint
-    from paretune.recipe import preset, split_list
-    from paretune.tune.plan import is_plan, read_plan
+    from paretune.recipe import split_list
 
-    plan = read_plan(model) if is_plan(model) else None
-    default = "baseline,plan" if plan else "baseline,bf16,int8"
+    default = "baseline,plan" if is_plan(model) else "baseline,bf16,int8"
     names = split_list(default if text is None else text)
     if not names:
         raise UsageError("--config is empty", "Give names such as baseline,int8")
-    configs = [(name, plan.recipe if plan and name == "plan" else preset(name)) for name in names]
-    if plan is None:
-        return checkpoint.resolve(model), configs, {}, {}
-    # The others start from the model as it was before `tune` converted it.
-    tables = {} if plan.table is None else {"plan": plan.table}
-    return plan.source, configs, {"plan": plan.model_folder}, tables
+    return names
 
 
 def _say(line: str) -> None:

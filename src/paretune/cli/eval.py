@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from paretune.cli.model_help import MODEL_OR_PLAN
 from paretune.cli.pair_options import ArticleColumn, Pairs, SummaryColumn
 
-if TYPE_CHECKING:
-    from paretune.recipe import Recipe
-
 TASKS = ("perplexity", "fidelity", "summarization")
 SUMMARY_ROWS = 16  # articles at once
-DEFAULT_CONFIG = "baseline"
 
 
 def evaluate(
@@ -70,8 +66,8 @@ def evaluate(
 ) -> None:
     """Measures quality: perplexity by rolling windows, and fidelity to a baseline where it is asked for."""
     from paretune import hardware
+    from paretune.engine import session
     from paretune.errors import UsageError
-    from paretune.model import checkpoint
     from paretune.tune.goal import parse_percent
 
     if task not in TASKS:
@@ -85,19 +81,24 @@ def evaluate(
     for flag, value in (("--batch-size", batch_size), ("--limit", limit), ("--threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}", "It has to be 1 or more")
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+    hardware.check_device(device)
     bound = None if max_ppl_increase is None else parse_percent(max_ppl_increase)
     if baseline is None and (task != "perplexity" or bound is not None):
-        baseline = DEFAULT_CONFIG
-    sides, names = _sides(model, config, baseline)
-    for folder, recipe in sides:  # minutes before the last one is loaded
-        recipe.check(device, checkpoint.read_config(folder))
+        baseline = session.DEFAULT_CONFIG
+    opened = [session.open(model, config, device)]
+    if baseline is not None and baseline != opened[0].config:
+        opened.insert(0, session.open(model, baseline, device))
+    for one in opened:  # minutes before the last one is loaded
+        one.check()
+    sides, names = [(one.folder, one.recipe) for one in opened], [one.config for one in opened]
     how: dict[str, Any] = {"json_output": json_output, "device": device, "threads": threads, "quiet": quiet}
     if task == "summarization":
-        from paretune.cli.eval_summaries import PairFlags, eval_summaries
+        from paretune.cli.eval_summaries import SummaryFlags, eval_summaries
+        from paretune.cli.pair_options import PairFlags
 
-        of_texts = PairFlags(pairs, article_column, summary_column, max_new_tokens, limit, batch_size or SUMMARY_ROWS)
+        of_texts = SummaryFlags(
+            PairFlags(pairs, article_column, summary_column), max_new_tokens, limit, batch_size or SUMMARY_ROWS
+        )
         eval_summaries(model, sides, names, of_texts, output_dir, **how)
         return
     if baseline is not None and len(sides) == 1:
@@ -108,22 +109,3 @@ def evaluate(
 
     flags = TextFlags(text, text_name, join_rows, context, stride, limit, bound, batch_size)
     eval_text(model, sides, names, task, flags, output_dir, **how)
-
-
-def _sides(model: str, config: str | None, baseline: str | None) -> tuple[list[tuple[Path, Recipe]], list[str]]:
-    """(folder, recipe) of the configuration, before it those of another baseline that is asked for; their names."""
-    from paretune.model import checkpoint
-    from paretune.recipe import preset
-    from paretune.tune.plan import is_plan, read_plan
-
-    plan = read_plan(model) if is_plan(model) else None
-    name = config or (DEFAULT_CONFIG if plan is None else "plan")
-
-    def of(config: str) -> tuple[Path, Recipe]:
-        # Beside a plan stands the model as it was before `tune` converted it.
-        return checkpoint.resolve(model if plan is None else str(plan.data["model"]["source"])), preset(config)
-
-    own = (plan.model_folder, plan.recipe) if plan is not None and name == "plan" else of(name)
-    if baseline is None or baseline == name:
-        return [own], [name]
-    return [of(baseline), own], [baseline, name]

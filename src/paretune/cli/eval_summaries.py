@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from paretune.evaluate.pairs import PairSet
+    from paretune.cli.pair_options import PairFlags
     from paretune.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class PairFlags:
+class SummaryFlags:
     """The flags that say what is summarised."""
 
-    path: Path | None
-    article_column: str | None
-    summary_column: str | None
+    pairs: PairFlags
     max_new_tokens: int | None
     limit: int | None
     batch_size: int
@@ -28,7 +26,7 @@ def eval_summaries(
     model: str,
     sides: Sequence[tuple[Path, Recipe]],
     names: Sequence[str],
-    flags: PairFlags,
+    flags: SummaryFlags,
     output_dir: Path | None,
     *,
     json_output: bool,
@@ -43,6 +41,7 @@ def eval_summaries(
     from paretune import hardware
     from paretune.cli.eval_side import load_side, progress_of
     from paretune.evaluate import summaries
+    from paretune.evaluate.pairs import own_pairs
     from paretune.files import ensure_folder, write_json, write_text
     from paretune.measure import environment
     from paretune.model import checkpoint
@@ -55,7 +54,10 @@ def eval_summaries(
             print(line, file=sys.stderr, flush=True)
 
     out = None if output_dir is None else ensure_folder(output_dir.expanduser())
-    pairs = pairs_of(flags)
+    found = flags.pairs.read()
+    pairs = own_pairs("confirm") if found is None else found
+    if flags.limit is not None:
+        pairs = pairs.take(flags.limit)
     folder = sides[-1][0]
     tokenizer, recorded = Tokenizer(folder), PromptFormat.read(folder)
     form, notes = recorded or _default(checkpoint.read_config(folder).n_positions), []
@@ -109,20 +111,6 @@ def eval_summaries(
         write_text(out / "eval.md", page)
         write_text(out / "results.csv", to_csv(rows))
     print(json.dumps(result, indent=2, allow_nan=False) if json_output else page, end="\n" * json_output)
-
-
-def pairs_of(flags: PairFlags) -> PairSet:
-    """The pairs to score: of a file, or the project's own confirmation pieces."""
-    from paretune.errors import UsageError
-    from paretune.evaluate.pairs import own_pairs, read_pairs
-
-    if flags.path is None:
-        if flags.article_column or flags.summary_column:
-            raise UsageError("columns are named and there is no pairs file", "Pass --pairs FILE")
-        found = own_pairs("confirm")
-    else:
-        found = read_pairs(flags.path, flags.article_column, flags.summary_column)
-    return found if flags.limit is None else found.take(flags.limit)
 
 
 def _default(n_positions: int) -> Any:

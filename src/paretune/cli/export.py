@@ -29,11 +29,11 @@ def export(
     """Writes GPT-2 and Llama models as GGUF; int8 and int4 groups keep their stored bits."""
     import json
 
+    from paretune.engine.plan import is_plan
     from paretune.errors import UsageError
     from paretune.measure import environment
     from paretune.model import checkpoint
     from paretune.model.gguf.save import save
-    from paretune.tune.plan import is_plan
 
     if to not in TARGETS:
         raise UsageError(f"unknown target {to!r}", f"Known: {', '.join(TARGETS)}")

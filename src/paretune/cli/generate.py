@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from paretune.engine.load import Loaded
     from paretune.model.prompt import PromptFormat
     from paretune.recipe import Recipe
-    from paretune.tune.plan import Plan
 
-DEFAULT_CONFIG = "baseline"
 DEFAULT_NEW_TOKENS = 50
 MAX_SEED = 2**32 - 1
 
@@ -77,15 +75,12 @@ def generate(
     import json
     import sys
 
-    from paretune import clock, hardware
-    from paretune.engine.dispatch import Dispatcher
+    from paretune import clock
+    from paretune.engine import session
     from paretune.engine.generate import check_request
     from paretune.engine.generate import generate as run
-    from paretune.engine.load import load_recipe
     from paretune.engine.sampling import SamplingOptions
     from paretune.errors import UsageError
-    from paretune.model import checkpoint
-    from paretune.model.tokenizer import Tokenizer
 
     # Everything that can be refused is refused before the weights are read.
     texts = _prompts(prompt or [], prompt_file)
@@ -98,19 +93,14 @@ def generate(
     sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     if sampling.greedy and (top_k or top_p < 1 or min_p):
         _say("--top-k, --top-p and --min-p change nothing at temperature 0 (greedy)")
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
-    folder, recipe, plan = _choose(model, config)
+    opened = session.open(model, config, device, threads, runner=runner, is_alone=True)
     spare_bytes = _spare(spare_memory)
-    if plan is None or plan.table is None or runner is not None:  # a runner that was asked for is not chosen again
-        if quality is not None or spare_memory is not None:
-            what = "--quality and --spare-memory choose among the forms of a plan"
-            raise UsageError(f"{what}, and there is no choice here", "Leave them out, or `tune --regimes`")
-        plan = None
-    recipe = _with_engine(recipe, runner, threads)
-    hardware.set_threads(recipe.engine.threads)
+    if opened.table is None and (quality is not None or spare_memory is not None):
+        what = "--quality and --spare-memory choose among the forms of a plan"
+        raise UsageError(f"{what}, and there is no choice here", "Leave them out, or `tune --regimes`")
+    opened.set_threads()
 
-    shape, tokenizer = checkpoint.read_config(folder), Tokenizer(folder)
+    folder, shape, tokenizer = opened.folder, opened.model_config, opened.tokenizer()
     form = _prompt_format(folder, task, chat)
     eos_run = 1 if form is None else form.eos_run
     if max_new_tokens is None:
@@ -131,18 +121,17 @@ def generate(
     tokenize_sec = clock.now() - started
     check_request(prompts, max_new_tokens, shape.longest, shape.vocab_size)
 
-    if plan is not None and plan.table is not None and quality is not None:
-        plan.table.check_level(quality)
-    loaded = load_recipe(folder, recipe, device)
-    forms = Dispatcher.of(loaded, plan, spare_bytes)
+    if opened.table is not None and quality is not None:
+        opened.table.check_level(quality)
+    loaded = opened.load()
+    forms = opened.forms(loaded, spare_bytes)
     chosen = None
     if forms is not None:
         length = max(map(len, prompts)) + max_new_tokens
         loaded.runner, chosen = forms.runner_for(len(prompts), length, quality or "plan")
         loaded.recipe = forms.table.forms[chosen.form].recipe
-    for transform in recipe.transforms:
-        for note in transform.notes(device):
-            _say(note)
+    for note in opened.notes():
+        _say(note)
 
     streaming = len(prompts) == 1 and not no_stream and not json_output
 
@@ -248,43 +237,6 @@ def _spare(text: str | None) -> int:
     if match is None:
         raise UsageError(f"--spare-memory is {text!r}", "Write it as 200MB or 1.5GB")
     return int(float(match[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30}[match[2]])
-
-
-def _choose(name: str, config: str | None) -> tuple[Path, Recipe, Plan | None]:
-    """The folder to load, the recipe to load it with, and the plan where it is one.
-
-    Raises:
-        UsageError: an unknown model or config, or a config beside a plan.
-    """
-    from paretune.errors import UsageError
-    from paretune.model import checkpoint
-    from paretune.recipe import preset
-    from paretune.tune.plan import is_plan, read_plan
-
-    if not is_plan(name):
-        recipe = preset(config or DEFAULT_CONFIG)
-        return checkpoint.resolve(name), recipe, None
-    if config is not None:
-        raise UsageError(
-            f"{name} is a plan and has its own recipe: --config {config} cannot be added",
-            "Leave out --config, or pass the model that the plan was made for",
-        )
-    plan = read_plan(name)
-    for warning in plan.warnings():
-        _say(warning)
-    return plan.model_folder, plan.recipe, plan
-
-
-def _with_engine(recipe: Recipe, runner: str | None, threads: int | None) -> Recipe:
-    """The recipe with what the flags change of its engine."""
-    from dataclasses import replace
-
-    engine = recipe.engine
-    if runner is not None and runner != engine.runner:
-        engine = replace(engine, runner=runner, compile_mode="default")  # a mode belongs to its runner
-    if threads is not None:
-        engine = replace(engine, threads=threads)
-    return replace(recipe, engine=engine)
 
 
 def _ran(loaded: Loaded) -> dict[str, Any]:

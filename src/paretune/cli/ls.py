@@ -187,13 +187,11 @@ def _try(found: dict[str, Any], device: str) -> None:
         UsageError: there is no such device.
     """
     from paretune import hardware
-    from paretune.errors import UsageError
     from paretune.hardware.abilities import abilities
     from paretune.recipe import ALIASES, preset
     from paretune.registry import RUNNERS, TRANSFORMS
 
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+    hardware.check_device(device)
     hardware.set_threads()
     recipes = {name: preset(name) for name in ALIASES}
     variants: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import typer
 from paretune.cli.model_help import MODEL_OR_PLAN
 
 if TYPE_CHECKING:
-    from paretune.recipe import Recipe
+    pass
 
 _PHASES = "prefill,decode"
 
@@ -47,6 +47,7 @@ def profile(
     import json
 
     from paretune import hardware
+    from paretune.engine import session
     from paretune.errors import UsageError
     from paretune.files import ensure_folder, write_json, write_text
     from paretune.measure import profile_trace
@@ -67,7 +68,8 @@ def profile(
         if unused or phase != _PHASES:
             flag = [*unused, "--phase"][0]
             raise UsageError(f"a prediction takes no {flag}", "Leave it out: the table has every case it can predict")
-    folder, name, recipe = _choose(model, config, runner)
+    opened = session.open(model, config, runner=runner)
+    folder, name, recipe = opened.folder, opened.config, opened.recipe
     for one in phases:
         check_phase(one, recipe, name)
     if device_profile is not None:
@@ -75,8 +77,7 @@ def profile(
             raise UsageError("--predict is about this machine, --device-profile about another", "Pass one of them")
         _predict(model, folder, device_profile, input_len, batch_size, json_output)
         return
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use --device cpu, or plan with --device-profile")
+    hardware.check_device(device, "Use --device cpu, or plan with --device-profile")
     shape = checkpoint.read_config(folder)
     if input_len + ("prefill" not in phases or len(phases) > 1) > shape.n_positions:
         raise UsageError(
@@ -126,30 +127,6 @@ def profile(
         print(report.markdown(results), end="")
     if out is not None and not quiet:
         _say(f"written: {out}")
-
-
-def _choose(model: str, config: str | None, runner: str | None) -> tuple[Path, str, Recipe]:
-    """The folder, the name of the recipe, and the recipe with the runner that was asked for."""
-    import dataclasses
-
-    from paretune.model import checkpoint
-    from paretune.recipe import preset
-    from paretune.registry import RUNNERS
-    from paretune.tune.plan import is_plan, read_plan
-
-    if runner is not None:
-        RUNNERS.check(runner)
-    plan = read_plan(model) if is_plan(model) else None
-    if plan is not None and config in (None, "plan"):
-        folder, name, recipe = plan.model_folder, "plan", plan.recipe
-    else:
-        folder = checkpoint.resolve(model if plan is None else str(plan.data["model"]["source"]))
-        name = config or "baseline"
-        recipe = preset(name)
-    if runner is not None and runner != recipe.engine.runner:
-        recipe = dataclasses.replace(recipe, engine=dataclasses.replace(recipe.engine, runner=runner))
-        name = f"{name}, {runner}"
-    return folder, name, recipe
 
 
 def _predict(model: str, folder: Path, device: str, input_len: int, batch_size: int, json_output: bool) -> None:

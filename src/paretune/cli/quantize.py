@@ -47,13 +47,13 @@ def quantize(
     """Writes a quantised folder: the small numbers themselves in safetensors, whole or not at all."""
     import json
 
+    from paretune.engine.plan import is_plan
     from paretune.engine.quantize import quantize as run
     from paretune.errors import UsageError
     from paretune.evaluate import texts
     from paretune.measure import environment
     from paretune.model import checkpoint
     from paretune.transforms.formats import transforms_of
-    from paretune.tune.plan import is_plan
 
     if embeddings is not None and head is not None and embeddings != bool(head):
         raise UsageError("--head and --embeddings contradict each other", "Give one of them")

@@ -50,8 +50,7 @@ def study(
     run = STUDIES.get(name)
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}", "It has to be 1 or more")
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
+    hardware.check_device(device)
     given = {"pairs": pairs, "article_column": article_column, "summary_column": summary_column}
     options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if missing := [key for key in options if key not in inspect.signature(run).parameters]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from paretune.cli.pair_options import ArticleColumn, Pairs, SummaryColumn
+from paretune.cli.pair_options import ArticleColumn, PairFlags, Pairs, SummaryColumn
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,10 +166,8 @@ def train(
     source: Any
     if of_pairs:
         source = train_source.pairs(
-            train_source.PairFlags(
-                pairs,
-                article_column,
-                summary_column,
+            train_source.SummaryFlags(
+                PairFlags(pairs, article_column, summary_column),
                 heldout_pairs,
                 train_pairs,
                 prompt_prefix,

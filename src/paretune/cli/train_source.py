@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from paretune.cli.pair_options import PairFlags
     from paretune.evaluate.pairs import PairSet
     from paretune.model.base import LanguageModel
     from paretune.model.config import ModelConfig
@@ -22,12 +23,10 @@ MAX_HELDOUT_PAIRS = 200  # study 001's validation set
 
 
 @dataclass(frozen=True)
-class PairFlags:
-    """The flags of `--task summarization` that say what the pairs are."""
+class SummaryFlags:
+    """The flags of `--task summarization` that say what is learnt."""
 
-    path: Path | None
-    article_column: str | None
-    summary_column: str | None
+    pairs: PairFlags
     n_heldout: int | None
     n_train: int | None
     prefix: str | None
@@ -50,7 +49,7 @@ def text(
     return TextSource(stream, heldout)
 
 
-def pairs(flags: PairFlags, tokenizer: Path, config: Any, seed: int, say: Say) -> PairSource:
+def pairs(flags: SummaryFlags, tokenizer: Path, config: Any, seed: int, say: Say) -> PairSource:
     """The pairs as tokens, a part of them held out; what was cut or skipped is said."""
     from paretune.model.prompt import MAX_LEN, PromptFormat
     from paretune.train.pairs import pair_source
@@ -65,21 +64,19 @@ def pairs(flags: PairFlags, tokenizer: Path, config: Any, seed: int, say: Say) -
     return source
 
 
-def split(flags: PairFlags, seed: int) -> tuple[PairSet, PairSet]:
+def split(flags: SummaryFlags, seed: int) -> tuple[PairSet, PairSet]:
     """Training and held-out pairs of a file, or of the project's own pieces (52 of each)."""
     from paretune.errors import UsageError
-    from paretune.evaluate.pairs import own_pairs, read_pairs
+    from paretune.evaluate.pairs import own_pairs
 
     for flag, n in (("--heldout-pairs", flags.n_heldout), ("--train-pairs", flags.n_train)):
         if n is not None and n < (flag == "--train-pairs"):
             raise UsageError(f"{flag} is {n}", "Give more")
-    if flags.path is None:
-        if flags.article_column or flags.summary_column:
-            raise UsageError("columns are named and there is no pairs file", "Pass --pairs FILE")
+    found = flags.pairs.read()
+    if found is None:
         train, heldout = own_pairs("search"), own_pairs("confirm")
         heldout = heldout if flags.n_heldout is None else heldout.take(flags.n_heldout, seed)
     else:
-        found = read_pairs(flags.path, flags.article_column, flags.summary_column)
         n = min(MAX_HELDOUT_PAIRS, len(found) // 5) if flags.n_heldout is None else flags.n_heldout
         train, heldout = found.split(n, seed)
     return train if flags.n_train is None else train.take(flags.n_train, seed), heldout

@@ -90,14 +90,14 @@ def tune(
 
 
 def _show_space(model: str, goal: Any) -> None:
+    from paretune import hardware
     from paretune.measure.workload import Workload
     from paretune.model import checkpoint
     from paretune.tune import space as spaces
-    from paretune.tune.search import check_device
 
     config = checkpoint.read_config(checkpoint.resolve(model))
     Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
-    check_device(goal.device)
+    hardware.check_device(goal.device)
     by_regime = ""
     if goal.regimes:
         from paretune.tune.regimes import announcement

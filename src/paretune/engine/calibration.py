@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from paretune import hardware
+from paretune.engine.request import Request
 from paretune.engine.runners.base import Runner
 from paretune.engine.runners.eager import EagerRunner
 from paretune.engine.runners.native import NativeRunner
+from paretune.engine.scheduler import Scheduler
 from paretune.errors import UsageError
 from paretune.model.base import CannotLower, LanguageModel
 from paretune.model.layers import Embedding, Linear
@@ -61,17 +63,22 @@ def from_model(
     """
     generator = torch.Generator().manual_seed(seed)
     window_len = min(window_len, model.config.n_positions)
+    first = torch.randint(model.config.vocab_size, (n_windows, 1), generator=generator).tolist()
+    if window_len == 1:
+        return torch.tensor(first)
+
+    def choose(logits: Tensor) -> list[int]:
+        return _draw(logits.float().cpu(), generator)[:, 0].tolist()
+
     runner, reason = _writer(model)
     if reason:
         say(f"the calibration text is written by PyTorch, slower than by native code: {reason}")
-    cache = runner.new_cache(n_windows, window_len)
-    token = torch.randint(model.config.vocab_size, (n_windows, 1), generator=generator)
-    tokens = [token]
-    for _ in range(window_len - 1):
-        logits = runner.forward(token.to(runner.device), cache, "last")[:, 0]
-        token = _draw(logits.float().cpu(), generator)
-        tokens.append(token)
-    return torch.cat(tokens, dim=1)
+    loop = Scheduler(runner, n_windows, window_len, choose=choose)
+    requests = [Request(prompt, window_len - 1) for prompt in first]
+    for request in requests:
+        loop.add(request)
+    loop.run()
+    return torch.tensor([request.prompt + request.tokens for request in requests])
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

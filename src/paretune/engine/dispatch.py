@@ -256,7 +256,7 @@ class Dispatcher:
 
     @classmethod
     def of(cls, loaded: Loaded, plan: Any, spare_bytes: int = 0) -> Dispatcher | None:
-        """For a plan as `tune.plan.read_plan` gives it; None where it has no table."""
+        """For a plan as `engine.plan.read_plan` gives it; None where it has no table."""
         if plan is None or plan.table is None:
             return None
         # Threads are the process's: those that the plan was loaded with hold for all forms.

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from paretune.engine.generate import naive_generate
 from paretune.engine.load import Loaded, load_recipe
+from paretune.engine.request import Request
 from paretune.engine.runners.base import Runner
+from paretune.engine.scheduler import Scheduler
 from paretune.errors import NotExactError, ParetuneError
 from paretune.files import write_bytes
 from paretune.model import checkpoint
@@ -77,11 +79,12 @@ def check_exact(
                 "Report it as a bug; the recipe is not timed",
             )
         return [f"logit error against fp32 {error:.2g}, reference form of the same recipe {allowed:.2g}"]
-    cache = runner.new_cache(batch_size, max(capacity, len(prompt) + n_tokens))
-    step, chosen = torch.tensor([prompt] * batch_size, device=runner.device), []
-    for _ in range(n_tokens):
-        chosen.append(int(runner.forward(step, cache, "last")[0, 0].argmax()))
-        step = torch.tensor([chosen[-1:]] * batch_size, device=runner.device)
+    loop = Scheduler(runner, batch_size, max(capacity, len(prompt) + n_tokens))
+    requests = [Request(prompt, n_tokens) for _ in range(batch_size)]
+    for request in requests:
+        loop.add(request)
+    loop.run()
+    chosen = requests[0].tokens
     expected, margins = reference.greedy(chosen)
     for i, (token, wanted, margin) in enumerate(zip(chosen, expected, margins, strict=True), 1):
         if token == wanted:

@@ -1,36 +1,22 @@
-"""Generation on top of a runner: prefill, decode, sampling, stop strings, streaming, batches of unequal prompts.
-
-Between two steps stands only what the next step needs. Text is made of several tokens at once where they come fast:
-decoding and writing after every token would cost a small model as much as half a step (its code has left the caches,
-and the reader of a pipe wakes up on a core that the step needs).
-"""
+"""Generation on top of a runner: prompts in, text out; and the oracle that it is held to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from paretune import clock
+from paretune.engine.request import Generation, Request
 from paretune.engine.runners.base import Runner
-from paretune.engine.sampling import Sampler, SamplingOptions, argmax
+from paretune.engine.sampling import SamplingOptions
+from paretune.engine.scheduler import Scheduler
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
-from paretune.model.tokenizer import TextStream, Tokenizer
-
-FRAME_SEC = 0.02  # streamed text goes out 50 times a second at most, which reads as steady
-
-
-@dataclass
-class Generation:
-    """One finished sequence."""
-
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)  # new ones, an end token included
-    text: str = ""  # of the new tokens, cut before a stop string
-    finish_reason: str = "length"  # length, eos, stop
+from paretune.model.tokenizer import Tokenizer
 
 
 @dataclass
@@ -141,126 +127,33 @@ def generate(
         ignore_eos: fixed output length, for measurements.
         eos_run: end tokens in a row that end a sequence; 2 where a model ends each of its sentences with one.
         on_text: called with (row, piece) as text becomes certain: after the first token, then after the first one that
-            is `FRAME_SEC` or later than the call before, then at the end.
+            is `scheduler.FRAME_SEC` or later than the call before, then at the end.
     """
     config = runner.config
     check_request(prompts, max_new_tokens, config.longest, config.vocab_size)
-    if (stop or on_text) and tokenizer is None:
-        raise UsageError("stop strings and streaming need a tokenizer", "Pass the model's tokenizer")
     sampling = sampling or SamplingOptions()
-    rows = [_Row(i, p, sampling, tokenizer, stop, on_text) for i, p in enumerate(prompts)]
-    eos = () if ignore_eos else config.eos_token_ids
-    plain_greedy = sampling.greedy and sampling.repetition_penalty == 1
+    requests = [
+        Request(
+            prompt,
+            max_new_tokens,
+            sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + row),
+            eos=() if ignore_eos else config.eos_token_ids,
+            eos_run=eos_run,
+            stop=stop,
+            tokenizer=tokenizer,
+            on_text=None if on_text is None else partial(on_text, row),
+        )
+        for row, prompt in enumerate(prompts)
+    ]
     timing = Timing()
-    started = shown_at = clock.now()
-
-    lengths = [len(p) for p in prompts]
-    cache = runner.new_cache(len(prompts), max(lengths) + max_new_tokens)
-    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = torch.tensor(prompt)
-    if min(lengths) < max(lengths):
-        cache.stage_(lengths)
-    step = tokens.to(runner.device)
-    for i in range(max_new_tokens):
-        before = clock.now()
-        if plain_greedy and runner.chooses:
-            chosen = runner.greedy(step, cache)
-            timing.model_sec += clock.now() - before
-        else:
-            logits = runner.forward(step, cache, "last")[:, 0]  # (B, V)
-            clock.synchronize(runner.device.type)
-            timing.model_sec += clock.now() - before
-            chosen = _choose(logits, rows, plain_greedy)
-        for row, token in zip(rows, chosen, strict=True):
-            row.accept(token, eos, eos_run)
-        if on_text is not None and (i == 0 or clock.now() - shown_at >= FRAME_SEC):
-            for row in rows:
-                row.show()
-            shown_at = clock.now()
-        if i == 0:
-            timing.ttft_sec = clock.now() - started
-        else:
-            timing.n_steps += 1
-        if all(row.done for row in rows):
-            break
-        step = torch.tensor(chosen, device=runner.device)[:, None]
-    for row in rows:
-        row.finish()
-    timing.total_sec = clock.now() - started
-    return GenerateResult([row.generation for row in rows], timing)
-
-
-def _choose(logits: Tensor, rows: list[_Row], plain_greedy: bool) -> list[int]:
-    if plain_greedy:
-        return argmax(logits)
-    logits = logits.cpu()
-    return [0 if row.done else row.sampler.choose(logits[i]) for i, row in enumerate(rows)]
-
-
-class _Row:
-    """One sequence of the batch: its sampler, its text so far, whether it is done."""
-
-    def __init__(
-        self,
-        index: int,
-        prompt: Sequence[int],
-        sampling: SamplingOptions,
-        tokenizer: Tokenizer | None,
-        stop: Sequence[str],
-        on_text: Callable[[int, str], None] | None,
-    ) -> None:
-        seed = None if sampling.seed is None else sampling.seed + index
-        self.index, self.stop, self.on_text = index, [s for s in stop if s], on_text
-        self.sampler = Sampler(replace(sampling, seed=seed), prompt)
-        self.stream = TextStream(tokenizer) if tokenizer else None
-        self.generation = Generation(list(prompt))
-        self.done = False
-        self._longest_stop = max((len(s) for s in self.stop), default=1)
-        self._eos_run = 0  # end tokens in a row
-        self._unread: list[int] = []  # tokens that are not part of the text yet
-        self._shown = 0  # characters already given to on_text
-
-    def accept(self, token: int, eos: Sequence[int], eos_run: int = 1) -> None:
-        if self.done:
-            return
-        self.generation.tokens.append(token)
-        self._eos_run = self._eos_run + 1 if token in eos else 0
-        if self._eos_run >= eos_run:
-            self.done, self.generation.finish_reason = True, "eos"
-            return
-        if self.stream is not None:
-            self._unread.append(token)
-        if self.stop:  # each token can be the last one
-            self._read()
-
-    def show(self) -> None:
-        """Streams what can no longer become part of a stop string."""
-        self._read()
-        hold_back = 0 if self.done else self._longest_stop - 1
-        upto = max(len(self.generation.text) - hold_back, self._shown)
-        if self.on_text is not None and upto > self._shown:
-            self.on_text(self.index, self.generation.text[self._shown : upto])
-        self._shown = upto
-
-    def finish(self) -> None:
-        self._read()
-        if self.stream is not None and self.generation.finish_reason != "stop":
-            self._add(self.stream.flush())  # a stop string may stand before half a character, which held it back
-        self.done = True
-        self.show()
-
-    def _read(self) -> None:
-        if self.stream is not None and self._unread:
-            unread, self._unread = self._unread, []
-            self._add(self.stream.push(*unread))
-
-    def _add(self, piece: str) -> None:
-        """Appends to the text and cuts it before the first stop string, which ends the row."""
-        # No stop string ends within the text so far: a new one overlaps the piece.
-        start = max(0, len(self.generation.text) - self._longest_stop + 1)
-        self.generation.text += piece
-        found = [at for at in (self.generation.text.find(s, start) for s in self.stop) if at >= 0]
-        if found:
-            self.generation.text = self.generation.text[: min(found)]
-            self.done, self.generation.finish_reason = True, "stop"
+    started = clock.now()
+    loop = Scheduler(runner, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    for request in requests:
+        loop.add(request)
+    loop.step()
+    timing.ttft_sec = clock.now() - started
+    while loop.is_busy:
+        loop.step()
+        timing.n_steps += 1
+    timing.total_sec, timing.model_sec = clock.now() - started, loop.decode.model_sec
+    return GenerateResult([request.generation for request in requests], timing)

@@ -70,6 +70,12 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def check_device(device: str, cure: str = "Use the device cpu") -> None:
+    """Raises `UsageError` where there is no such device here."""
+    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and has_cuda())):
+        raise UsageError(f"there is no device {device!r} here", cure)
+
+
 def _gpus() -> list[dict[str, Any]]:
     if not has_cuda():
         return []

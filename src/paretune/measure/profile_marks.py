@@ -183,7 +183,7 @@ class Instrument:
         return attention
 
 
-class _WatchedCache:
+class _WatchedCache(LayerCache):
     """A layer's cache that marks its `append`, for attention functions that are one kernel."""
 
     def __init__(self, inner: LayerCache, marks: Marks, layer: int) -> None:
@@ -195,8 +195,17 @@ class _WatchedCache:
         self._marks(("fused_attention", self._layer, False))
         return seen
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+    @property
+    def common_start(self) -> int | None:
+        return self._inner.common_start
+
+    @property
+    def in_order_from(self) -> int | None:
+        return self._inner.in_order_from
+
+    @property
+    def prefix_and_ring(self) -> tuple[int, int]:
+        return self._inner.prefix_and_ring
 
 
 def _fused(

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from paretune import clock, stats
+from paretune.engine.request import Request
 from paretune.engine.runners.base import Runner
+from paretune.engine.scheduler import Scheduler
 from paretune.errors import UsageError
 
 CHUNK = 512  # tokens of one prefill step
@@ -57,22 +59,23 @@ def stream(runner: Runner, n_tokens: int, *, n_new: int = N_NEW, chunk: int = CH
         raise UsageError(f"{n_tokens} tokens and {n_new} new ones exceed the context of {longest}", "Use a shorter one")
     assert n_tokens >= 1 and n_new >= 2
     generator = torch.Generator().manual_seed(seed)
-    document = torch.randint(0, config.vocab_size, (1, n_tokens), generator=generator).to(runner.device)
+    document = torch.randint(0, config.vocab_size, (n_tokens,), generator=generator).tolist()
     kind = runner.device.type
     gaps = []
     with clock.quiet():
         clock.synchronize(kind)
         began = clock.now()
-        cache = runner.new_cache(1, n_tokens + n_new)
-        for start in range(0, n_tokens, chunk):
-            token = runner.greedy(document[:, start : start + chunk], cache)
+        loop, request = Scheduler(runner, 1, n_tokens + n_new, chunk=chunk), Request(document, n_new)
+        loop.add(request)
+        while not request.tokens:
+            loop.step()
         clock.synchronize(kind)
         last = clock.now()
         ttft = last - began
         for _ in range(n_new - 1):
-            token = runner.greedy(torch.tensor([token], device=runner.device), cache)
+            loop.step()
             clock.synchronize(kind)
             now = clock.now()
             gaps.append(now - last)
             last = now
-    return Latency(n_tokens, ttft, tuple(gaps), cache.nbytes)
+    return Latency(n_tokens, ttft, tuple(gaps), loop.cache.nbytes)

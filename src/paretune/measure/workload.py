@@ -16,7 +16,10 @@ from typing import Any
 import torch
 
 from paretune import clock
+from paretune.engine.cache import KVCache
+from paretune.engine.request import Request
 from paretune.engine.runners.base import Runner
+from paretune.engine.scheduler import Scheduler
 from paretune.errors import UsageError
 from paretune.measure import memory
 from paretune.model.layers import Embedding, Linear
@@ -62,7 +65,8 @@ def draw_prompts(workload: Workload, vocab_size: int) -> torch.Tensor:
 
 
 class Bench:
-    """Samples of one runner under one workload. Output length is fixed: no early stop.
+    """Samples of one runner under one workload, in the loop that users' requests go through. Output length is fixed: no
+    early stop.
 
     Args:
         prompts: tokens `[B, input_len]`; None draws random ones from the vocabulary.
@@ -74,9 +78,14 @@ class Bench:
         self.runner, self.workload = runner, workload
         if prompts is None:
             prompts = draw_prompts(workload, config.vocab_size)
-        self.prompts = prompts.to(runner.device)
-        self.cache = runner.new_cache(workload.batch_size, workload.input_len + workload.output_len)
-        self._first: torch.Tensor | None = None
+        self.prompts: list[list[int]] = prompts.tolist()
+        capacity = workload.input_len + workload.output_len
+        self.loop = Scheduler(runner, workload.batch_size, capacity, keeps_done=True)
+        self._is_read = False  # whether the prompts are in the cache
+
+    @property
+    def cache(self) -> KVCache:
+        return self.loop.cache
 
     @property
     def n_decode(self) -> int:
@@ -105,7 +114,7 @@ class Bench:
         return self.sample(kind)
 
     def _timed(self, kind: str, run: Callable[[], None], n_units: int, min_sec: float) -> float:
-        if kind != "ttft" and self._first is None:
+        if kind != "ttft" and not self._is_read:
             self._prefill()
         device = self.runner.device.type
         n = 0
@@ -121,19 +130,21 @@ class Bench:
                     return elapsed / (n * n_units)
 
     def _prefill(self) -> None:
-        self.cache.truncate_(0)
-        chosen = self.runner.greedy(self.prompts, self.cache)
-        self._first = torch.tensor(chosen, device=self.runner.device)[:, None]
+        self.loop.clear()
+        for prompt in self.prompts:
+            self.loop.add(Request(prompt, max(2, self.workload.output_len)))  # a decode step has a second token
+        self.loop.step()
+        self._is_read = True
 
     def _decode_slice(self) -> None:
-        self.cache.truncate_(self.workload.input_len)
+        self.loop.rewind(1)
         self._steps(self.n_decode)
 
     def _decode_step(self) -> None:
         """One step at the next of the slice's positions."""
         start = self.workload.input_len
         if not start <= self.cache.host_lengths[0] < start + self.n_decode:
-            self.cache.truncate_(start)
+            self.loop.rewind(1)
         self._steps(1)
 
     def request_peak(self) -> float:
@@ -151,11 +162,9 @@ class Bench:
         self._steps(self.workload.output_len - 1)
 
     def _steps(self, n: int) -> None:
-        step = self._first
-        assert step is not None, "no prompt was prefilled"
+        assert self._is_read, "no prompt was prefilled"
         for _ in range(n):
-            chosen = self.runner.greedy(step, self.cache)
-            step = torch.tensor(chosen, device=self.runner.device)[:, None]
+            self.loop.step()
 
 
 def step_weights_bytes(model: torch.nn.Module) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from paretune import stats
 from paretune.engine.load import load_recipe
+from paretune.engine.plan import PLAN_FILE, SCHEMA_VERSION
 from paretune.evaluate.fidelity import Fidelity
 from paretune.files import ensure_folder, write_json, write_text
 from paretune.measure import explain, roofline
@@ -22,7 +23,6 @@ from paretune.ops.attention.pattern import parse
 from paretune.recipe import Recipe
 from paretune.tune import peers, regimes
 from paretune.tune.outcome import Outcome, Standing, baseline_recipe
-from paretune.tune.plan import PLAN_FILE, SCHEMA_VERSION
 from paretune.tune.race import BASELINE, TWIN, TrialState
 
 SIDE_LOSS = 1.3  # a single sample each: smaller differences may be noise

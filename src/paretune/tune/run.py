@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from paretune.engine.plan import PLAN_FILE
 from paretune.errors import UsageError
 from paretune.files import ensure_folder, write_error
 from paretune.model import checkpoint
@@ -14,7 +15,6 @@ from paretune.tune import peers, regimes
 from paretune.tune import result as results
 from paretune.tune.goal import Goal
 from paretune.tune.journal import EVENTS, SAMPLES
-from paretune.tune.plan import PLAN_FILE
 from paretune.tune.race import REFERENCES
 from paretune.tune.search import Search
 

@@ -82,7 +82,7 @@ class Search:
         config = checkpoint.read_config(model_folder)
         checkpoint.weight_files(model_folder)
         Workload(goal.input_len, goal.output_len, goal.batch_size).check(config.n_positions)
-        check_device(goal.device)
+        hardware.check_device(goal.device)
         self.tokenizer = Tokenizer(model_folder)
         self.text_name = "pieces" if text is None else Path(text).stem
         n_tokens = goal.input_len + goal.output_len
@@ -432,12 +432,6 @@ class Search:
             names = (out.race.trials[simplest].recipe.name, out.race.trials[best].recipe.name)
             out.notes.append(f"{names[0]} and {names[1]} cannot be told apart: the simpler one was taken.")
         return simplest
-
-
-def check_device(device: str) -> None:
-    """Raises UsageError where there is no such device."""
-    if not (device == "cpu" or (device.partition(":")[0] == "cuda" and hardware.has_cuda())):
-        raise UsageError(f"there is no device {device!r} here", "Use --device cpu")
 
 
 def _check_memory(config: ModelConfig, goal: Goal) -> bool:

@@ -19,6 +19,6 @@ class EagerRunner(Runner):
         if tokens.size(1) > cache.max_step and cache.ring:
             return self.in_pieces(tokens, cache, logits)
         cache.begin_(tokens.size(1))
-        out = self.model(tokens, cache, logits)
+        out = self.model(cache.of_step(tokens), cache, logits)
         cache.commit_()
-        return out
+        return cache.of_cache(out)

@@ -147,7 +147,7 @@ class NativeRunner(Runner):
         # A forked child has no team; a model that was given other weights since has others.
         if not self._program.is_usable or (K > 1 and self._weight_pointers() != self._weights_at):
             self._lower()
-        if K > 1 and (B * K > MAX_ROWS or (cache.ring and cache.max_step < K)):
+        if K > 1 and (cache.count_rows() * K > MAX_ROWS or (cache.ring and cache.max_step < K)):
             return self._in_pieces(tokens, cache, logits, best)
         cache.begin_(K)
         out = self._step(tokens, cache, logits, best)
@@ -157,10 +157,10 @@ class NativeRunner(Runner):
     def _in_pieces(self, tokens: Tensor, cache: KVCache, logits: Logits, best: Tensor | None) -> Tensor:
         """A long step as several short ones; the same bits, since sums do not depend on the rows of a step."""
         B, K = tokens.shape
+        size = min(max(1, MAX_ROWS // cache.count_rows()), cache.max_step)
         n_new = cache.take_staged_(K)
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < self._program.n_vocab:
             raise IndexError("a token is not in the vocabulary")  # before any piece is held
-        size = min(max(1, MAX_ROWS // B), cache.max_step)
         parts = []
         last = torch.empty(B, 1, self._program.n_vocab)
         part_best = None if best is None else torch.empty_like(best)
@@ -181,21 +181,25 @@ class NativeRunner(Runner):
         return torch.cat(parts, dim=1) if logits == "all" else last
 
     def _step(self, tokens: Tensor, cache: KVCache, logits: Logits, best: Tensor | None = None) -> Tensor:
+        is_whole = cache.n_rows == cache.batch_size
+        tokens, lengths = cache.of_step(tokens).contiguous(), cache.step_lengths
+        rows = None if is_whole else cache.row_index.contiguous()
         B, K = tokens.shape
-        tokens = tokens.contiguous()
         is_all = logits == "all"
         out = torch.empty(B, K if is_all else 1, self._program.n_vocab)
+        chosen = best if best is None or is_whole else torch.empty(B, dtype=torch.int64)
         k, v, k_scale, v_scale = (ctypes.addressof(p) for p in self._cache_pointers(cache))
         step = native.Step(
             tokens=tokens.data_ptr(),
-            lengths=cache.lengths.data_ptr(),
+            lengths=lengths.data_ptr(),
             last=cache.last.data_ptr(),
+            rows=None if rows is None else rows.data_ptr(),
             k=k,
             v=v,
             k_scale=k_scale,
             v_scale=v_scale,
             logits=out.data_ptr(),
-            best=None if best is None else best.data_ptr(),
+            best=None if chosen is None else chosen.data_ptr(),
             op_ns=None if self._op_ns is None else ctypes.addressof(self._op_ns),
             B=B,
             K=K,
@@ -208,8 +212,12 @@ class NativeRunner(Runner):
         self._program.step(step)
         self.n_native_steps += 1
         if self._op_ns is not None:
-            self._counted.add(cache.host_lengths, K, B * K if is_all else B, self.config.attention_pattern)
-        return out
+            self._counted.add(lengths.tolist(), K, B * K if is_all else B, self.config.attention_pattern)
+        if is_whole:
+            return out
+        if best is not None and chosen is not None:
+            best.copy_(cache.of_cache(chosen))
+        return cache.of_cache(out)
 
     def _cache_pointers(self, cache: KVCache) -> tuple[Any, ...]:
         if cache not in self._pointers:

@@ -18,8 +18,8 @@ import torch
 
 from paretune import hardware
 from paretune.engine import calibration
+from paretune.engine.generate import generate
 from paretune.engine.load import load_recipe
-from paretune.engine.sampling import argmax
 from paretune.model.config import ModelConfig
 from paretune.model.layers import Linear
 from paretune.recipe import preset
@@ -92,11 +92,8 @@ def make_reference(folder: Path, config: ModelConfig, threads: int | None, seed:
     written = calibration.from_model(runner.model, n + 1, length, seed)
     tokens, prompt = written[:n], written[n:, :n_prompt]
     logits = [runner.forward(row[None], runner.new_cache(1, length), "all")[0].float().numpy() for row in tokens]
-    cache, step, greedy = runner.new_cache(1, n_prompt + n_greedy), prompt, []
-    for _ in range(n_greedy):
-        greedy += argmax(runner.forward(step, cache, "last")[:, 0])
-        step = torch.tensor([greedy[-1:]])
-    return Reference(tokens.tolist(), np.concatenate(logits), prompt[0].tolist(), [int(i) for i in greedy])
+    greedy = generate(runner, prompt.tolist(), n_greedy, ignore_eos=True).generations[0].tokens
+    return Reference(tokens.tolist(), np.concatenate(logits), prompt[0].tolist(), greedy)
 
 
 @torch.inference_mode()

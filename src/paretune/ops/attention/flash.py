@@ -45,7 +45,7 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
     Raises:
         UsageError: the pattern or the dtype is none that the package knows.
     """
-    start = 0 if layer_cache is None else getattr(layer_cache, "in_order_from", None)
+    start = 0 if layer_cache is None else layer_cache.in_order_from
     if start is None:
         return sdpa.attention(q, k_new, v_new, layer_cache, spec)
     if reason := fits(spec.pattern):

@@ -50,7 +50,7 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
     Raises:
         UsageError: gradients are asked for on a CPU; more than `MOST_SHAPES` shapes in one process.
     """
-    start = 0 if layer_cache is None else getattr(layer_cache, "in_order_from", None)
+    start = 0 if layer_cache is None else layer_cache.in_order_from
     if start != 0 or q.size(2) == 1:
         return sdpa.attention(q, k_new, v_new, layer_cache, spec)
     k, v = k_new, v_new

@@ -60,15 +60,14 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
     pattern sees (dense, or a ring): nothing is left to skip, and one call of PyTorch is the quicker one. Gradients are
     those of the reference, computed again in the backward pass with every score in memory.
     """
-    start = 0 if layer_cache is None else getattr(layer_cache, "common_start", None)
-    prefix, ring = getattr(layer_cache, "prefix_and_ring", (0, 0))
-    is_one = layer_cache is not None and q.size(2) == 1
-    if start is None or (is_one and (ring or spec.pattern.is_dense)):
-        return sdpa.attention(q, k_new, v_new, layer_cache, spec)
-    if layer_cache is None:
-        k, v = k_new, v_new
-    else:
+    k, v, start, prefix, ring = k_new, v_new, 0, 0, 0
+    if layer_cache is not None:
+        common = layer_cache.common_start
+        prefix, ring = layer_cache.prefix_and_ring
+        if common is None or (q.size(2) == 1 and (ring or spec.pattern.is_dense)):
+            return sdpa.attention(q, k_new, v_new, layer_cache, spec)
         k, v = layer_cache.append(k_new, v_new, spec.pattern)[:2]
+        start = common
     return attend(q, k, v, str(spec.pattern), list(spec.slopes or ()), spec.scale, start, prefix, ring)
 
 
@@ -152,8 +151,11 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 attend.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Given:
-    """A layer cache that shows what it was made with."""
+class _Given(LayerCache):
+    """A layer cache that shows what it was made with, in an order that it says nothing of."""
+
+    common_start = in_order_from = None
+    prefix_and_ring = (0, 0)
 
     def __init__(self, seen: Visible) -> None:
         self._seen = seen

@@ -5,6 +5,7 @@ Legend: B batch, H query heads, Hkv key/value heads, K new tokens, n visible key
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -36,9 +37,30 @@ class Visible(NamedTuple):
 
 
 class LayerCache(Protocol):
-    """One layer's view of the cache."""
+    """One layer's view of the cache: all that an attention function may ask of it.
 
-    def append(self, k_new: Tensor, v_new: Tensor, pattern: Pattern) -> Visible: ...
+    What implements or wraps one inherits from it, so that a member that is missing is an error when the object is made.
+    The properties hold for the step at hand, before and after its `append`.
+    """
+
+    @property
+    @abstractmethod
+    def common_start(self) -> int | None:
+        """Position of this step's first token where all rows of the step share it; else None."""
+
+    @property
+    @abstractmethod
+    def in_order_from(self) -> int | None:
+        """`common_start` where the keys that `append` gives back lie in the order of their positions; else None."""
+
+    @property
+    @abstractmethod
+    def prefix_and_ring(self) -> tuple[int, int]:
+        """Positions from `prefix` on share `ring` slots behind the first ones; ring 0: slots are positions."""
+
+    @abstractmethod
+    def append(self, k_new: Tensor, v_new: Tensor, pattern: Pattern) -> Visible:
+        """Stores `[B, Hkv, K, D]` at the rows' positions and returns what the new queries may see."""
 
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, LayerCache | None, AttentionSpec], Tensor]

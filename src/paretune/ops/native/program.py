@@ -65,7 +65,7 @@ class _Op(ctypes.Structure):
 class Step(ctypes.Structure):
     """One step: `B` sequences of `K` tokens on a cache; pointers as in `step.cpp`."""
 
-    _fields_ = _fields("tokens lengths last k v k_scale v_scale logits best op_ns", c_void_p) + _fields(
+    _fields_ = _fields("tokens lengths last rows k v k_scale v_scale logits best op_ns", c_void_p) + _fields(
         "B K capacity cache_format all_logits prefix ring"
     )
 

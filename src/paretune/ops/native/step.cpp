@@ -48,9 +48,10 @@ extern "C" struct Step {
   const std::int64_t* tokens;   // [B, K]
   const std::int64_t* lengths;  // [B] tokens held before this step
   const std::int64_t* last;     // [B] index of the last valid token of this step
-  void* const* k;               // by layer, [B, n_kv_head, capacity, D], in 4 bits two a byte
+  const std::int64_t* rows;     // [B] rows of the cache, or null: the first B
+  void* const* k;               // by layer, [rows, n_kv_head, capacity, D], in 4 bits two a byte
   void* const* v;
-  void* const* k_scale;         // by layer, [B, n_kv_head, capacity] of scales as in kv.h; null where there are none
+  void* const* k_scale;         // by layer, [rows, n_kv_head, capacity] of scales as in kv.h; null where there are none
   void* const* v_scale;
   float* logits;                // [B, V] or [B, K, V]
   std::int64_t* best;           // [B] index of the largest of the last token's logits, or null
@@ -445,7 +446,8 @@ struct Program {
   // Keys and values of a head from a slot on.
   HeadCache head_cache(const Op& op, int b, int h, std::int64_t slot) const {
     const Step& s = *step;
-    const std::int64_t rows_before = static_cast<std::int64_t>(b * op.n_kv_head + h) * s.capacity + slot;
+    const std::int64_t row = s.rows == nullptr ? b : s.rows[b];
+    const std::int64_t rows_before = (row * op.n_kv_head + h) * s.capacity + slot;
     const auto start = [&](void* const* layers) { return layers == nullptr ? nullptr : static_cast<char*>(layers[op.layer]); };
     return HeadCache{start(s.k), start(s.v), start(s.k_scale), start(s.v_scale), s.cache_format}.from(rows_before, op.head_dim);
   }
