@@ -11,7 +11,7 @@ from paretune.cli import app as cli
 from paretune.model import checkpoint
 from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.ops.weights.nf4 import NF4
-from paretune.transforms.formats import FORMATS
+from paretune.transforms.formats import formats
 
 
 @pytest.fixture
@@ -158,4 +158,4 @@ def test_bad_input(command, quantised, tmp_path, arguments, message):
 
 def test_ls_names_the_formats(command):
     code, out, _ = command("ls")
-    assert code == 0 and all(f"\n  {name} " in out for name in FORMATS)
+    assert code == 0 and all(f"\n  {name} " in out for name in formats())

@@ -15,7 +15,7 @@ from paretune.model import checkpoint
 from paretune.model.stored import StoredTensors
 from paretune.recipe import EngineOptions, Recipe, preset
 from paretune.transforms.attention import Attention
-from paretune.transforms.formats import FORMATS, transforms_of
+from paretune.transforms.formats import formats, transforms_of
 
 # No group divides 72, 100 or 288; all of Llama's widths are no multiples of 16 either. Mistral's are whole groups.
 WIDE = {
@@ -25,7 +25,7 @@ WIDE = {
 }
 FAMILIES = tuple(WIDE)
 CASES = [
-    (f, name) for f in FAMILIES for name in FORMATS if f == "gpt2" or name in ("int8", "int4", "nf4", "gptq", "awq")
+    (f, name) for f in FAMILIES for name in formats() if f == "gpt2" or name in ("int8", "int4", "nf4", "gptq", "awq")
 ]
 
 

@@ -30,6 +30,7 @@ def test_ls_lists_the_toys_and_their_axes(listed):
     assert what["relu_attention"].startswith("Attention without softmax") and what["sizes"].startswith("A small study")
 
 
+@pytest.mark.slow
 def test_a_device_is_asked_about_them(installed):
     found = json.loads(installed("ls", "--device", "cpu", "--json").stdout)
     verdicts = {e["name"]: e["verdicts"] for section in ("transforms", "runners") for e in found[section]}
@@ -82,6 +83,7 @@ def test_bench_measures_them_and_the_report_names_them(installed, tmp_path):
     assert "relu_attention" in page and "three_bits+int8" in page
 
 
+@pytest.mark.slow
 def test_quantize_stores_the_format_and_it_loads_again(installed, tmp_path):
     folder = tmp_path / "three"
     installed("quantize", "pocket", "--format", "three_bits", "-o", folder)
@@ -91,12 +93,14 @@ def test_quantize_stores_the_format_and_it_loads_again(installed, tmp_path):
     assert "three_bits" in done.stderr
 
 
+@pytest.mark.slow
 def test_profile_takes_a_step_apart_under_them(installed, tmp_path):
     flags = ("--config", "relu_attention", "--phase", "decode,train", "--quick", "-o", tmp_path / "p", "--json")
     found = installed("profile", "pocket", *flags).stdout
     assert "relu" in found and "kernel_classes" in found
 
 
+@pytest.mark.slow
 def test_a_plan_holds_a_recipe_of_them(installed, tmp_path):
     """As `tune` writes it: the recipe is plain data with the toys' names."""
     code = (

@@ -220,6 +220,7 @@ def test_counting_changes_nothing(tiny_llama_folder):
 
 class _Native:
     name = "native"
+    own_kernels = True
     counters = None
 
     def count_(self, on: bool) -> None:

@@ -44,7 +44,7 @@ def formats(model):
 
 
 def fake(**runner):
-    return SimpleNamespace(kernels={}, compiled=True, cache_dtype="torch.float32", runner=runner)
+    return SimpleNamespace(kernels={}, compiled=True, own_kernels=False, cache_dtype="torch.float32", runner=runner)
 
 
 @pytest.mark.parametrize("transform", EVERY, ids=lambda t: t.title)
@@ -147,7 +147,7 @@ def test_llm_int8_needs_its_kernel_in_the_profile(model):
     LLMInt8().apply(model, Context())
     assert "paretune::mixed_int8_linear ran" in LLMInt8().verify(model, observe(EagerRunner(model)))[1]
     with pytest.raises(NoEffectError, match="shows no paretune::mixed_int8_linear"):
-        LLMInt8().verify(model, SimpleNamespace(kernels={}, compiled=False, runner={}))
+        LLMInt8().verify(model, SimpleNamespace(kernels={}, compiled=False, own_kernels=False, runner={}))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

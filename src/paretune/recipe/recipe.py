@@ -49,7 +49,8 @@ class EngineOptions:
 
     @property
     def title(self) -> str:
-        has_modes = len(RUNNERS.get(self.runner).modes) > 1
+        is_default = self.runner == type(self).runner  # known without importing it, and PyTorch with it
+        has_modes = not is_default and len(RUNNERS.get(self.runner).modes) > 1
         name = f"{self.runner}({self.compile_mode})" if has_modes else self.runner
         cache = f", {self.cache_dtype} cache" if self.cache_dtype else ""
         return (name if self.threads is None else f"{name} x{self.threads}") + cache
