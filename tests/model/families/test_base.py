@@ -251,6 +251,15 @@ def test_a_family_is_called_as_it_is_registered():
         families.get("tooy")
 
 
+def test_a_broken_family_of_another_package_takes_none_away(monkeypatch):
+    monkeypatch.setattr(FAMILIES, "_others", {"broken": "nowhere_at_all:Broken"})
+    monkeypatch.setattr(FAMILIES, "_broken", {})
+    assert "broken" in FAMILIES.names()
+    assert {"gpt2", "llama", "mistral"} <= {family.name for family in families.every()}
+    assert checkpoint.published("gpt2").n_layer == 12
+    assert FAMILIES.broken["broken"].startswith("ModuleNotFoundError")
+
+
 @pytest.mark.parametrize("name", Registry.names(FAMILIES))
 def test_every_declaration_holds_on_the_tree(name):
     """Modules, boundaries, parts and folds that a family names are there."""

@@ -32,8 +32,8 @@ def of(config: ModelConfig) -> Family:
 
 
 def every() -> list[Family]:
-    """All that are registered."""
-    return [get(name) for name in FAMILIES.names()]
+    """All that can be had: one of another package that cannot be imported takes none of the others away."""
+    return [get(name) for name, _ in FAMILIES.working()]
 
 
 @functools.cache
