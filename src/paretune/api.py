@@ -23,6 +23,7 @@ from paretune.evaluate.perplexity import Perplexity, perplexity
 from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import Recipe, preset
+from paretune.records.bench import BenchResult
 from paretune.tune.plan import is_plan, read_plan
 
 DEFAULT_CONFIG = "baseline"
@@ -248,9 +249,7 @@ def evaluate(
     )
 
 
-def bench(
-    name: str | Path = "pocket", configs: Sequence[str | Recipe] = DEFAULT_BENCH, **options: Any
-) -> dict[str, Any]:
+def bench(name: str | Path = "pocket", configs: Sequence[str | Recipe] = DEFAULT_BENCH, **options: Any) -> BenchResult:
     """Measures configurations against each other in interleaved blocks.
 
     Args:
@@ -259,7 +258,7 @@ def bench(
         options: of `paretune.measure.bench.bench`: input_lens, output_lens, batch_sizes, budget_sec, ...
 
     Returns:
-        what `paretune bench --json` prints.
+        what `paretune bench --json` prints, as a record (`records.to_json` makes it plain data).
     """
     from paretune.measure import bench as measure
 

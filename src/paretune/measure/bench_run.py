@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from paretune import clock, files, hardware, stats
 from paretune.engine.dispatch import Table
-from paretune.measure.bench_rows import MAX_AA, PHASES, Cell, Pass, Trial, make_row
+from paretune.measure.bench_rows import Pass, Trial, estimate_of, make_row
 from paretune.measure.grid import PROCESS_BYTES, groups_of, trial_bytes
 from paretune.measure.interleave import Sample, SubjectError, run_blocks, warm_up
 from paretune.measure.peers.subject import INVALID, Peers
@@ -27,6 +27,9 @@ from paretune.measure.workload import Workload
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
+from paretune.records.bench import BenchRow, BenchSample, Cell, Resolution, WarmUp
+from paretune.records.judge import TOO_NOISY
+from paretune.records.record import to_json
 
 FIRST_BLOCKS = stats.MIN_BLOCKS  # after these there is an interval to show, though nothing is judged yet
 FIRST_SLICE_SEC = 0.1  # of these blocks: every row waits for them
@@ -34,8 +37,6 @@ LOAD_TIMEOUT_SEC = 900.0  # max-autotune compiles for minutes
 WARM_UP_SEC = 10.0
 CHECK_TOKENS, CHECK_STEPS = 32, 12  # of the exactness check before anything is timed
 LOADING_SHARE = 0.6  # of the time: what is not loaded by then leaves the rest to what is
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Run:
     say: Callable[[str], None]
     measure_ceilings: Callable[[], hardware.Ceilings]
     deadline: float | None
-    on_first: Callable[[list[Row]], None] | None = None
+    on_first: Callable[[list[BenchRow]], None] | None = None
     loading_counts: bool = True
     keeps_processes: bool = False
     tables: dict[str, Table] = field(default_factory=dict)
@@ -77,10 +78,10 @@ class Run:
     asked: dict[tuple[str, str], tuple[str | None, list[str]]] = field(default_factory=dict)
     checked: set[tuple[int, str, str]] = field(default_factory=set)  # cell, recipe and folder that are exact
     failed: dict[str, Trial] = field(default_factory=dict)  # what failed once is not started again for each cell
-    rows: list[Row] = field(default_factory=list)
-    aa: list[Row] = field(default_factory=list)
-    samples: list[Row] = field(default_factory=list)
-    warm_ups: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
+    aa: list[Resolution] = field(default_factory=list)
+    samples: list[BenchSample] = field(default_factory=list)
+    warm_ups: list[WarmUp] = field(default_factory=list)
 
     @property
     def twin(self) -> str:
@@ -104,12 +105,12 @@ class Run:
             self.ceilings = self.measure_ceilings()
         return self.ceilings
 
-    def keep(self, line: Row) -> None:
+    def keep(self, line: BenchSample) -> None:
         """A sample, on disk the moment it is taken."""
         self.samples.append(line)
         if self.log is not None:
             try:
-                self.log.write(json.dumps(line) + "\n")
+                self.log.write(json.dumps(to_json(line)) + "\n")
                 self.log.flush()
             except OSError as error:
                 raise files.write_error(self.log.name, error) from None
@@ -188,11 +189,10 @@ class _Group:
         self.processes: dict[str, TrialProcess] = {}
         self.passes: dict[str, Pass] = {}
         self.spent_sec: dict[tuple[str, str], float] = {}  # of sampling, by kind and name, probes included
-        self.where = {"cell": self.cell.title, "group": g}
 
     # -- what it gives
 
-    def rows(self, ended: str, trials: Mapping[str, Trial] | None = None) -> list[Row]:
+    def rows(self, ended: str, trials: Mapping[str, Trial] | None = None) -> list[BenchRow]:
         """Args:
         ended: what ended the run, where something is missing.
         trials: by name; None: those of the group.
@@ -201,13 +201,12 @@ class _Group:
         order = {name: i for i, name in enumerate([*of.configs, of.twin, *of.peers.engines])}
         shown = [t for t in trials.values() if self.g == 0 or t.name not in (of.baseline, of.twin)]
         first = trials[of.baseline]
-        made = [
-            make_row(trial, first, of.twin, self.cell, of.config, of.ceilings, ended)
+        return [
+            make_row(trial, first, of.twin, self.cell, of.config, of.ceilings, ended, self.g)
             for trial in sorted(shown, key=lambda t: order[t.name])
         ]
-        return [{**row, "group": self.g} for row in made]
 
-    def resolutions(self) -> list[Row]:
+    def resolutions(self) -> list[Resolution]:
         """What the baseline differs from itself by, for each kind."""
         of, out = self.of, []
         for kind, result in self.passes.items():
@@ -215,7 +214,7 @@ class _Group:
             ratio = result.blocks.ratio(of.baseline, of.twin, of.level)
             word = result.verdict(of.baseline, of.twin, of.twin)
             known = half_width if half_width != float("inf") else None
-            out.append({**self.where, "kind": kind, "half_width": known, "ratio": ratio.to_json(), "verdict": word})
+            out.append(Resolution(self.cell.title, self.g, kind, known, estimate_of(ratio), word))
         return out
 
     # -- the run
@@ -364,8 +363,7 @@ class _Group:
         trial.loaded = answer
 
     def _warmed(self, trial: Trial, kind: str, timings: list[float], is_settled: bool, sec: float) -> None:
-        where = {"cell": self.cell.title, "kind": kind, "group": self.g}
-        self.of.warm_ups.append({**where, "config": trial.name, "timings_sec": timings})
+        self.of.warm_ups.append(WarmUp(self.cell.title, kind, self.g, trial.name, timings))
         if not is_settled:
             trial.notes.append(f"{kind}: timings still drifted after {sec:.0f} s of warm-up")
 
@@ -404,8 +402,10 @@ class _Group:
             # Each interval by itself at 95 %: nothing is decided by it, so it pays for no further looks.
             passes = {kind: replace(result, level=stats.LEVEL) for kind, result in self.passes.items()}
             trials = {name: replace(trial, passes=passes) for name, trial in self.trials.items()}
-            unjudged = {f"{phase}_verdict": None for phase in PHASES.values()}
-            of.on_first([row | unjudged for row in self.rows("it goes on", trials)])
+            rows = self.rows("it goes on", trials)
+            for _, phase in (pair for row in rows for pair in row.phases):
+                phase.verdict = None
+            of.on_first(rows)
         of.known_ceilings()  # not before: it takes seconds, and every row waits for it
 
     def _due(self, result: Pass) -> list[str]:
@@ -419,7 +419,7 @@ class _Group:
         yardsticks = [name for name in (of.baseline, of.twin) if name in alive]
         if result.n_blocks < of.schedule[0]:
             return alive
-        is_blunt = of.twin in alive and result.resolution(of.baseline, of.twin) > MAX_AA
+        is_blunt = of.twin in alive and result.resolution(of.baseline, of.twin) > TOO_NOISY
 
         def is_open(name: str) -> bool:
             if self.spent_sec.get((result.kind, name), 0.0) < of.min_time_sec:
@@ -468,7 +468,7 @@ class _Group:
 
     def _keep(self, result: Pass, sample: Sample) -> None:
         result.samples.append(sample)
-        self.of.keep({**self.where, "kind": result.kind, **sample.to_json()})
+        self.of.keep(BenchSample(self.cell.title, self.g, result.kind, **vars(sample)))
 
     def _restart(self, trial: Trial, kind: str) -> None:
         self.of.say(f"{trial.name}: the server that forks trials ended: started again")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from paretune.errors import UsageError
-from paretune.measure.bench_rows import Cell
 from paretune.measure.workload import MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
+from paretune.records.bench import Cell
 
 PROCESS_BYTES = 450 << 20  # an interpreter with PyTorch
 MEMORY_SHARE = 0.9

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune import files
+from paretune.records.record import from_json
+from paretune.records.regimes import Regimes
 from paretune.report import plots, regimes, words
 from paretune.report.tables import (
     DEFINITIONS,
@@ -203,7 +205,7 @@ def _machine(result: words.Result) -> list[tuple[str, str]]:
     return pairs
 
 
-def _regimes(found: Mapping[str, Any]) -> dict[str, Any]:
+def _regimes(found: Regimes) -> dict[str, Any]:
     """The map, the table in words, and what the forms are."""
     rows = regimes.rows_of(found)
     return {
@@ -249,7 +251,7 @@ def _context(result: words.Result) -> dict[str, Any]:
         "excluded": _grid(excluded, EXCLUDED_COLUMNS) if excluded else None,
         "peers": _grid(peers, PEER_COLUMNS) if peers else None,
         "peers_text": words.peers_sentences(result) if peers else [],
-        "regimes": _regimes(by_regime) if by_regime else None,
+        "regimes": _regimes(from_json(Regimes, by_regime)) if by_regime else None,
         "why": _why(result),
         "latency": _markup(plots.latency_bars(result)),
         "latency_caption": _LATENCY_CAPTION,
