@@ -254,3 +254,17 @@ def test_nothing_starts_cuda():
     hardware.fingerprint()
     hardware.dtype_support("cpu")
     assert torch.cuda.is_available() or not torch.cuda.is_initialized()
+
+
+def test_a_format_is_known_to_work_without_being_timed(monkeypatch):
+    from paretune.hardware import rates
+
+    rates.dtype_failure.cache_clear()
+    monkeypatch.setattr(rates, "_timed", lambda *args: pytest.fail("timed"))
+    assert [hardware.dtype_failure(name) for name in ("fp32", "bf16", "fp16")] == [None] * 3
+    rates.dtype_failure.cache_clear()
+    real = rates._product
+    wrong = lambda name, *shape: lambda: real(name, *shape)() * (1 if name == "fp32" else 2)  # noqa: E731
+    monkeypatch.setattr(rates, "_product", wrong)
+    assert hardware.dtype_failure("bf16") == "bf16 does not work here: its result is 100% away from fp32"
+    rates.dtype_failure.cache_clear()

@@ -59,6 +59,11 @@ class Registry(Generic[T]):
                 yield name, entry
 
     @property
+    def others(self) -> list[str]:
+        """Names of entries that other packages brought."""
+        return [name for name in self.names() if name not in self._own]
+
+    @property
     def broken(self) -> dict[str, str]:
         """Entries of other packages that could not be imported, of those that were asked for, and why."""
         return dict(self._broken)

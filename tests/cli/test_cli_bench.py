@@ -15,7 +15,7 @@ import torch
 
 from paretune.cli.app import run
 from paretune.measure import bench as measure
-from paretune.measure import bench_run
+from paretune.measure import bench_group
 from paretune.records.bench import BenchResult
 from paretune.records.record import from_json
 from paretune.report import bench as report
@@ -39,7 +39,7 @@ def real_run(tiny_gpt2_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "out"
     arguments = ["bench", str(tiny_gpt2_folder), "--config", "baseline,eager_attn", *TINY, "--output_dir", str(out)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_run, "WARM_UP_SEC", 1.0)  # these numbers need not be good
+        patch.setattr(bench_group, "WARM_UP_SEC", 1.0)  # these numbers need not be good
         return run(arguments), out
 
 

@@ -206,6 +206,8 @@ def test_ls_says_what_works_on_a_device(command, monkeypatch):
         "fp16": hardware.DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here"),
     }
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
+    reasons = lambda name, device="cpu": None if support[name].works else support[name].reason  # noqa: E731
+    monkeypatch.setattr(hardware, "dtype_failure", reasons)
     code, out, _ = command("ls", "--device", "cpu", "--json")
     assert code == 0
     found = json.loads(out)

@@ -24,6 +24,7 @@ def quick(monkeypatch):
     """Nothing is measured here; a search that starts anyway fails the test."""
     good = {d: DtypeSupport(True, False, 1.0, 1.0, "good") for d in ("fp32", "bf16", "fp16")}
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": good)
+    monkeypatch.setattr(hardware, "dtype_failure", lambda name, device="cpu": None)
     monkeypatch.setattr("paretune.native_build.compiler", lambda: "c++")
 
     def no_run(self):

@@ -51,7 +51,8 @@ def test_the_native_writer_leaves_the_model_alone(tiny, family, monkeypatch):
     model = tiny(family, vocab_size=97)[0]
     before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
     holders = {name: m.weight for name, m in model.named_modules() if isinstance(m, Linear | Embedding)}
-    assert calibration._writer(model).name == "native"
+    runner, reason = calibration._writer(model)
+    assert runner.name == "native" and reason == ""
     windows = calibration.from_model(model, 50, 12)
     for name, m in model.named_modules():
         assert name not in holders or m.weight is holders[name]
@@ -59,8 +60,10 @@ def test_the_native_writer_leaves_the_model_alone(tiny, family, monkeypatch):
     assert after.keys() == before.keys()
     assert all(after[name] is value and torch.equal(value, copy) for name, (value, copy) in before.items())
     monkeypatch.setattr(calibration.hardware, "available_memory_bytes", lambda: 0)  # no room for a copy
-    assert calibration._writer(model).name == "eager"
-    eager = calibration.from_model(model, 50, 12)
+    said = []
+    eager = calibration.from_model(model, 50, 12, say=said.append)
+    (line,) = said
+    assert "written by PyTorch" in line and "more than half of the 0 GB free" in line and "\n" not in line
     # Logits differ by rounding alone (1e-6), so a draw that falls between two tokens is rare.
     assert (windows == eager).float().mean() > 0.95
 
@@ -69,8 +72,9 @@ def test_what_native_code_cannot_run_is_written_by_pytorch(tiny):
     model = tiny("gpt2")[0]
     for block in model.h:
         block.attn.attention = lambda *args: EXACT(*args)
-    assert calibration._writer(model).name == "eager"
-    assert calibration.from_model(model, 3, 4).shape == (3, 4)
+    said = []
+    assert calibration.from_model(model, 3, 4, say=said.append).shape == (3, 4)
+    assert len(said) == 1 and "written by PyTorch" in said[0]
 
 
 def test_tokens_are_drawn_from_the_distribution():
@@ -88,3 +92,22 @@ def test_a_recipe_that_needs_calibration_loads_by_itself(tiny):
     folder = tiny("gpt2", n_embd=64)[2]
     loaded = load_recipe(folder, Recipe((Attention("sdpa"), GPTQ())), check=False)
     assert loaded.runner.model.h[0].attn.c_attn.weight.format == "int_groups"
+
+
+@needs_native
+def test_who_wrote_the_text_is_in_what_is_loaded_quantised_and_reported(tiny, tmp_path, monkeypatch):
+    from paretune.engine.quantize import quantize
+    from paretune.measure.worker import Trial
+
+    folder = tiny("gpt2", n_embd=64)[2]
+    recipe = Recipe((Attention("sdpa"), GPTQ()))
+    request = {"folder": str(folder), "recipe": recipe.to_dict(), "workload": {"input_len": 8, "output_len": 4}}
+    request["is_checked"] = True
+    assert load_recipe(folder, recipe, check=False).notes == ()
+    monkeypatch.setattr(calibration.hardware, "available_memory_bytes", lambda: 0)
+    (note,) = load_recipe(folder, recipe, check=False).notes
+    assert "written by PyTorch" in note
+    assert Trial().load(request)["notes"] == [note]
+    said = []
+    made = quantize(folder, [GPTQ()], tmp_path / "out", say=said.append)
+    assert note in said and made.to_json()["notes"] == [note]

@@ -15,10 +15,15 @@ from paretune.engine.load import load_recipe
 from paretune.errors import NotExactError
 from paretune.model import checkpoint
 from paretune.ops.attention import reference
+from paretune.ops.native.packed import PackedWeight
 from paretune.recipe import Recipe, preset
 from paretune.registry import ATTENTION
 from paretune.transforms.attention import Attention
+from paretune.transforms.fp8 import Float8
+from paretune.transforms.groups import Groups
 from paretune.transforms.int8 import Int8
+from paretune.transforms.llm_int8 import LLMInt8
+from paretune.transforms.nf4 import NormalFloat4
 from paretune.transforms.precision import Precision
 
 PROMPT = [5, 17, 99, 3, 42, 42, 8, 120, 64, 2, 77, 31, 90, 11, 56, 101]
@@ -37,10 +42,19 @@ def wrong_in_decode_only(q, k_new, v_new, layer_cache, spec):
     return y if q.size(2) > 1 else y * 1.5
 
 
+def far_off(q, k_new, v_new, layer_cache, spec):
+    return -4 * reference.attention(q, k_new, v_new, layer_cache, spec)
+
+
+def far_off_in_decode_only(q, k_new, v_new, layer_cache, spec):
+    y = reference.attention(q, k_new, v_new, layer_cache, spec)
+    return y if q.size(2) > 1 else -4 * y
+
+
 @pytest.fixture(autouse=True)
 def forms(monkeypatch):
-    for function in (proper, wrongly_scaled, wrong_in_decode_only):
-        monkeypatch.setitem(ATTENTION._targets, function.__name__, f"{__name__}:{function.__name__}")
+    for function in (proper, wrongly_scaled, wrong_in_decode_only, far_off, far_off_in_decode_only):
+        monkeypatch.setitem(ATTENTION._own, function.__name__, f"{__name__}:{function.__name__}")
 
 
 @pytest.fixture(params=["gpt2", "llama", "mistral"])
@@ -75,6 +89,57 @@ def test_rounded_numbers_are_held_to_twice_the_references_error(folder, more):
     for form in ("wrongly_scaled", "wrong_in_decode_only"):
         with pytest.raises(NotExactError, match=r"is off by .* from fp32, its reference form by"):
             check_exact(load_recipe(folder, recipe_of(form, *more)), PROMPT)
+
+
+# Formats whose reference is one step of many rows, and those that need few rows too.
+WHOLE = {
+    "groups": Groups(),
+    "groups7": Groups(bits=7, group=64),
+    "minimum": Groups(minimum=True),
+    "byte inputs": Groups(bits=8, group=128, activation_bits=8),
+    "nf4": NormalFloat4(),
+    "fp8": Float8(),
+}
+STEPWISE = {"int8": Int8(), "llm_int8": LLMInt8(), "bf16": Precision("bf16"), "fp16": Precision("fp16")}
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *STEPWISE])
+def test_the_reference_takes_few_rows_only_where_they_round_otherwise(folder, name):
+    """Whole and stepwise give the same error where the format says that rows do not matter."""
+    loaded = load_recipe(folder, recipe_of("sdpa", (WHOLE | STEPWISE)[name]))
+    reference = exact._Reference(loaded, PROMPT, 12, 2, None)
+    runner = reference.recipe.runner(reference.twin())
+    assert exact._rows_matter(runner) == (name in STEPWISE)
+    stepwise = exact._last_logits(runner, torch.tensor([PROMPT] * 2), reference.half, 0, exact.FEW_ROWS)
+    assert reference.allowed() == pytest.approx(reference.error_of(stepwise), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [*WHOLE, *STEPWISE])
+@pytest.mark.parametrize("form", ["far_off", "far_off_in_decode_only"])
+def test_a_planted_error_is_caught_under_every_format(folder, name, form):
+    """So large that it stands out of the rounding of 4 bits too, of which a tiny random model has plenty."""
+    more = (WHOLE | STEPWISE)[name]
+    assert check_exact(load_recipe(folder, recipe_of("sdpa", more)), PROMPT)
+    with pytest.raises(NotExactError, match=r"is off by .* from fp32, its reference form by"):
+        check_exact(load_recipe(folder, recipe_of(form, more)), PROMPT)
+
+
+@pytest.mark.parametrize("where", ["data", "scale"])
+@pytest.mark.parametrize(
+    "name", ["native_int4", "native_int8", "native_q8_0", "native_w8a8", "native_w7a7", "native_nf4"]
+)
+def test_an_error_planted_in_packed_weights_is_caught(folder, tmp_path, name, where):
+    """The head of one trial; the reference is that of the trial before it, whose weights are right."""
+    assert check_exact(load_recipe(folder, preset(name), check=False), PROMPT, store=tmp_path)
+    loaded = load_recipe(folder, preset(name), check=False)
+    packed = loaded.runner.model.head.weight
+    assert isinstance(packed, PackedWeight) and packed.scale is not None
+    if where == "data":
+        packed.packed.copy_(packed.packed.flip(0))
+    else:
+        packed.scale.mul_(3)
+    with pytest.raises(NotExactError, match=r"is off by .* from fp32, its reference form by"):
+        check_exact(loaded, PROMPT, store=tmp_path)
 
 
 def test_a_nan_is_not_exact(tiny_gpt2_folder):

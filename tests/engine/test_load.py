@@ -85,9 +85,9 @@ def test_prove_refuses_a_transform_that_was_undone(tiny_gpt2_folder):
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_prove_refuses_graph_breaks(tiny_gpt2_folder, monkeypatch):
-    loaded = load_recipe(tiny_gpt2_folder, recipe_of("sdpa"))
-    _, probe = prove(loaded)
+    _, probe = prove(load_recipe(tiny_gpt2_folder, recipe_of("sdpa")))
     fine = dataclasses.replace(probe, compiled=True)
+    loaded = load_recipe(tiny_gpt2_folder, preset("compile"))  # nothing is compiled before a step
     monkeypatch.setattr(load, "observe", lambda *_: fine)
     assert "0 graph breaks" in prove(loaded)[0][-1]
     monkeypatch.setattr(load, "observe", lambda *_: dataclasses.replace(fine, graph_breaks=2))

@@ -12,7 +12,7 @@ from paretune import clock, hardware
 from paretune.engine.dispatch import PLAN, Entry, Form, Table
 from paretune.errors import UsageError
 from paretune.measure import bench as measure
-from paretune.measure import bench_run, grid, session
+from paretune.measure import bench_group, bench_run, grid, session
 from paretune.measure.interleave import SubjectError
 from paretune.recipe import Recipe, preset
 from paretune.records.bench import BenchResult, BenchRow, Cell
@@ -127,14 +127,16 @@ def fakes(monkeypatch):
         monkeypatch.setattr(FakeProcess, name, value)
     sweep = ({"bytes": 1 << 20, "threads": 2, "bytes_per_sec": 1e10},)
     ceilings = hardware.Ceilings("cpu", "fake", 2, sweep, {"fp32": 1e11})
-    monkeypatch.setattr(bench_run, "TrialProcess", FakeProcess)
+    monkeypatch.setattr(bench_group, "TrialProcess", FakeProcess)
     monkeypatch.setattr(session, "prepare", lambda: None)
+    monkeypatch.setattr(session, "settle", lambda: None)
     monkeypatch.setattr(hardware, "BandwidthProbe", FakeProbe)
     monkeypatch.setattr(hardware, "ceilings", lambda device, quick: ceilings)
     monkeypatch.setattr(hardware, "set_threads", lambda n: {"threads": n or 2})
     emulated = hardware.DtypeSupport(True, True, 0.5, 0.5, "bf16 is emulated here")
     support = {"bf16": emulated, "fp16": hardware.DtypeSupport(False, False, 0.0, 0.0, "no such kernel")}
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
+    monkeypatch.setattr(hardware, "dtype_failure", lambda n, device="cpu": "no such kernel" if n == "fp16" else None)
     with clock.use(clock.FakeClock()):
         yield
     assert not FakeProcess.alive, "every process is closed"
@@ -308,7 +310,7 @@ def test_the_budget_ends_the_run_and_says_what_was_not_reached(tiny_gpt2_folder)
 
 def test_memory_that_does_not_hold_all_makes_groups_around_the_baseline(tiny_gpt2_folder, monkeypatch):
     FakeProcess.speed = {"int8": 2.0, "bf16": 0.5}
-    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: int(3.6 * grid.PROCESS_BYTES))
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: grid.PROCESS_BYTES + int(4.2 * grid.FORKED_BYTES))
     result = run(tiny_gpt2_folder, ("baseline", "int8", "bf16"))
     assert FakeProcess.most_alive == 3
     loaded = [r["name"] for r in FakeProcess.requests]
@@ -366,8 +368,23 @@ def test_a_cell_is_estimated_above_its_weights(tiny_gpt2_folder):
     n = grid.n_parameters(config)
     small, large = (grid.trial_bytes(config, n, Cell(8, 8, b)) for b in (1, 64))
     assert grid.PROCESS_BYTES + 4 * n < small < large
+    assert (
+        grid.trial_bytes(config, n, Cell(8, 8, 1), grid.FORKED_BYTES) == small - grid.PROCESS_BYTES + grid.FORKED_BYTES
+    )
     low, high = grid.estimate_sec(2, 1, 2, 8, 27)
     assert 0 < low < high and math.isfinite(high)
+
+
+def test_what_trials_share_is_counted_once(monkeypatch):
+    monkeypatch.setattr(grid.forkserver, "is_possible", lambda: True)
+    alone = (0, grid.PROCESS_BYTES)
+    assert grid.shared_and_own_bytes([preset("native")]) == (grid.PROCESS_BYTES, grid.FORKED_BYTES)
+    compiled = Recipe.from_dict({"transforms": [], "engine": {"runner": "compile"}})
+    assert grid.shared_and_own_bytes([preset("native"), compiled]) == alone
+    assert grid.shared_and_own_bytes([preset("native")], "cuda") == alone
+    assert grid.shared_and_own_bytes([preset("native")], has_peers=True) == alone
+    monkeypatch.setattr(grid.forkserver, "is_possible", lambda: False)
+    assert grid.shared_and_own_bytes([preset("native")]) == alone
 
 
 def test_a_process_serves_every_cell_where_it_is_kept(tiny_gpt2_folder):
@@ -435,11 +452,11 @@ def test_the_bytes_of_a_window_do_not_grow_with_the_context(tiny_gpt2_folder, mo
 def test_every_row_has_every_kind_before_any_has_more(tiny_gpt2_folder):
     FakeProcess.speed = {"int8": 2.0}
     run(tiny_gpt2_folder, ("baseline", "int8", "bf16"))
-    n_rows, first = 4, bench_run.FIRST_BLOCKS
+    n_rows, first = 4, bench_group.FIRST_BLOCKS
     for i, kind in enumerate(("ttft", "tpot")):
         part = FakeProcess.slices[i * n_rows * first : (i + 1) * n_rows * first]
         assert {k for _, k, _ in part} == {kind} and len({name for name, _, _ in part}) == n_rows
-        assert {sec for _, _, sec in part} == {bench_run.FIRST_SLICE_SEC}, "every row waits for them: they are short"
+        assert {sec for _, _, sec in part} == {bench_group.FIRST_SLICE_SEC}, "every row waits for them: they are short"
     assert {sec for _, _, sec in FakeProcess.slices[2 * n_rows * first :]} == {None}
 
 
@@ -454,10 +471,24 @@ def test_the_first_rows_are_shown_with_intervals_and_no_verdict_is_asked_of_them
 
     run(tiny_gpt2_folder, ("baseline", "int8"), on_first=on_first)
     rows = {row.config: to_json(row) for row in shown[0]}
-    assert len(shown) == 1 and taken == [2 * 3 * bench_run.FIRST_BLOCKS]
+    assert len(shown) == 1 and taken == [2 * 3 * bench_group.FIRST_BLOCKS]
     assert rows["int8"]["decode_speedup_low"] == pytest.approx(2.0) and rows["int8"]["mbu"] is None
     assert rows["int8"]["prefill_speedup_high"] == pytest.approx(2.0)
     assert {row["decode_verdict"] for row in rows.values()} == {None}
+
+
+def test_what_is_judged_at_once_has_long_slices(tiny_gpt2_folder):
+    """Where there are no more blocks than the first ones, the verdict would rest on short slices alone."""
+    run(tiny_gpt2_folder, ("baseline", "int8"), min_blocks=2, max_blocks=bench_group.FIRST_BLOCKS)
+    assert {sec for _, _, sec in FakeProcess.slices} == {None}
+
+
+def test_number_formats_are_timed_after_the_first_rows(tiny_gpt2_folder, monkeypatch):
+    did = []
+    support = hardware.dtype_support()
+    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": did.append("timed") or support)
+    result = run(tiny_gpt2_folder, ("baseline", "bf16"), on_first=lambda rows: did.append("first"))
+    assert did == ["first", "timed"] and by_name(result)["bf16"]["notes"] == ["bf16 is emulated here"]
 
 
 def test_what_is_decided_sits_out_and_the_yardsticks_do_not(tiny_gpt2_folder):
@@ -474,7 +505,7 @@ def test_a_budget_starves_no_row(tiny_gpt2_folder):
     assert all(row["status"] == "measured" for row in rows.values())
     for phase in ("prefill", "decode"):
         counts = [row[f"{phase}_n"] for row in rows.values()]
-        assert max(counts) - min(counts) <= 1 and min(counts) >= bench_run.FIRST_BLOCKS
+        assert max(counts) - min(counts) <= 1 and min(counts) >= bench_group.FIRST_BLOCKS
     assert all(rows[name]["decode_verdict"] for name in ("int8", "bf16"))
 
 
@@ -510,7 +541,7 @@ def test_an_interrupt_goes_up_or_gives_what_is_known(tiny_gpt2_folder):
     assert result["interrupted"] and not result["too_noisy"]
     rows = by_name(result)
     assert {row["cell"] for row in rows.values()} == {"8+9 x1"}
-    assert rows["int8"]["prefill_n"] == bench_run.FIRST_BLOCKS and rows["int8"]["decode_n"] in (4, 5)
+    assert rows["int8"]["prefill_n"] == bench_group.FIRST_BLOCKS and rows["int8"]["decode_n"] in (4, 5)
     assert len(result["samples"]) == 31
 
 

@@ -170,13 +170,90 @@ def test_what_a_worker_needs_is_imported_without_threads(fork):
         "import json, os, sys\n"
         "import paretune.measure.worker, paretune.tune.worker, paretune.train.worker\n"
         "for module in (paretune.measure.worker, paretune.tune.worker, paretune.train.worker): module.preload()\n"
-        "names = ['torch', 'torch._dynamo.utils', 'paretune.engine.exact', 'paretune.evaluate.fidelity',\n"
+        "names = ['torch', 'paretune.engine.exact', 'paretune.evaluate.fidelity',\n"
         "         'paretune.engine.runners.native', 'paretune.transforms.gptq',\n"
         "         'paretune.model.families.llama.model']\n"
-        "print(json.dumps([len(os.listdir('/proc/self/task')), [n for n in names if n not in sys.modules]]))\n"
+        "missing = [n for n in names if n not in sys.modules]\n"
+        # As long an import again as all else, for the few trials that compile.
+        "print(json.dumps([len(os.listdir('/proc/self/task')), missing, 'torch._dynamo' in sys.modules]))\n"
     )
     import subprocess
 
     env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=240)
-    assert json.loads(done.stdout) == [1, []], done.stderr
+    assert json.loads(done.stdout) == [1, [], False], done.stderr
+
+
+def test_imports_are_waited_for_before_anything_is_measured(fork, tmp_path):
+    """`prepare` comes back at once, `settle` when the module is there; what fails shows when a trial is started."""
+    fork("import time; time.sleep(1.0); open(__file__ + '.done', 'w').close()").close()
+    (tmp_path / "fork_worker.py.done").unlink()
+    before = time.monotonic()
+    session.prepare("fork_worker")
+    assert time.monotonic() - before < 0.9 and not (tmp_path / "fork_worker.py.done").exists()
+    session.settle("fork_worker")
+    assert (tmp_path / "fork_worker.py.done").exists()
+    with pytest.raises(forkserver.ForkFailed, match="ModuleNotFoundError: No module named 'no_such_worker'"):
+        session._fork.server.settle("no_such_worker")
+    session.settle("no_such_worker")
+
+
+def test_bench_waits_for_the_imports_before_its_first_trial(monkeypatch, pocket_folder):
+    from paretune.measure import bench
+    from paretune.recipe import preset
+
+    done = []
+    monkeypatch.setattr(session, "prepare", lambda: done.append("prepare"))
+    monkeypatch.setattr(session, "settle", lambda: done.append("settle"))
+    monkeypatch.setattr(bench.Run, "run", lambda run, cells: done.append("run"))
+    monkeypatch.setattr(bench.Run, "known_ceilings", lambda run: done.append("ceilings"))
+    bench.bench(pocket_folder, [("baseline", preset("baseline"))])
+    assert done == ["prepare", "settle", "run", "ceilings"]
+
+
+def test_a_server_that_is_stopped_ends_with_its_parent(tmp_path):
+    """It cannot read that its socket is at its end, and would stay for ever."""
+    import subprocess
+
+    (tmp_path / "fork_worker.py").write_text(MODULE.format(preload="pass"))
+    script = (
+        "import os, signal, time\n"
+        "from paretune.measure import session\n"
+        "trial = session.TrialProcess('t', 'tpot', module='fork_worker')\n"
+        "pids = [session._fork.server.pid, trial.ask('about')['pid']]\n"
+        "for pid in pids: os.kill(pid, signal.SIGSTOP)\n"
+        "print(*pids, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE, text=True)
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) == 2 and all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(_runs(pid) for pid in pids)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process and it has not ended: one that nobody waits for stays as a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as f:
+            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_server_whose_thread_has_ended_is_replaced(fork):
+    """The system ends it with the thread that started it."""
+    import threading
+
+    first: list[TrialProcess] = []
+    thread = threading.Thread(target=lambda: first.append(fork()))
+    thread.start()
+    thread.join()
+    second = fork()
+    assert second.note == "" and isinstance(second._process, ForkedProcess)
+    assert second.ask("about")["parent"] == session._fork.server.pid

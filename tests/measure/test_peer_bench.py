@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from paretune.measure import bench as measure
-from paretune.measure import bench_run
+from paretune.measure import bench_group
 from paretune.measure.peers import convert, envs, subject
 from paretune.measure.peers.catalogue import Engine, Format, Peer
 from paretune.recipe import preset
@@ -43,7 +43,7 @@ def result(tiny_gpt2_folder, tmp_path_factory):
     real = envs.command
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARETUNE_CACHE", str(cache))
-        patch.setattr(bench_run, "WARM_UP_SEC", 0.5)
+        patch.setattr(bench_group, "WARM_UP_SEC", 0.5)
         patch.setattr(subject, "LOAD_TIMEOUT_SEC", 12.0)
         patch.setattr(envs, "command", lambda peer: [sys.executable, str(SCRIPT)] if peer is FAKE else real(peer))
         found = measure.bench(

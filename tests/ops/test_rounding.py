@@ -10,6 +10,10 @@ from paretune.ops.weights import rounding
 from paretune.ops.weights.int_groups import IntGroups
 
 
+def gptq(w, h, bits, group, *, minimum=False, **options):
+    return rounding.gptq(w, rounding.solver(h, **options), bits, group, minimum=minimum)
+
+
 def correlated(n, n_in):
     """Inputs as layers see them: few directions carry most, a few inputs are large."""
     x = torch.randn(n, 12) @ torch.randn(12, n_in) + 0.3 * torch.randn(n, n_in)
@@ -49,7 +53,7 @@ def test_gptq_equals_the_equations(act_order, minimum):
     n_in, group = 192, 64  # more than one block of columns
     w, x = torch.randn(24, n_in), correlated(1500, n_in)
     h = moments(x)
-    got = rounding.gptq(w, h.clone(), 4, group, minimum=minimum, act_order=act_order, damping=0.05)
+    got = gptq(w, h.clone(), 4, group, minimum=minimum, act_order=act_order, damping=0.05)
     order = torch.argsort(h.diagonal(), descending=True) if act_order else torch.arange(n_in)
     low = torch.zeros_like(got.scale) if got.minimum is None else got.minimum
     expected = textbook(w, h, got.scale, low, got.lowest, 4, group, order, 0.05)
@@ -63,7 +67,7 @@ def test_gptq_of_any_width_equals_the_equations(minimum, n_in):
     """The last group is shorter; more than one block of columns where there are more than 128."""
     w, x = torch.randn(24, n_in), torch.randn(1500, n_in) @ torch.randn(n_in, n_in)
     h, group = moments(x), 64
-    got = rounding.gptq(w, h.clone(), 4, group, minimum=minimum, damping=0.05)
+    got = gptq(w, h.clone(), 4, group, minimum=minimum, damping=0.05)
     order = torch.argsort(h.diagonal(), descending=True)
     low = torch.zeros_like(got.scale) if got.minimum is None else got.minimum
     expected = textbook(w, h, got.scale, low, got.lowest, 4, group, order, 0.05)
@@ -90,7 +94,7 @@ def test_the_short_group_is_searched_as_a_group_of_its_own(bits, n_in):
 def test_gptq_halves_the_error_of_nearest(minimum):
     w, x = torch.randn(64, 256), correlated(4000, 256)
     nearest = IntGroups.quantize(w, 4, 64, minimum=minimum)
-    got = rounding.gptq(w, moments(x), 4, 64, minimum=minimum)
+    got = gptq(w, moments(x), 4, 64, minimum=minimum)
     assert (got.bits, got.group, got.stored_bytes) == (4, 64, nearest.stored_bytes)
     assert loss(got, w, x) < 0.5 * loss(nearest, w, x)
     # On text of another kind it is no disaster.
@@ -101,7 +105,7 @@ def test_gptq_halves_the_error_of_nearest(minimum):
 def test_inputs_that_are_never_seen_are_rounded_to_nearest():
     w, x = torch.randn(16, 128), correlated(1000, 128)
     x[:, [3, 77]] = 0
-    got = rounding.gptq(w, moments(x), 4, 64)
+    got = gptq(w, moments(x), 4, 64)
     s = got.scale.float().repeat_interleave(64, dim=1)
     nearest = rounding.integers(w, s, torch.zeros(1), 4, 0)
     assert torch.equal(got.integers()[:, [3, 77]].float(), nearest[:, [3, 77]])
@@ -111,9 +115,9 @@ def test_inputs_that_are_never_seen_are_rounded_to_nearest():
 def test_moments_without_an_inverse():
     """One direction only: the damping makes up for it. What is not positive at all is an error, not a wrong answer."""
     x = torch.randn(200, 1) @ torch.randn(1, 64)
-    assert torch.isfinite(rounding.gptq(torch.randn(8, 64), moments(x), 4, 64).dequantize()).all()
+    assert torch.isfinite(gptq(torch.randn(8, 64), moments(x), 4, 64).dequantize()).all()
     with pytest.raises(ParetuneError, match="cannot be inverted"):
-        rounding.gptq(torch.randn(8, 64), -1e3 * torch.ones(64, 64) + torch.eye(64), 4, 64)
+        gptq(torch.randn(8, 64), -1e3 * torch.ones(64, 64) + torch.eye(64), 4, 64)
 
 
 def test_searched_scales_are_never_worse():
@@ -140,7 +144,7 @@ def test_hqq_makes_the_median_error_smaller():
     assert size(found) < size(nearest)
 
 
-@pytest.mark.parametrize("make", [lambda w: rounding.hqq(w, 4, 64), lambda w: rounding.gptq(w, torch.eye(128), 4, 64)])
+@pytest.mark.parametrize("make", [lambda w: rounding.hqq(w, 4, 64), lambda w: gptq(w, torch.eye(128), 4, 64)])
 def test_zero_rows_and_large_numbers(make):
     w = torch.randn(5, 128)
     w[1] = 0

@@ -7,8 +7,11 @@ import torch
 
 from paretune.errors import CheckpointError, ParetuneError
 from paretune.ops.int8_linear import mixed, reference
+from paretune.ops.weights.base import is_finite
+from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.fp8 import Fp8
 from paretune.ops.weights.int8_rows import Int8Rows
+from paretune.ops.weights.int_groups import IntGroups
 from paretune.ops.weights.mixed_int8 import MixedInt8
 from paretune.ops.weights.nf4 import CODES, NF4, dynamic_map
 from paretune.registry import FORMATS
@@ -31,6 +34,45 @@ def numbers(kind, shape):
     if kind == "zeros":
         w[shape[0] // 2] = 0
     return w
+
+
+# ---- what all formats say
+
+
+ALL = {
+    **MAKE,
+    "dense": Dense,
+    "int8_rows": Int8Rows.quantize,
+    "int_groups": lambda w: IntGroups.quantize(w, 4, 32),
+    "int_groups with minimum": lambda w: IntGroups.quantize(w, 8, 64, minimum=True),
+    "int_groups, byte inputs": lambda w: IntGroups.quantize(w, 8, 128, activation_bits=7),
+}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_rows_matter_only_where_a_format_says_so(kind):
+    """A row alone, beside 15 and beside 63 others, of which one holds an outlier."""
+    torch.manual_seed(0)
+    weight = ALL[kind](torch.randn(96, 256))
+    x = torch.randn(64, 256)
+    x[40, 100] = 60.0
+    whole = weight.linear(x)
+    for n in (1, 16):
+        parts = torch.cat([weight.linear(part) for part in x.split(n)])
+        error = float((parts - whole).norm() / whole.norm())
+        assert (error > 1e-4) == weight.rows_matter, (n, error)
+    assert {weight.format for weight in (make(torch.randn(16, 64)) for make in ALL.values())} == set(FORMATS.names())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_number_that_is_none_is_found_wherever_it_is(bad, dtype):
+    values = torch.randn(7, 331).to(dtype)
+    assert is_finite(values) and is_finite(values[:, :0])
+    for at in (0, 17, 1000, 7 * 331 - 1):
+        broken = values.clone()
+        broken.view(-1)[at] = bad
+        assert not is_finite(broken) and not is_finite(broken.t())
 
 
 # ---- NF4

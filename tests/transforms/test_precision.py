@@ -93,14 +93,15 @@ def support(**changes):
 def test_a_dtype_that_does_not_work_is_refused_with_the_reason(monkeypatch):
     asked = []
 
-    def dtype_support(device):
-        asked.append(device)
-        return {"bf16": support(works=False, reason="no product here"), "fp16": support()}
+    def dtype_failure(name, device):
+        asked.append((name, device))
+        return "no product here" if name == "bf16" else None
 
-    monkeypatch.setattr(hardware, "dtype_support", dtype_support)
+    monkeypatch.setattr(hardware, "dtype_failure", dtype_failure)
+    monkeypatch.setattr(hardware, "dtype_support", lambda device: pytest.fail("timed, to know whether it works"))
     assert Precision("bf16").requires("cpu") == "no product here"
     assert Precision("fp16").requires("cuda") is None
-    assert asked == ["cpu", "cuda"]
+    assert asked == [("bf16", "cpu"), ("fp16", "cuda")]
 
 
 def test_an_emulated_dtype_is_allowed_and_said_to_be(monkeypatch):

@@ -293,6 +293,7 @@ def install(monkeypatch, machine: Machine, n_draws: int = 200) -> Machine:
     monkeypatch.setattr(hardware, "BandwidthProbe", probe)
     monkeypatch.setattr(hardware, "ceilings", lambda device="cpu", quick=False: ceilings)
     monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": good)
+    monkeypatch.setattr(hardware, "dtype_failure", lambda name, device="cpu": None)
     monkeypatch.setattr(hardware, "set_threads", lambda n=None: {"threads": 2})
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 64 << 30)
     for runner in (CompileRunner, NativeRunner):

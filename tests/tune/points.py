@@ -33,7 +33,7 @@ WORDS = {(axis, name): word for (axis, word), name in NAMES.items()}
 @functools.cache
 def _offered() -> dict[tuple[str, str], Option]:
     """Every option of a CPU, and those that a GPU alone has."""
-    config = checkpoint.gpt2_config()
+    config = checkpoint.published("gpt2")
     found: dict[tuple[str, str], Option] = {}
     for device in ("cuda", "cpu"):  # a CPU's last: what it needs there is what the tests are about
         for axis, options in axes(device, config, 640).items():

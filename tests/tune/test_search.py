@@ -923,10 +923,22 @@ def test_a_model_that_does_not_fit_twice_is_refused_in_one_line(monkeypatch, tmp
     assert not machine.started and not list((tmp_path / "plan").iterdir())
 
 
+@pytest.mark.parametrize(("shared", "fits"), [(None, 2), (0, 2), (300 << 20, 6)])
+def test_pages_that_trials_share_take_no_room(monkeypatch, shared, fits):
+    """A peak of 400 MB, of which 300 are the fork server's: 1,200 MB free hold six (a wave) and not two."""
+    from paretune.tune.search import Search
+
+    memory = {"rss_peak_bytes": 400 << 20} | ({} if shared is None else {"shared_bytes": shared})
+    baseline = SimpleNamespace(facts={"memory": memory, "weights_bytes": 0})
+    search = SimpleNamespace(out=SimpleNamespace(race=SimpleNamespace(trials={BASELINE: baseline})))
+    monkeypatch.setattr("paretune.hardware.available_memory_bytes", lambda: 1200 << 20)
+    assert Search._room(search) == fits
+
+
 def test_where_two_fit_the_twin_makes_room_and_the_resolution_is_known_all_the_same(monkeypatch, tmp_path):
     only(monkeypatch, INT8, BF16)
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}))
-    monkeypatch.setattr("paretune.hardware.available_memory_bytes", lambda: (1300 - 450 * len(machine.alive)) << 20)
+    monkeypatch.setattr("paretune.hardware.available_memory_bytes", lambda: (850 - 150 * len(machine.alive)) << 20)
     most = [0]
 
     def on_sample(trial, n):

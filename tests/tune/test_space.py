@@ -63,8 +63,14 @@ def machine(monkeypatch):
     monkeypatch.delenv("PARETUNE_NO_COMPILER", raising=False)
     monkeypatch.setattr("paretune.native_build.compiler", lambda: "c++")
     monkeypatch.setattr("paretune.ops.native.program.library", lambda: None)
-    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
+    _patch(monkeypatch, support)
     return support
+
+
+def _patch(monkeypatch, support):
+    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": support)
+    reasons = lambda name, device="cpu": None if support[name].works else support[name].reason  # noqa: E731
+    monkeypatch.setattr(hardware, "dtype_failure", reasons)
 
 
 def test_every_legal_combination_once(machine):
@@ -87,7 +93,7 @@ def test_baseline_is_no_candidate(machine):
 def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")
-    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
+    _patch(monkeypatch, machine)
     space = spaces.build("cpu")
     assert len(space.legal) == 2 * 3 * 3 - 1
     assert all("compile" in name or "native" in name for name, _ in space.illegal)
@@ -177,7 +183,7 @@ def test_where_mechanisms_are_of_no_use_they_are_illegal_with_the_reason(machine
 def test_without_a_compiler_mechanisms_run_through_pytorch_alone(machine, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("PARETUNE_NO_COMPILER", "1")
-    monkeypatch.setattr(hardware, "dtype_support", lambda device="cpu": machine)
+    _patch(monkeypatch, machine)
     space = spaces.build("cpu", GPT2, 640)
     assert sum("mechanism" in c.options for c in space.legal) == 3
 

@@ -15,7 +15,7 @@ from paretune import clock
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import Scores
 from paretune.measure import bench as measure
-from paretune.measure import bench_run
+from paretune.measure import bench_group
 from paretune.records.bench import PHASES, Agreement
 from paretune.records.peers import PeerQuality
 from paretune.report.html import render_report
@@ -365,11 +365,11 @@ def test_loading_is_or_is_not_of_the_time_of_bench(monkeypatch, loading_counts):
     def load_all(self):
         fake.now_sec += 100
 
-    monkeypatch.setattr(bench_run._Group, "_load_all", load_all)
-    monkeypatch.setattr(bench_run._Group, "_sample", lambda self: left.append(max(0.0, self.until - clock.now())))
+    monkeypatch.setattr(bench_group.Group, "_load_all", load_all)
+    monkeypatch.setattr(bench_group.Group, "_sample", lambda self: left.append(max(0.0, self.until - clock.now())))
     of = SimpleNamespace(deadline=1030.0, loading_counts=loading_counts, keeps_processes=False, known_ceilings=list)
-    one = object.__new__(bench_run._Group)
-    one.of, one.until, one.processes = of, 1030.0, {}
+    one = object.__new__(bench_group.Group)
+    one.of, one.until, one.processes, one.has_notes = of, 1030.0, {}, True
     one.run()
     assert left == [0.0 if loading_counts else 30.0]
     assert of.deadline == (1030.0 if loading_counts else 1130.0)

@@ -101,13 +101,16 @@ def _what(table: Any, name: str) -> str:
     import re
     from pathlib import Path
 
+    from paretune.errors import UsageError
+
     target = table.targets[name]
-    try:
-        spec = importlib.util.find_spec(target.partition(":")[0])
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        return f"cannot be imported: there is no module {target.partition(':')[0]}"
+    if name in table.others:
+        try:
+            table.get(name)
+        except UsageError:
+            return f"cannot be imported: {table.broken[name]}"
+    spec = importlib.util.find_spec(target.partition(":")[0])
+    assert spec is not None and spec.origin is not None
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
     paragraph = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<!et al)\. (?=[A-Z`])", paragraph)[0].rstrip(".")

@@ -7,6 +7,7 @@ al. 2024, "Self-calibration for Language Model Quantization and Pruning", arXiv:
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,15 +44,26 @@ def from_text(folder: Path, text: str, n_windows: int = WINDOWS, window_len: int
 
 
 @torch.inference_mode()
-def from_model(model: LanguageModel, n_windows: int = WINDOWS, window_len: int = WINDOW_LEN, seed: int = 0) -> Tensor:
+def from_model(
+    model: LanguageModel,
+    n_windows: int = WINDOWS,
+    window_len: int = WINDOW_LEN,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Tensor:
     """What the model writes by itself, drawn from its own distribution, int64 `[n_windows, window_len]`.
 
     The first token is drawn evenly from the vocabulary, so that the windows differ. The model is left as it is. The
     same machine, threads and seed give the same text; another runner adds in another order, so a token may differ.
+
+    Args:
+        say: told that it is not native code that writes, and why.
     """
     generator = torch.Generator().manual_seed(seed)
     window_len = min(window_len, model.config.n_positions)
-    runner = _writer(model)
+    runner, reason = _writer(model)
+    if reason:
+        say(f"the calibration text is written by PyTorch, slower than by native code: {reason}")
     cache = runner.new_cache(n_windows, window_len)
     token = torch.randint(model.config.vocab_size, (n_windows, 1), generator=generator)
     tokens = [token]
@@ -73,15 +85,23 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(up_to, at, right=True).clamp_(max=logits.size(1) - 1)
 
 
-def _writer(model: LanguageModel) -> Runner:
-    """The fastest runner that leaves the model alone: native on a copy of its weights where there is room for one."""
-    if NativeRunner.requires(model.embedding.weight.device.type) is None:
+def _writer(model: LanguageModel) -> tuple[Runner, str]:
+    """The fastest runner that leaves the model alone, and why it is not native code, which needs a copy of the weights
+    ("" where it is)."""
+    reason = NativeRunner.requires(model.embedding.weight.device.type)
+    if reason is None:
         weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, Linear | Embedding)}
-        if sum(weight.stored_bytes for weight in weights.values()) < hardware.available_memory_bytes() // 2:
+        n_bytes = sum(weight.stored_bytes for weight in weights.values())
+        free = hardware.available_memory_bytes()
+        if n_bytes < free // 2:
             # Modules are copied and their weights shared: the runner gives the copy packed ones in their place.
             twin = copy.deepcopy(model, dict(weights))
             try:
-                return NativeRunner(twin)
-            except CannotLower:
-                pass  # attention or a format that native code does not have
-    return EagerRunner(model)
+                return NativeRunner(twin), ""
+            except CannotLower as error:  # attention or a format that native code does not have
+                reason = error.cause
+        else:
+            reason = (
+                f"a copy of the weights takes {n_bytes / 1e9:.2g} GB, more than half of the {free / 1e9:.2g} GB free"
+            )
+    return EagerRunner(model), reason

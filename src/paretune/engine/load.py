@@ -18,6 +18,7 @@ from paretune.model.layers import Embedding, Linear
 from paretune.ops.native import packed
 from paretune.ops.quantized_linear import op
 from paretune.ops.weights.base import Weight
+from paretune.process import give_back_free_memory
 from paretune.recipe import Recipe
 from paretune.registry import RUNNERS
 from paretune.transforms.base import Context
@@ -31,6 +32,7 @@ class Loaded:
         load_sec: from the folder to the runner, the next two included.
         convert_sec: what the transforms took.
         calibrate_sec: the model's writing of the text that some of them need.
+        notes: what the user has to know of how it was loaded.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Loaded:
     load_sec: float
     convert_sec: float = 0.0
     calibrate_sec: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def load_recipe(
@@ -79,16 +82,20 @@ def load_recipe(
 
     dtype = torch.float32 if device == "cpu" else None
     model = checkpoint.load(folder, dtype, convert if streams else None).to(device)
+    notes: list[str] = []
     if ctx is None:
         is_plain = all(m.weight.is_plain for m in model.modules() if isinstance(m, Linear | Embedding))
         needs = is_plain and any(t.needs_calibration for t in recipe.transforms)
         before = clock.now()
-        ctx = Context(device=device, calibration=calibration.from_model(model) if needs else None)
+        windows = calibration.from_model(model, say=notes.append) if needs else None
+        ctx = Context(device=device, calibration=windows)
         calibrate_sec = clock.now() - before
     before = clock.now()
     model = recipe.apply(model, ctx)
     convert_sec += clock.now() - before
-    loaded = Loaded(folder, recipe, recipe.runner(model), clock.now() - started, convert_sec, calibrate_sec)
+    runner = recipe.runner(model)
+    give_back_free_memory()  # of the plain weights that were converted
+    loaded = Loaded(folder, recipe, runner, clock.now() - started, convert_sec, calibrate_sec, tuple(notes))
     if device.startswith("cuda") and any(isinstance(m, Weight) and not m.is_plain for m in model.modules()):
         op.unavailable_reason(device)  # tries the kernels now, once a process: in a captured graph would be too late
     return loaded

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 from paretune.engine.cache_formats import INT4
 from paretune.engine.runners.base import Runner
@@ -41,9 +42,7 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
     Raises:
         ParetuneError: the model gives NaN or infinity.
     """
-    from torch._dynamo.utils import counters
-
-    breaks_before = sum(counters["graph_break"].values())
+    breaks_before = _graph_breaks()
     tokens = (torch.arange(PROMPT_LEN) % runner.config.vocab_size).repeat(batch_size, 1).to(runner.device)
     prompt_len = min(PROMPT_LEN, runner.config.n_positions - 1)
 
@@ -53,14 +52,14 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
         return runner.forward(tokens[:, :1], cache, "last"), cache.layers[0].k.dtype
 
     once()
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if runner.device.type == "cuda" else [])
-    with profile(activities=activities) as watched:
+    # What `torch.profiler` is made of: that one imports PyTorch's compiler, which takes seconds.
+    with profile(use_kineto=True, use_device="cuda" if runner.device.type == "cuda" else None) as watched:
         logits, cache_dtype = once()
     if not bool(torch.isfinite(logits).all()):
         raise ParetuneError("the model gives NaN or infinity", "Use a wider dtype, or check the weights")
-    assert watched.profiler is not None and watched.profiler.kineto_results is not None
+    assert watched.kineto_results is not None
     # The names alone: PyTorch's tree of events takes seconds to build for a deep model.
-    kernels = Counter(event.name() for event in watched.profiler.kineto_results.events())
+    kernels = Counter(event.name() for event in watched.kineto_results.events())
     kernels.update(runner.kernels)
     sizes: dict[str, int] = {}
     storages = {t.untyped_storage().data_ptr(): t for t in [*runner.model.parameters(), *runner.model.buffers()]}
@@ -74,8 +73,14 @@ def observe(runner: Runner, batch_size: int = 1, capacity: int = 0) -> Observati
         kernels=dict(kernels),
         compiled=runner.compiled,
         own_kernels=runner.own_kernels,
-        graph_breaks=sum(counters["graph_break"].values()) - breaks_before,
+        graph_breaks=_graph_breaks() - breaks_before,
         cache_dtype=str(cache_dtype),
         bytes_by_dtype=sizes,
         runner=described,
     )
+
+
+def _graph_breaks() -> int:
+    """Of all that this process has compiled. What compiles has imported the compiler, which takes seconds."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return 0 if utils is None else sum(utils.counters["graph_break"].values())

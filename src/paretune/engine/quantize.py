@@ -64,6 +64,7 @@ class Quantized:
         source_bytes, n_bytes: of the weight files, before and after.
         vector_bytes: of norms and biases, which stay as they are.
         proof: what was checked.
+        notes: what the user has to know of how it was made.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Quantized:
     vector_bytes: int
     layers: tuple[Layer, ...]
     proof: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def parts_bytes(self) -> dict[str, int]:
@@ -108,6 +110,7 @@ class Quantized:
             "vector_bytes": self.vector_bytes,
             "layers": [{**vars(layer), "names": list(layer.names)} for layer in self.layers],
             "proof": list(self.proof),
+            "notes": list(self.notes),
         }
 
 
@@ -166,6 +169,12 @@ def quantize(
             weight = transform.convert(model, name, weight)
         return weight
 
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        say(line)
+        notes.append(line)
+
     streams = all(transform.per_weight for transform in transforms)
     with files.whole_folder(output_dir, overwrite=overwrite) as out, torch.no_grad():
         say(f"reading {folder.name}")
@@ -176,7 +185,7 @@ def quantize(
             model = Attention("sdpa").apply(model, Context())
         if calibrated and windows is None:
             say("the model writes its calibration text")
-            windows = calibration.from_model(model)
+            windows = calibration.from_model(model, say=note)
         for transform in transforms:
             model = transform.apply(model, Context(calibration=windows, progress=say))
         if calibrated and stored is not None:
@@ -209,6 +218,7 @@ def quantize(
         vector_bytes=vector_bytes,
         layers=layers,
         proof=tuple(proof),
+        notes=tuple(notes),
     )
 
 

@@ -121,6 +121,34 @@ def judge_dtype(name: str, decode: float, prefill: float, has_instruction: bool,
     return DtypeSupport(True, emulated, decode, prefill, f"{name} {how}{without}: {speed}")
 
 
+@functools.cache
+def dtype_failure(name: str, device: str = "cpu") -> str | None:
+    """Why a format does not work on this device, or None: a small product, checked against fp32 and not timed."""
+    import torch
+
+    with torch.inference_mode():
+        exact, value = (_tried_product(kind, (128, 256, 512), device) for kind in (DTYPES[0], name))
+    if isinstance(exact, str):
+        return f"fp32 does not work here: {exact}"
+    if isinstance(value, str):
+        return f"{name} does not work here: {value}"
+    reason = _wrong(value, exact)
+    return None if reason is None else f"{name} does not work here: {reason}"
+
+
+def _tried_product(name: str, shape: tuple[int, int, int], device: str) -> Any:
+    """The product in fp32, or why there is none."""
+    try:
+        return _product(name, *shape, device)().float()
+    except (RuntimeError, NotImplementedError, TypeError) as failure:
+        return str(failure).strip().splitlines()[0][:200]
+
+
+def _wrong(value: Any, exact: Any) -> str | None:
+    error = float((value - exact).norm() / exact.norm())
+    return None if error < 0.05 else f"its result is {error:.0%} away from fp32"  # not a number fails as well
+
+
 def dtype_support(device: str = "cpu") -> dict[str, DtypeSupport]:
     """fp32, bf16 and fp16 on this device: run, checked against fp32 and timed against it, once per process.
 
@@ -165,9 +193,8 @@ def _ratios(shape: tuple[int, int, int], device: str) -> dict[str, float | str]:
             kernel = _product(name, *shape, device)
             value = kernel().float()
             exact = value if exact is None else exact
-            error = float((value - exact).norm() / exact.norm())
-            if not error < 0.05:  # not a number fails as well
-                result[name] = f"its result is {error:.0%} away from fp32"
+            if wrong := _wrong(value, exact):
+                result[name] = wrong
                 continue
             slowest = max(slowest, _timed(kernel, device))
             kernels[name] = kernel

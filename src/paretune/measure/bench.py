@@ -137,6 +137,8 @@ def bench(
         keeps_processes=keeps_processes,
         tables=dict(tables or {}),
     )
+    if device == "cpu":
+        session.settle()
     interrupted = False
     with _log(sample_log) as run.log:
         try:

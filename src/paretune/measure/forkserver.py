@@ -5,8 +5,9 @@ no thread of it, is in it. It computes nothing itself: it imports and forks, and
 has a single thread, since a forked process has none of the others and could wait for them for ever. Imported pages are
 shared with the trials until one of the two writes to them.
 
-Requests and the ends of pipes come over a socket pair that has no name in the file system. When the parent ends, the
-socket is at its end, the server leaves, and with it go the trials (PR_SET_PDEATHSIG).
+Requests and the ends of pipes come over a socket pair that has no name in the file system. When the parent ends the
+server is killed, stopped or not, and with it go the trials (PR_SET_PDEATHSIG). The thread that started the server
+counts as its parent: when that alone ends, another thread has to start a server of its own (`is_owned`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from typing import IO, Any, NoReturn
@@ -30,6 +32,7 @@ from paretune.process import die_with_parent
 
 START_TIMEOUT_SEC = 120.0  # of the first fork, which waits for the imports
 _MESSAGE_BYTES = 1 << 17
+_DONE = "done"  # the answer to a request that asks for imports alone
 # Read by the interpreter and by libraries while they are imported; what else of the environment changes later is
 # given to each trial.
 _READ_AT_IMPORT = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "TORCH", "TRITON", "KINETO_")
@@ -136,10 +139,11 @@ class ForkServer:
 
     def __init__(self) -> None:
         self.environment = read_at_import()
+        self._owner = threading.current_thread()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-m", __name__, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -158,6 +162,11 @@ class ForkServer:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def is_owned(self) -> bool:
+        """Whether the thread that started it still runs; the system ends the server with it."""
+        return self._owner.is_alive()
+
     def prepare(self, module: str) -> None:
         """Asks for the imports of a worker's module without waiting for them.
 
@@ -165,6 +174,29 @@ class ForkServer:
             ForkFailed: the server is gone.
         """
         self._send({"module": module}, [])
+
+    def settle(self, module: str) -> None:
+        """Waits until the imports of a worker's module are done: what is measured beside them would be wrong.
+
+        Raises:
+            ForkFailed: the server is gone, or the module cannot be imported or starts threads.
+        """
+        report_fd, inner = os.pipe()
+        report = _Report(report_fd)
+        try:
+            try:
+                self._send({"module": module}, [inner])
+            finally:
+                os.close(inner)
+            line = report.line(START_TIMEOUT_SEC)
+            if line is None:
+                raise ForkFailed(f"it ended{_how(self._process)}")
+            if line != _DONE:
+                raise ForkFailed(line)
+        except TimeoutError:
+            raise ForkFailed(f"it did not answer within {START_TIMEOUT_SEC:.0f} s") from None
+        finally:
+            report.close()
 
     def fork(self, module: str, log: int, environment: Mapping[str, str]) -> ForkedProcess:
         """A new process in which `module.main()` runs, in a session of its own.
@@ -285,9 +317,11 @@ class _Server:
         except Exception as error:
             if fds:
                 reason = str(error) if isinstance(error, ForkFailed) else f"{type(error).__name__}: {error}"
-                os.write(fds[3], " ".join(reason.split())[:300].encode() + b"\n")
+                _tell(fds[-1], " ".join(reason.split())[:300])
             return
         if not request.get("fork"):
+            if fds:
+                _tell(fds[-1], _DONE)
             return
         # The collector of a trial leaves alone what was imported: its pages stay shared, and a collection is quick.
         gc.collect()
@@ -296,19 +330,18 @@ class _Server:
         pid = os.fork()
         if pid == 0:
             self.become_trial(server, module, request, fds)
-        report = fds[3]
+        report = fds[-1]
         handle = os.pidfd_open(pid)
         self.reports[handle] = pid, report
         self.selector.register(handle, selectors.EVENT_READ)
-        os.write(report, f"{pid}\n".encode())
+        _tell(report, str(pid))
 
     def reap(self, handle: int) -> None:
         """A trial has ended: how is told to the parent."""
         self.selector.unregister(handle)
         pid, report = self.reports.pop(handle)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        with contextlib.suppress(BrokenPipeError):  # nobody asks any more
-            os.write(report, f"{code}\n".encode())
+        _tell(report, str(code))
         os.close(report)
         os.close(handle)
 
@@ -342,7 +375,13 @@ class _Server:
             os._exit(code)  # what the server registered to run at its own end is not the trial's
 
 
+def _tell(report: int, line: str) -> None:
+    with contextlib.suppress(BrokenPipeError):  # nobody asks any more
+        os.write(report, line.encode() + b"\n")
+
+
 def main() -> None:
+    die_with_parent(int(sys.argv[2]))
     control = socket.socket(fileno=int(sys.argv[1]))
     control.set_inheritable(False)  # compilers that an import may start do not hold it open
     _Server(control).run()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from paretune.errors import UsageError
+from paretune.measure import forkserver
 from paretune.measure.workload import MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
+from paretune.recipe import Recipe
 from paretune.records.bench import Cell
 
 PROCESS_BYTES = 450 << 20  # an interpreter with PyTorch
+FORKED_BYTES = 150 << 20  # of it that a forked trial has for itself, from above: 30 MB were seen
 MEMORY_SHARE = 0.9
 # Of the estimate only: the imports, the start of a process, what a slice takes beside its own time.
 _IMPORT_GUESS_SEC, _START_GUESS_SEC, _SLICE_GUESS_SEC = 5.0, 1.0, 0.05
@@ -36,23 +39,36 @@ def n_parameters(config: ModelConfig) -> int:
     return sum(p.numel() for p in checkpoint.build(config).parameters())
 
 
-def trial_bytes(config: ModelConfig, n_params: int, cell: Cell) -> int:
-    """What one process takes at rest, from above: fp32 weights, cache, the largest activations."""
+def shared_and_own_bytes(recipes: Iterable[Recipe], device: str = "cpu", has_peers: bool = False) -> tuple[int, int]:
+    """What the trials of these recipes share, which is there once, and what each has for itself beside its model.
+
+    What compiles imports the compiler for itself; peers and trials on a GPU are not forked.
+    """
+    compiles = any(recipe.runner_class.compiled for recipe in recipes)
+    if device != "cpu" or has_peers or compiles or not forkserver.is_possible():
+        return 0, PROCESS_BYTES
+    return PROCESS_BYTES, FORKED_BYTES
+
+
+def trial_bytes(config: ModelConfig, n_params: int, cell: Cell, own_bytes: int = PROCESS_BYTES) -> int:
+    """What one process takes at rest, from above: fp32 weights, cache, the largest activations.
+
+    Args:
+        own_bytes: beside these, without what it shares with others.
+    """
     rows = cell.batch_size * cell.input_len
     kv = 2 * config.n_layer * config.n_kv_head * config.head_dim
     cache = 4 * kv * cell.batch_size * (cell.input_len + cell.output_len)
     scores = 4 * config.n_head * rows * cell.input_len
     logits = 4 * cell.batch_size * config.vocab_size
-    return (
-        PROCESS_BYTES + 4 * n_params + cache + 2 * scores + 2 * logits + 4 * rows * 3 * (config.n_inner + config.n_embd)
-    )
+    return own_bytes + 4 * n_params + cache + 2 * scores + 2 * logits + 4 * rows * 3 * (config.n_inner + config.n_embd)
 
 
 def groups_of(challengers: Sequence[str], each_bytes: int, extra_bytes: int, available: int) -> list[list[str]]:
     """Splits the challengers so that each group fits into memory beside the baseline and its twin.
 
     Args:
-        extra_bytes: what one of them takes more while it loads and is checked (one at a time does).
+        extra_bytes: what is there once: shared pages, what one takes more while it loads and is checked.
         available: bytes that may be taken now.
     """
     room = int((MEMORY_SHARE * available - extra_bytes) // each_bytes) - 2

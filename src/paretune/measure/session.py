@@ -41,9 +41,10 @@ class _Server:
         """Raises `ForkFailed`."""
         if self.failure:
             raise forkserver.ForkFailed(self.failure)
-        if self.server is None or self.server.environment != forkserver.read_at_import():
-            self.server = forkserver.ForkServer()  # processes of an older one keep it until they end
-        return self.server
+        server = self.server
+        if server is None or not server.is_owned or server.environment != forkserver.read_at_import():
+            server = self.server = forkserver.ForkServer()  # processes of an older one keep it until they end
+        return server
 
     def give_up(self, error: forkserver.ForkFailed) -> str:
         """Forks no more; gives the line to say, once."""
@@ -60,6 +61,14 @@ def prepare(module: str = WORKER) -> None:
     """Lets a worker's libraries be imported beside what the caller does; failures show when a trial is started."""
     try:
         _fork.get().prepare(module)
+    except forkserver.ForkFailed:
+        return
+
+
+def settle(module: str = WORKER) -> None:
+    """Waits until nothing is imported beside the caller any more: before the first thing that it times itself."""
+    try:
+        _fork.get().settle(module)
     except forkserver.ForkFailed:
         return
 

@@ -136,12 +136,15 @@ class Bench:
             self.cache.truncate_(start)
         self._steps(1)
 
-    def request_peak(self) -> None:
+    def request_peak(self) -> float:
         """Runs what takes as much memory as a whole request: its prompt and, unless the output is long beside it, one
-        step (later ones see a few more positions, and take less than the prompt)."""
+        step (later ones see a few more positions, and take less than the prompt). Gives the seconds of the prompt."""
+        before = clock.now()
         self._prefill()
+        prompt_sec = clock.now() - before
         is_short = 2 * self.workload.output_len <= self.workload.input_len
         self._steps(min(1, self.workload.output_len - 1) if is_short else self.workload.output_len - 1)
+        return prompt_sec
 
     def _request(self) -> None:
         self._prefill()

@@ -207,6 +207,8 @@ class Recipe:
         for transform in self.transforms:
             if reason := transform.fits(config):
                 return reason
+            if transform.replaces_attention and self.runner_class.own_kernels:
+                return f"the {self.engine.runner} runner computes attention itself, and has no {transform.title}"
             config = transform.changed(config)
         return self.runner_class.fits(config, formats, self.engine.cache_dtype)
 

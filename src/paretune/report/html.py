@@ -112,8 +112,12 @@ def _grid(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) ->
             kind = "name" if i == 0 else "num" if column.numeric else "cause" if column.key == "cause" else "text"
             kind += " gone" if text in (NOT_MEASURED, "-", "") else ""
             cells.append(_cell(text, kind, column.title))
-        lines.append({"cells": cells, "emphasis": row.get("role") in ("chosen", "best so far")})
+        lines.append({"cells": cells, "emphasis": _role(row) in ("chosen", "best so far")})
     return {"head": chosen, "lines": lines, "definitions": definitions_of(chosen)}
+
+
+def _role(row: Row) -> Any:
+    return row.get("role") if isinstance(row, Mapping) else getattr(row, "role", None)
 
 
 def _pairs(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

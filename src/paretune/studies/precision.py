@@ -16,7 +16,7 @@ import torch
 
 from paretune import clock, files, hardware
 from paretune.measure import bench
-from paretune.measure.grid import MEMORY_SHARE, n_parameters, trial_bytes
+from paretune.measure.grid import MEMORY_SHARE, n_parameters, shared_and_own_bytes, trial_bytes
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
@@ -110,8 +110,9 @@ def does_not_fit(config: ModelConfig, cell: Cell, value_bytes: float = 4.0) -> s
         value_bytes: of a weight in the widest configuration.
     """
     n = n_parameters(config)
-    each = trial_bytes(config, n, cell) - round((4.0 - value_bytes) * n)
-    needed, free = 3 * each + 4 * n, hardware.available_memory_bytes()  # one of them is loading
+    shared, own = shared_and_own_bytes(())
+    each = trial_bytes(config, n, cell, own) - round((4.0 - value_bytes) * n)
+    needed, free = shared + 3 * each + 4 * n, hardware.available_memory_bytes()  # one of them is loading
     if needed > MEMORY_SHARE * free:
         return (
             f"three processes would need {format_bytes(needed)}, {format_bytes(free)} are free (predicted, not tried)"

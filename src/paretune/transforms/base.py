@@ -85,6 +85,7 @@ class Transform:
     # `convert` does all that `apply` does to weights: a model can be converted while it is read.
     per_weight: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
+    replaces_attention: ClassVar[bool] = False  # attention is something else than softmax over what is seen
     trainable: ClassVar[bool] = False  # the model can be trained under it
 
     @classmethod

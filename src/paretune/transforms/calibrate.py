@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ STRIP = 256  # rows of the second moments that are summed together
 
 
 class _Captured(Exception):
-    """The first block was reached: nothing behind it need run."""
+    """What was wanted was reached: nothing behind it need run."""
 
 
 def check_calibration(ctx: Context, who: str, at_least: int, why: str) -> Tensor:
@@ -53,9 +54,15 @@ class SecondMoments:
     """`H = 2 / n * sum x x^T` of the inputs of some layers, fp32 `[in, in]`, and the mean of `|x|`, `[in]`.
 
     Layers that read one tensor share them.
+
+    Args:
+        layers: by name; each runs once in a pass.
+        stops: ends a pass with `_Captured` when all inputs are known: the product of the last layer is for nothing.
     """
 
-    def __init__(self, layers: dict[str, Linear]) -> None:
+    def __init__(self, layers: dict[str, Linear], stops: bool = False) -> None:
+        self._left: set[str] = set()  # layers that this pass has not reached
+        self._names, self._stops = frozenset(layers), stops
         self._sums: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._n: list[int] = []
@@ -65,7 +72,12 @@ class SecondMoments:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
+            add(args[0])
+            self._left.discard(name)
+            if self._stops and not self._left:
+                raise _Captured
+
+        def add(x: Tensor) -> None:
             if self._last is not None and self._last[1] is x and self._of.setdefault(name, self._last[0]) != -1:
                 return  # summed for the layer before
             if name not in self._of:
@@ -85,11 +97,15 @@ class SecondMoments:
 
     def forget_input(self) -> None:
         """A new pass begins: tensors of the last one may be gone and their identity with them."""
-        self._last = None
+        self._last, self._left = None, set(self._names)
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def inputs_of(self, name: str) -> int:
+        """A number that layers share which read one tensor."""
+        return self._of[name]
 
     def of(self, name: str) -> Tensor:
         """Raises `ParetuneError` where the calibration text gave NaN or infinity."""
@@ -125,11 +141,12 @@ def walk(
     for i, (name, block) in enumerate(blocks):
         progress(f"block {i + 1} of {len(blocks)}")
         layers = {n: m for n, m in model.named_modules() if n.startswith(f"{name}.") and isinstance(m, Linear)}
-        moments = SecondMoments(layers)
+        moments = SecondMoments(layers, stops=True)
         try:
             for args, kwargs in batches:
                 moments.forget_input()
-                block(*args, **kwargs)
+                with contextlib.suppress(_Captured):
+                    block(*args, **kwargs)
         finally:
             moments.close()
         visit(name, layers, moments)

@@ -6,13 +6,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 from paretune.errors import ParetuneError
 from paretune.model.base import LanguageModel
 from paretune.model.layers import Linear
-from paretune.ops.weights.base import Weight
+from paretune.ops.weights.base import Weight, is_finite
 from paretune.ops.weights.dense import Dense
 from paretune.transforms.base import Context
 from paretune.transforms.calibrate import SecondMoments, blocks_of, check_calibration, walk
@@ -77,7 +76,7 @@ class CalibratedGroups(Groups):
         solved = [c for c in chosen if id(c.weight) in in_blocks]
         for layer in chosen:  # before the first minute of work
             with naming(layer.name):
-                if not bool(torch.isfinite(layer.weight.dequantize()).all()):
+                if not is_finite(layer.weight.dequantize()):
                     raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint first")
         needed = self.least_tokens(max((c.weight.in_features for c in solved), default=0))
         tokens = check_calibration(ctx, self.title, *needed)

@@ -54,16 +54,19 @@ class GPTQ(CalibratedGroups):
         moments: SecondMoments,
         edits: Edits,
     ) -> None:
+        solvers: dict[int, rounding.Solver] = {}  # queries, keys and values read one tensor
         for name in chosen:
             with naming(name):
+                inputs = moments.inputs_of(name)
+                if inputs not in solvers:
+                    H = moments.of(name)
+                    solvers[inputs] = rounding.solver(H, act_order=self.act_order, damping=self.damping)
                 solved = rounding.gptq(
                     layers[name].weight.dequantize(),
-                    moments.of(name),
+                    solvers[inputs],
                     self.bits,
                     self.group,
                     minimum=self.minimum,
-                    act_order=self.act_order,
-                    damping=self.damping,
                     activation_bits=self.activation_bits,
                 )
             edits.set_(layers[name], "weight", solved)

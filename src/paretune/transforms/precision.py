@@ -60,8 +60,7 @@ class Precision(Transform):
         return 2.0
 
     def requires(self, device: str) -> str | None:
-        support = hardware.dtype_support(device)[self.dtype]
-        return None if support.works else support.reason
+        return hardware.dtype_failure(self.dtype, device)  # what it is worth is timed only for `notes`
 
     def notes(self, device: str) -> list[str]:
         support = hardware.dtype_support(device)[self.dtype]

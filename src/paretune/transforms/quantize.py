@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
+
+import torch
 
 from paretune.errors import ParetuneError, UsageError
 from paretune.model import checkpoint
@@ -187,9 +190,16 @@ class Quantize(Transform):
     def convert(self, model: LanguageModel, name: str, weight: Weight) -> Weight:
         if not isinstance(weight, Dense):
             return weight
-        held = model.get_submodule(name).weight  # `weight` itself may have been converted already
-        layer = next((c for c in self.chosen(model) if c.weight is held), None)
+        layer = self._chosen_by_name(model).get(name)
         return weight if layer is None else self.quantized(replace(layer, weight=weight))
+
+    def _chosen_by_name(self, model: LanguageModel) -> dict[str, Chosen]:
+        """`chosen`, found once a model: while it is read, weights are replaced and the tree stays as it is."""
+        known = _by_name.setdefault(model, {})
+        if self not in known:
+            chosen = [replace(c, weight=_NOTHING) for c in self.chosen(model)]  # no weight is held for it
+            known[self] = {name: c for c in chosen for name in c.names}
+        return known[self]
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:
         todo = {id(c.weight): c for c in self.chosen(model) if isinstance(c.weight, Dense)}
@@ -216,6 +226,11 @@ class Quantize(Transform):
         if others:
             said += f"; {len(chosen) - len(mine)} were quantised before ({', '.join(others)})"
         return [said, *self.proof_of_kernel(model, probe)]
+
+
+# What `convert` knows of the models that are being read. `apply` asks anew: trees may have changed until then.
+_by_name: weakref.WeakKeyDictionary[LanguageModel, dict[Quantize, dict[str, Chosen]]] = weakref.WeakKeyDictionary()
+_NOTHING = Dense(torch.empty(0, 0))
 
 
 def _patterns(text: str) -> list[str]:

@@ -143,7 +143,7 @@ class Race:
         process.pause()
         if state.facts is None:
             warm = answer.pop("warm")[self.goal.sample_kind]
-            notes = state.recipe.notes(self.goal.device)
+            notes = [*answer.get("notes", ()), *state.recipe.notes(self.goal.device)]
             if process.note:
                 notes.append(process.note)
             if not warm["settled"]:

@@ -23,7 +23,7 @@ from paretune.evaluate.fidelity import windows_of
 from paretune.evaluate.perplexity import MIN_BLOCKS, count_blocks
 from paretune.evaluate.texts import read_text, text_of
 from paretune.measure.environment import versions
-from paretune.measure.grid import n_parameters, trial_bytes
+from paretune.measure.grid import n_parameters, shared_and_own_bytes, trial_bytes
 from paretune.measure.interleave import Blocks
 from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
@@ -286,8 +286,10 @@ class Search:
         """How many candidates fit into memory beside those that are kept alive."""
         state = self.out.race.trials[BASELINE]
         assert state.facts is not None
-        # A proof holds the model three times: itself, its reference form, the fp32 original.
-        each = state.facts["memory"]["rss_peak_bytes"] + 2 * state.facts["weights_bytes"]
+        memory = state.facts["memory"]
+        # A proof holds the model three times: itself, its reference form, the fp32 original. What is shared is there.
+        own = memory["rss_peak_bytes"] - (memory.get("shared_bytes") or 0)
+        each = own + 2 * state.facts["weights_bytes"]
         return max(1, min(WAVE, int(0.8 * hardware.available_memory_bytes() / max(each, 1))))
 
     def _drop_losers(self) -> None:
@@ -445,15 +447,16 @@ def _check_memory(config: ModelConfig, goal: Goal) -> bool:
     """
     if goal.device != "cpu":
         return True  # what a GPU holds is its own affair: a trial that does not fit is a row with its cause
-    each = trial_bytes(config, n_parameters(config), Cell(goal.input_len, goal.output_len, goal.batch_size))
+    shared, own = shared_and_own_bytes(())  # a candidate that compiles takes for itself what the others share
+    each = trial_bytes(config, n_parameters(config), Cell(goal.input_len, goal.output_len, goal.batch_size), own)
     free = hardware.available_memory_bytes()
-    if 2 * each > free:
+    if shared + 2 * each > free:
         raise ParetuneError(
-            f"the model takes {each / 1e9:.1f} GB in fp32, and the baseline and a candidate have to fit side by side; "
+            f"the baseline and a candidate have to fit side by side, in fp32 {(shared + 2 * each) / 1e9:.1f} GB; "
             f"{free / 1e9:.1f} GB are free",
             "Free memory, or use a machine with more",
         )
-    return 3 * each <= free
+    return shared + 3 * each <= free
 
 
 def _surely_better(blocks: Blocks, best: str, other: str) -> bool:

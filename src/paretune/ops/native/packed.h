@@ -123,6 +123,51 @@ inline void pack_rows(std::int32_t format, const void* src, int N, int C, int bl
   }
 }
 
+// The opposite of `pack_rows`: all rows as they were given.
+inline void unpack_rows(std::int32_t format, const void* data, int N, int C, void* dst) {
+  const int Q = quantum(format), n_quanta = round_up(C, Q) / Q;
+  const std::int64_t n_bytes = (C + 1) / 2;  // of a row of int4
+  for (std::int64_t row = 0; row < N; ++row) {
+    const char* block = static_cast<const char*>(data) + block_bytes(format, C) * (row / kBlock);
+    const int r = static_cast<int>(row % kBlock);
+    for (int i = 0; i < n_quanta; ++i) {
+      const std::int64_t lane = static_cast<std::int64_t>(i) * kBlock + r;
+      const int n = C - i * Q < Q ? C - i * Q : Q;
+      switch (format) {
+        case kFp32: {
+          static_cast<float*>(dst)[row * C + i] = reinterpret_cast<const float*>(block)[lane];
+          break;
+        }
+        case kFp16: {
+          static_cast<std::uint16_t*>(dst)[row * C + i] = reinterpret_cast<const std::uint16_t*>(block)[lane];
+          break;
+        }
+        case kBf16: {
+          for (int j = 0; j < n; ++j)
+            static_cast<std::uint16_t*>(dst)[row * C + i * 2 + j] =
+                reinterpret_cast<const std::uint16_t*>(block)[lane * 2 + j];
+          break;
+        }
+        case kInt8: {
+          for (int j = 0; j < n; ++j)
+            static_cast<std::int8_t*>(dst)[row * C + i * 4 + j] = static_cast<std::int8_t>(
+                reinterpret_cast<const std::uint8_t*>(block)[lane * 4 + kByteOf[j]] - 128);
+          break;
+        }
+        default: {
+          const std::uint32_t bits = reinterpret_cast<const std::uint32_t*>(block)[lane];
+          for (int j = 0; j < n; j += 2) {
+            const std::uint32_t low = bits >> kShiftOf[j] & 15;
+            const std::uint32_t high = j + 1 < n ? bits >> kShiftOf[j + 1] & 15 : 0;  // half a byte is left over
+            static_cast<std::uint8_t*>(dst)[row * n_bytes + i * 4 + j / 2] =
+                static_cast<std::uint8_t>(low | high << 4);
+          }
+        }
+      }
+    }
+  }
+}
+
 // One stored value as it is: a float, the integer of an integer format, or the index of an NF4 code.
 inline float stored(const void* data, std::int32_t format, int C, std::int64_t row, int k) {
   const char* block = static_cast<const char*>(data) + block_bytes(format, C) * (row / kBlock);

@@ -23,10 +23,21 @@ from paretune.ops.weights.base import NativeForm, Weight
 from paretune.process import give_back_free_memory
 
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "nf4": 5}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+    "nf4": torch.uint8,
+}
 GROUPS = (32, 64, 128)
 BLOCK = 16  # rows that lie side by side
 _ALIGNMENT = 64  # bytes of a cache line
 _HUGE_PAGE = 2 << 20
+# Of originals, after which their memory is given back to the system. Not after each: what is allocated next would have
+# to be mapped page by page again, which doubled the time of loading a model.
+_GIVE_BACK_BYTES = 64 << 20
 
 
 class Matrix(ctypes.Structure):
@@ -89,6 +100,7 @@ class PackedWeight(Weight):
         memory: uint8, at least `packed_bytes(original)`.
     """
 
+    rows_matter = False  # the bits of a row are the same whatever the others are
     packed: Tensor
     scale: Tensor | None
     minimum: Tensor | None
@@ -158,15 +170,9 @@ class PackedWeight(Weight):
 
     def original(self) -> Weight:
         """The weight that was packed, bit for bit."""
-        values = torch.empty(self.out_features, self.in_features)
-        library().paretune_unpack(ctypes.byref(self.matrix()), values.data_ptr())
-        data = values
-        if self.kind in ("bf16", "fp16"):
-            data = values.to({"bf16": torch.bfloat16, "fp16": torch.float16}[self.kind])
-        elif self.kind == "int8":
-            data = values.to(torch.int8)
-        elif self.kind in ("int4", "nf4"):
-            data = grouping.pack_halves((values + (8 if self.kind == "int4" else 0)).to(torch.uint8))
+        width = -(-self.in_features // 2) if self.kind in ("int4", "nf4") else self.in_features
+        data = torch.empty(self.out_features, width, dtype=_DTYPES[self.kind])
+        library().paretune_unpack(ctypes.byref(self.matrix()), data.data_ptr())
         scale, minimum = self.scale, self.minimum
         if self.group:
             assert scale is not None
@@ -244,10 +250,26 @@ def pack(weights: Sequence[Weight]) -> Iterator[PackedWeight]:
     memory = _arena(sum(-(-n // _ALIGNMENT) * _ALIGNMENT for n in sizes))
     at = 0
     for weight, size in zip(weights, sizes, strict=True):
-        give_back_free_memory()
+        _freed.add(weight.stored_bytes)
         # Each has a storage of its own, so that bytes can be counted by storage.
         yield PackedWeight(weight, torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=at))
         at += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Freed:
+    """Bytes of originals that were let go of since memory was last given back, over all calls of `pack`."""
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+
+    def add(self, n_bytes: int) -> None:
+        self.n_bytes += n_bytes
+        if self.n_bytes >= _GIVE_BACK_BYTES:
+            give_back_free_memory()
+            self.n_bytes = 0
+
+
+_freed = _Freed()
 
 
 def _private(n_bytes: int) -> mmap.mmap:

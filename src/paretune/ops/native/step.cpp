@@ -633,12 +633,8 @@ std::int64_t paretune_packed_bytes(std::int32_t format, std::int32_t N, std::int
 void paretune_pack(std::int32_t format, const void* src, std::int32_t N, std::int32_t C, void* dst) {
   pack_rows(format, src, N, C, 0, round_up(N, kBlock) / kBlock, dst);
 }
-// The stored numbers, [N, C] fp32; integers of the integer formats.
-void paretune_unpack(const Matrix* w, float* out) {
-  for (int n = 0; n < w->n_out; ++n)
-    for (int c = 0; c < w->n_in; ++c)
-      out[static_cast<std::int64_t>(n) * w->n_in + c] = stored(w->data, w->format, w->n_in, n, c);
-}
+// The stored numbers as `paretune_pack` took them.
+void paretune_unpack(const Matrix* w, void* out) { unpack_rows(w->format, w->data, w->n_out, w->n_in, out); }
 // Row `row` as numbers, [C] fp32.
 void paretune_row(const Matrix* w, std::int64_t row, float* out) { matrix_row(*w, row, out); }
 

@@ -6,6 +6,7 @@ format's class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
@@ -90,6 +91,11 @@ def part_of(
     return tensor
 
 
+def is_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite. One pass: NaN wins over every number, in both of the two."""
+    return values.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(values.detach()))
+
+
 class Weight(nn.Module):
     """A matrix `[out_features, in_features]` in some stored form.
 
@@ -101,6 +107,9 @@ class Weight(nn.Module):
     is_plain: ClassVar[bool] = False  # numbers as they are, nothing rounded but by their dtype
     is_native: ClassVar[bool] = False  # native code has it (`native`)
     kernel: ClassVar[str | None] = None  # operator that a profile of one step must show, where there is one
+    # In fp32 on a CPU: whether a row of `linear` depends on how many others there are by more than the order of
+    # additions, because another kernel with other rounding runs, or rows share what they are rounded with.
+    rows_matter: ClassVar[bool] = True
 
     out_features: int
     in_features: int

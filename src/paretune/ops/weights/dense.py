@@ -21,6 +21,7 @@ class Dense(Weight):
     format = "dense"
     is_plain = True
     is_native = True
+    rows_matter = False
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()

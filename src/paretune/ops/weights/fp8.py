@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from paretune.errors import ParetuneError
-from paretune.ops.weights.base import Weight, part_of
+from paretune.ops.weights.base import Weight, is_finite, part_of
 
 LARGEST = 448.0  # of e4m3
-AT_ONCE = 1 << 22  # numbers that are rounded together
+AT_ONCE = 1 << 18  # numbers that are rounded together: they and what is made of them stay in the caches
 
 
 class Fp8(Weight):
@@ -26,6 +26,7 @@ class Fp8(Weight):
 
     format = "fp8"
     bits = 8
+    rows_matter = False
     values: Tensor
     scale: Tensor
     compute: Tensor
@@ -58,7 +59,7 @@ class Fp8(Weight):
             parts = [cls.quantize(part) for part in values.split(max(1, AT_ONCE // values.size(1)))]
             return cls(torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts]), values.dtype)
         w = values.detach().float()
-        if not bool(torch.isfinite(w).all()):
+        if not is_finite(w):
             raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
         absmax = w.abs().amax(dim=1)
         scale = torch.where(absmax > 0, absmax / LARGEST, torch.ones_like(absmax))  # a zero row stays zero

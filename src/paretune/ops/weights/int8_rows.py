@@ -9,9 +9,9 @@ from torch import Tensor
 
 from paretune.errors import ParetuneError
 from paretune.ops.int8_linear import aten, reference
-from paretune.ops.weights.base import GpuForm, NativeForm, Weight, part_of
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight, is_finite, part_of
 
-AT_ONCE = 1 << 22  # numbers that are rounded together
+AT_ONCE = 1 << 18  # numbers that are rounded together: they and what is made of them stay in the caches
 
 
 class Int8Rows(Weight):
@@ -25,6 +25,7 @@ class Int8Rows(Weight):
 
     format = "int8_rows"
     is_native = True
+    rows_matter = True  # few rows are rounded to bf16, many are not
     kernel = "aten::_weight_int8pack_mm"
     bits = 8
     q: Tensor
@@ -58,7 +59,7 @@ class Int8Rows(Weight):
             parts = [cls.quantize(part) for part in values.split(max(1, AT_ONCE // values.size(1)))]
             return cls(torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts]), values.dtype)
         w = values.detach().float()
-        if not bool(torch.isfinite(w).all()):
+        if not is_finite(w):
             raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
         absmax = w.abs().amax(dim=1)
         scale = torch.where(absmax > 0, absmax / 127, torch.ones_like(absmax))  # a zero row stays zero

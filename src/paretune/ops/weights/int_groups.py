@@ -13,14 +13,14 @@ from torch import Tensor
 
 from paretune.errors import CheckpointError, ParetuneError
 from paretune.ops import grouping
-from paretune.ops.weights.base import GpuForm, NativeForm, Weight, part_of
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight, is_finite, part_of
 
 GROUPS = (32, 64, 128)
 ACTIVATION_BITS = (16, 8, 7)
 _OLD_ACTIVATION_BITS = {torch.int16: 16, torch.int8: 8, torch.uint8: 7}  # by the dtype of a tensor of older folders
 _LAYOUT = 4  # numbers that `IntGroups.layout` holds
 LAYOUT_BYTES = 4 * _LAYOUT
-AT_ONCE = 1 << 22  # numbers that are rounded together
+AT_ONCE = 1 << 18  # numbers that are rounded together: they and what is made of them stay in the caches
 
 
 def rounded_inputs(x: Tensor, bits: int) -> Tensor:
@@ -65,6 +65,7 @@ class IntGroups(Weight):
 
     format = "int_groups"
     is_native = True
+    rows_matter = False
     q: Tensor
     scale: Tensor
     minimum: Tensor | None
@@ -125,7 +126,7 @@ class IntGroups(Weight):
         # Rows are independent, and the steps in between take many times the memory.
         for rows in values.detach().split(max(1, AT_ONCE // values.size(1))):
             w = rows.float()
-            if not bool(torch.isfinite(w).all()):
+            if not is_finite(w):
                 raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
             found = [_nearest(part, bits, minimum) for part in grouping.split(w, group)]
             q, scale, low = (torch.cat(each, dim=1) for each in zip(*found, strict=True))

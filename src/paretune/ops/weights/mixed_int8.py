@@ -28,6 +28,7 @@ class MixedInt8(Weight):
 
     format = "mixed_int8"
     is_native = True
+    rows_matter = True  # an input that is an outlier in one row is taken apart in all
     kernel = KERNEL
     bits = 8
     q: Tensor

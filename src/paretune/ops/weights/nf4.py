@@ -19,7 +19,7 @@ from torch import Tensor
 
 from paretune.errors import CheckpointError, ParetuneError
 from paretune.ops import grouping
-from paretune.ops.weights.base import GpuForm, NativeForm, Weight, part_of
+from paretune.ops.weights.base import GpuForm, NativeForm, Weight, is_finite, part_of
 
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share one
@@ -94,6 +94,7 @@ class NF4(Weight):
 
     format = "nf4"
     is_native = True
+    rows_matter = False
     bits = 4
     group = BLOCK
     q: Tensor
@@ -228,7 +229,7 @@ class NF4(Weight):
 def _codes(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, two a byte, uint8 `[out, in / 2]`, and the largest size of each block, fp32 `[out, in / 64]`."""
     w = values.float()
-    if not bool(torch.isfinite(w).all()):
+    if not is_finite(w):
         raise ParetuneError("a weight holds NaN or infinity", "Repair the checkpoint before quantising it")
     absmax, scaled = [], []
     for blocks in grouping.split(w, BLOCK):

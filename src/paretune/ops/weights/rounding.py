@@ -7,6 +7,8 @@ Legend: N outputs, C inputs, g size of a group, G = C / g groups, rounded up: th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ COLUMNS = 128  # that GPTQ rounds before the rest of the matrix is brought up to
 # barrier a column, a core that another program takes away now and then stops everything.
 FEW_COLUMNS = 16
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 1.05)  # scales that are tried, times the one of plain rounding
-AT_ONCE = 1 << 22  # numbers that are rounded together
+AT_ONCE = 1 << 18  # numbers that are rounded together: they and what is made of them stay in the caches
 
 
 def levels(bits: int) -> tuple[int, int]:
@@ -107,16 +109,39 @@ def _of_inputs(scale: Tensor, low: Tensor | None, group: int, n_in: int) -> tupl
     return s, torch.zeros_like(s) if low is None else grouping.each(low.float(), group, n_in)
 
 
+class Solver(NamedTuple):
+    """What GPTQ needs of the second moments of a layer's inputs: the same for all layers that read them.
+
+    Args:
+        importance: their diagonal, `[C]`.
+        order: in which inputs are rounded, int64 `[C]`.
+        factor: of `_inverse_factor`, `[C, C]`, in that order.
+    """
+
+    importance: Tensor
+    order: Tensor
+    factor: Tensor
+
+
+def solver(moments: Tensor, *, act_order: bool = True, damping: float = 0.01) -> Solver:
+    """Args:
+        moments: `H` of the inputs, fp32 `[C, C]`; overwritten.
+        act_order: inputs are rounded in the order of their size.
+        damping: of the mean of the diagonal, added to it.
+
+    Raises:
+        ParetuneError: `H` cannot be inverted, whatever is added.
+    """
+    diagonal = moments.diagonal()
+    importance = diagonal.clone()
+    diagonal[importance == 0] = 1  # never seen: rounded to nearest
+    ascending = torch.arange(len(diagonal), device=moments.device)
+    order = torch.argsort(diagonal, descending=True) if act_order else ascending
+    return Solver(importance, order, _inverse_factor(moments[order][:, order], damping))
+
+
 def gptq(
-    values: Tensor,
-    moments: Tensor,
-    bits: int,
-    group: int,
-    *,
-    minimum: bool = False,
-    act_order: bool = True,
-    damping: float = 0.01,
-    activation_bits: int = 16,
+    values: Tensor, solver: Solver, bits: int, group: int, *, minimum: bool = False, activation_bits: int = 16
 ) -> IntGroups:
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each rounded column's error is made up for by those to come.
 
@@ -125,24 +150,15 @@ def gptq(
 
     Args:
         values: `[N, C]`.
-        moments: `H` of the inputs, fp32 `[C, C]`; overwritten.
-        damping: of the mean of the diagonal, added to it.
-
-    Raises:
-        ParetuneError: `H` cannot be inverted, whatever is added.
+        solver: of the layer's inputs.
     """
-    w = values.detach().float()
-    diagonal = moments.diagonal()
-    is_dead = diagonal == 0  # never seen: rounded to nearest
-    scale, low = search_scales(w, diagonal.clone(), bits, group, minimum)
-    diagonal[is_dead] = 1
-    order = torch.argsort(diagonal, descending=True) if act_order else torch.arange(w.size(1), device=w.device)
-    factor = _inverse_factor(moments[order][:, order], damping)
+    w, order = values.detach().float(), solver.order
+    scale, low = search_scales(w, solver.importance, bits, group, minimum)
     # Rows are inputs from here on: one input of all outputs lies in one piece.
     left = w.t()[order].contiguous()
     scales, lows = (x.t()[order].contiguous() for x in _of_inputs(scale, low, group, w.size(1)))
     lowest = levels(bits)[0] if minimum else 0
-    q = _rounded_in_turn(left, factor, scales, lows, bits, lowest)
+    q = _rounded_in_turn(left, solver.factor, scales, lows, bits, lowest)
     found = torch.empty_like(q)
     found[order] = q
     form = found.t().contiguous(), bits, scale, low, values.dtype, activation_bits
