@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from paretune import clock, files, hardware, stats
+from paretune import clock, files, hardware
 from paretune.errors import ParetuneError
 from paretune.measure import environment
 from paretune.measure.interleave import Blocks, SubjectError, run_blocks, warm_up
 from paretune.measure.session import WORKER, TrialProcess
 from paretune.measure.workload import Workload
 from paretune.recipe import preset
+from paretune.records.judge import judge
 
 HERE = Path(__file__).resolve().parent
 OURS = ("fp32", "bf16", "int8", "bf16_int8", "compile", "compile_bf16")
@@ -117,7 +118,7 @@ def rows_of(blocks: Blocks, names: list[str], kind: str) -> list[dict[str, Any]]
             states = blocks.by_state(peer, name)
             row[f"against_{peer}"] = {
                 **ratio.to_json(),
-                "verdict": stats.verdict(ratio, resolution=resolution),
+                "verdict": judge(ratio, resolution),
                 "aa_half_width": resolution if np.isfinite(resolution) else None,
                 "by_state": states and {("low", "high")[i]: r.to_json() for i, r in states.items()},
             }

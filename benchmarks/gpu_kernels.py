@@ -31,6 +31,7 @@ from paretune.ops.weights.dense import Dense
 from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.ops.weights.int_groups import IntGroups
 from paretune.ops.weights.nf4 import NF4
+from paretune.records.judge import judge
 from paretune.report.tables import Column, to_markdown
 
 BASELINE, TWIN = "bf16", "bf16 again"
@@ -137,7 +138,7 @@ def measure(shape: tuple[int, int], n_rows: int, names: tuple[str, ...], n_block
         ratio = stats.speed_ratio(samples[BASELINE], samples[name])
         row |= {"sec": float(np.median(samples[name])), "samples_sec": samples[name], "ratio": ratio.to_json()}
         row["bytes_per_sec"] = row["stored_bytes"] / row["sec"]
-        row["verdict"] = stats.verdict(ratio, resolution=resolved) if row["is_right"] else "invalid"
+        row["verdict"] = judge(ratio, resolved) if row["is_right"] else "invalid"
     return list(rows.values())
 
 

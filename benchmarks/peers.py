@@ -19,13 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from paretune import files, stats
+from paretune import files
 from paretune.errors import ParetuneError
 from paretune.measure import roofline
 from paretune.measure.bench import bench
 from paretune.measure.interleave import Blocks, Sample
 from paretune.measure.peers.catalogue import engines_of
 from paretune.recipe import preset
+from paretune.records.judge import judge
+from paretune.records.record import to_json
 
 # Ours by the peers that they are compared with.
 CLASSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -66,9 +68,7 @@ def compare(result: dict[str, Any], kind: str, names: tuple[list[str], list[str]
             if not len(blocks.values(ours)) or not len(blocks.values(peer)):
                 continue
             ratio = blocks.ratio(peer, ours)
-            out.append(
-                {"ours": ours, "peer": peer, **ratio.to_json(), "verdict": stats.verdict(ratio, resolution=resolution)}
-            )
+            out.append({"ours": ours, "peer": peer, **ratio.to_json(), "verdict": judge(ratio, resolution)})
     return out
 
 
@@ -141,7 +141,7 @@ def main() -> int:
     peers = [n for pair in classes.values() for n in pair[1] if n not in left_out]
     for name in wanted:
         input_len, output_len, batch_size, kinds = CELLS[name]
-        result = bench(
+        measured = bench(
             args.model,
             [(n, preset(n)) for n in ours],
             input_lens=[input_len],
@@ -156,6 +156,7 @@ def main() -> int:
             engines=engines_of(",".join(peers))[1],
             on_progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
+        result = to_json(measured)
         result["compared"] = {
             kind: {
                 "rows": rows_of(result, kind),

@@ -279,9 +279,10 @@ def test_the_drawing_was_read():
         "engine.runners": 3,
         "recipe": 4,
         "engine": 5,
-        "evaluate": 6,
-        "api": 10,
-        "cli": 11,
+        "records": 6,
+        "evaluate": 7,
+        "api": 11,
+        "cli": 12,
     }
     assert {unit: FLOORS.get(unit) for unit in expected} == expected
     assert "paretune" not in FLOORS and not EVERYWHERE & {u for u, f in FLOORS.items() if f > 0}

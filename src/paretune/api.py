@@ -23,6 +23,7 @@ from paretune.evaluate import texts
 from paretune.evaluate.perplexity import Perplexity, perplexity
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import Recipe
+from paretune.records.bench import BenchResult
 
 DEFAULT_BENCH = ("baseline", "bf16", "int8")
 DEFAULT_CONTEXT = 1024  # tokens; GPT-2's published protocol
@@ -235,9 +236,7 @@ def evaluate(
     )
 
 
-def bench(
-    name: str | Path = "pocket", configs: Sequence[str | Recipe] = DEFAULT_BENCH, **options: Any
-) -> dict[str, Any]:
+def bench(name: str | Path = "pocket", configs: Sequence[str | Recipe] = DEFAULT_BENCH, **options: Any) -> BenchResult:
     """Measures configurations against each other in interleaved blocks.
 
     Args:
@@ -246,7 +245,7 @@ def bench(
         options: of `paretune.measure.bench.bench`: input_lens, output_lens, batch_sizes, budget_sec, ...
 
     Returns:
-        what `paretune bench --json` prints.
+        what `paretune bench --json` prints, as a record (`records.to_json` makes it plain data).
     """
     from paretune.measure import bench as measure
 

@@ -16,6 +16,8 @@ import torch
 from paretune.cli.app import run
 from paretune.measure import bench as measure
 from paretune.measure import bench_group
+from paretune.records.bench import BenchResult
+from paretune.records.record import from_json
 from paretune.report import bench as report
 
 TINY = [
@@ -83,7 +85,7 @@ def faked(monkeypatch, real_run):
 
     def fake(folder, configs, **options):
         calls.append((folder, configs, options))
-        return result
+        return from_json(BenchResult, result)
 
     monkeypatch.setattr(measure, "bench", fake)
     fake.calls, fake.result = calls, result
@@ -122,7 +124,7 @@ def test_lists_and_options_arrive(faked):
 )
 def test_exit_5_is_for_no_verdict_at_all_or_strict(faked, tmp_path, capsys, too_noisy, strict, expected, word):
     faked.result |= {"is_noisy": True, "too_noisy": too_noisy}
-    faked.result["aa"] = [{"cell": "8+4 x1", "kind": "tpot", "group": 0, "half_width": 0.4}]
+    faked.result["aa"] = [{**faked.result["aa"][0], "half_width": 0.4}]
     flags = ["--strict"] if strict else []
     assert run(["bench", "pocket", "-o", str(tmp_path / "out"), "--quiet", *flags]) == expected
     assert (tmp_path / "out" / "bench.json").is_file(), "written all the same"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import made_records as made
 from paretune import hardware
 from paretune.cli.app import run
 from paretune.hardware import Ceilings
@@ -186,20 +187,16 @@ def fake_bench(folder, configs, **options):
     """Four rows without a process: what `study` makes of them is tested here."""
     rows = []
     for i, (name, recipe) in enumerate(configs):
-        speedup = None if i == 3 else 1.0 + 0.3 * i
-        row = {"config": name, "recipe": recipe.name, "role": "baseline" if i == 0 else "", "cause": ""}
-        row |= {f"throughput_{k}": None for k in ("p50_sec", "speedup", "speedup_low", "speedup_high", "verdict", "n")}
-        if speedup:
-            row |= {"throughput_p50_sec": 1e-3 / speedup, "throughput_speedup": speedup, "throughput_n": 9}
-            row |= {"throughput_speedup_low": speedup - 0.1, "throughput_speedup_high": speedup + 0.1}
-            row["throughput_verdict"] = ["baseline", "indistinguishable", "faster"][i]
-        else:
-            row["cause"] = "the compiler failed"
-        row["throughput_tokens_per_sec"] = speedup and 1e3 * speedup
-        rows.append(row)
+        role = "baseline" if i == 0 else ""
+        if i == 3:
+            rows.append(made.row(name, role, "the compiler failed", recipe=recipe.name, throughput=made.phase(None)))
+            continue
+        speedup, verdict = 1.0 + 0.3 * i, ["baseline", "indistinguishable", "faster"][i]
+        judged = made.phase(speedup, speedup - 0.1, speedup + 0.1, verdict, p50_sec=1e-3 / speedup)
+        rate = {"throughput_tokens_per_sec": 1e3 * speedup}
+        rows.append(made.row(name, role, recipe=recipe.name, throughput=judged, **rate))
     assert options["output_lens"] == [32] and options["kinds"] == ["throughput"]  # 64 positions, 32 of them prompt
-    known = {"rows": rows, "ceilings": CEILINGS.to_json(), "threads": {"threads": 2}}
-    return known | {"too_noisy": False, "is_noisy": False, "aa": [{"half_width": 0.13}]}
+    return made.result(rows, CEILINGS, aa=[made.resolution(0.13)])
 
 
 def test_study_kernels(command, tiny_gpt2_folder, tmp_path, monkeypatch):

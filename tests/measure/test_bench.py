@@ -13,9 +13,10 @@ from paretune.engine.dispatch import PLAN, Entry, Form, Table
 from paretune.errors import UsageError
 from paretune.measure import bench as measure
 from paretune.measure import bench_group, bench_run, grid, session
-from paretune.measure.bench_rows import Cell
 from paretune.measure.interleave import SubjectError
 from paretune.recipe import Recipe, preset
+from paretune.records.bench import BenchResult, BenchRow, Cell
+from paretune.records.record import from_json, to_json
 
 TTFT_SEC, TPOT_SEC = 0.1, 0.02
 WEIGHTS, KV_PER_TOKEN = 1_000_000, 1000
@@ -143,9 +144,14 @@ def fakes(monkeypatch):
 
 def run(folder, names=("baseline", "int8"), **options) -> dict[str, Any]:
     settings = {"input_lens": [16], "output_lens": [9], "batch_sizes": [1], "min_time_sec": 0.0} | options
-    result = measure.bench(folder, [(name, preset(name)) for name in names], **settings)
-    json.dumps(result, allow_nan=False)  # strict JSON, whatever was measured
-    return result
+    return plain(measure.bench(folder, [(name, preset(name)) for name in names], **settings))
+
+
+def plain(result: BenchResult) -> dict[str, Any]:
+    """What `bench.json` holds: strict JSON, whatever was measured, and readable again."""
+    data = to_json(result)
+    assert from_json(BenchResult, json.loads(json.dumps(data, allow_nan=False))) == result
+    return data
 
 
 def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -456,7 +462,7 @@ def test_every_row_has_every_kind_before_any_has_more(tiny_gpt2_folder):
 
 def test_the_first_rows_are_shown_with_intervals_and_no_verdict_is_asked_of_them(tiny_gpt2_folder):
     FakeProcess.speed = {"int8": 2.0}
-    shown: list[list[dict[str, Any]]] = []
+    shown: list[list[BenchRow]] = []
     taken: list[int] = []
 
     def on_first(rows):
@@ -464,11 +470,11 @@ def test_the_first_rows_are_shown_with_intervals_and_no_verdict_is_asked_of_them
         taken.append(len(FakeProcess.slices))
 
     run(tiny_gpt2_folder, ("baseline", "int8"), on_first=on_first)
-    rows = {row["config"]: row for row in shown[0]}
+    rows = {row.config: to_json(row) for row in shown[0]}
     assert len(shown) == 1 and taken == [2 * 3 * bench_group.FIRST_BLOCKS]
     assert rows["int8"]["decode_speedup_low"] == pytest.approx(2.0) and rows["int8"]["mbu"] is None
     assert rows["int8"]["prefill_speedup_high"] == pytest.approx(2.0)
-    assert {row["decode_verdict"] for row in shown[0]} == {None}
+    assert {row["decode_verdict"] for row in rows.values()} == {None}
 
 
 def test_what_is_judged_at_once_has_long_slices(tiny_gpt2_folder):

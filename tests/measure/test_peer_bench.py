@@ -16,6 +16,8 @@ from paretune.measure import bench_group
 from paretune.measure.peers import convert, envs, subject
 from paretune.measure.peers.catalogue import Engine, Format, Peer
 from paretune.recipe import preset
+from paretune.records.bench import BenchResult
+from paretune.records.record import from_json, to_json
 
 SCRIPT = Path(__file__).parent / "fake_peer.py"
 FORMATS = ("good", "wrong", "dies", "hangs", "unconvertible", "mixed_rows")
@@ -58,8 +60,9 @@ def result(tiny_gpt2_folder, tmp_path_factory):
         )
         models = sorted(path.name for path in convert.models_folder().iterdir())
     torch.set_num_threads(threads)
-    json.dumps(found, allow_nan=False)
-    return found, models
+    data = to_json(found)
+    assert from_json(BenchResult, json.loads(json.dumps(data, allow_nan=False))) == found
+    return data, models
 
 
 @pytest.fixture(scope="module")

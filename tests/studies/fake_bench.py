@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from made_records import phase, result, row
 from paretune.hardware import Ceilings
 
 CEILINGS = Ceilings(
@@ -22,22 +23,14 @@ def fake_bench(folder, configs, **options):
     for cell, (batch, n_in) in enumerate((b, i) for b in options["batch_sizes"] for i in options["input_lens"]):
         for i, name in enumerate([*names, f"{baseline} again"]):
             role = "baseline" if name == baseline else "twin" if name.endswith(" again") else ""
-            row = {"config": name, "role": role, "batch_size": batch, "input_len": n_in, "cause": ""}
             sizes = ("weights", "kv_cache", "activation_peak", "rss", "rss_peak")
-            row |= {f"{key}_bytes": 1_000_000 * (10 - i % 10) for key in sizes}
+            n_bytes = {f"{key}_bytes": 1_000_000 * (10 - i % 10) for key in sizes}
             speedup = 0.7 + 0.3 * (i + cell)
-            row["throughput_tokens_per_sec"] = 100 * speedup
-            for phase in ("throughput", "prefill", "decode"):
-                row |= {f"{phase}_speedup": speedup, f"{phase}_speedup_low": speedup - 0.1, f"{phase}_n": 9}
-                row |= {f"{phase}_speedup_high": speedup + 0.1, f"{phase}_verdict": VERDICTS[min(2, i + cell)]}
+            judged = phase(speedup, speedup - 0.1, speedup + 0.1, VERDICTS[min(2, i + cell)])
+            phases = {"throughput": judged, "prefill": judged, "decode": judged}
             if name == "bf16":
-                row = {k: None if k.startswith("throughput") else v for k, v in row.items()} | {"cause": "it crashed"}
-            rows.append(row)
-    return {
-        "rows": rows,
-        "ceilings": CEILINGS.to_json(),
-        "threads": {"threads": 2},
-        "too_noisy": False,
-        "is_noisy": False,
-        "aa": [],
-    }
+                more = {**phases, "throughput": None, "cause": "it crashed"}
+            else:
+                more = {**phases, "throughput_tokens_per_sec": 100 * speedup}
+            rows.append(row(name, role, batch_size=batch, input_len=n_in, **n_bytes, **more))
+    return result(rows, CEILINGS)

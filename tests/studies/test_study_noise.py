@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from made_records import resolution, result
 from paretune.studies import common
 
 
 def run_of(half_width, too_noisy=False):
-    entries = [{"half_width": 0.01}, {"half_width": half_width}, {"half_width": None}]
-    return {"is_noisy": half_width > 0.25, "too_noisy": too_noisy, "aa": entries}
+    entries = [resolution(0.01), resolution(half_width), resolution(None)]
+    return result([], is_noisy=half_width > 0.25, too_noisy=too_noisy, aa=entries)
 
 
 def test_a_quiet_machine_leaves_nothing_to_say():

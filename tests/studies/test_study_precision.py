@@ -9,7 +9,7 @@ from fake_bench import CEILINGS, fake_bench
 
 from paretune import hardware
 from paretune.measure import bench
-from paretune.measure.bench_rows import Cell
+from paretune.records.bench import Cell
 from paretune.studies import precision
 from paretune.studies.precision import crossover
 

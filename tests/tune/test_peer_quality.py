@@ -13,6 +13,7 @@ from paretune.errors import ParetuneError
 from paretune.evaluate.fidelity import score
 from paretune.measure.interleave import SubjectError
 from paretune.measure.peers.catalogue import engines_of
+from paretune.records.peers import PeerQuality
 from paretune.tune import peer_quality
 from paretune.tune.space import baseline
 
@@ -28,12 +29,11 @@ def with_effect(base, mean, spread, seed=1):
 def test_a_known_difference_comes_out():
     base = losses()
     found = peer_quality.judge(base + math.log(1.02), base, 0.05)
-    assert found["ppl_increase"] == pytest.approx(0.02) and found["ppl_increase_upper"] == pytest.approx(0.02)
-    assert found["baseline_perplexity"] == pytest.approx(math.exp(base.mean()))
-    assert found["perplexity"] == pytest.approx(1.02 * found["baseline_perplexity"])
-    assert found["keeps_bound"] is True and found["n_windows"] == 24
-    assert "+2.00%" in found["quality_reason"] and "within the bound of +5.00%" in found["quality_reason"]
-    assert tuple(found) == peer_quality.KEYS
+    assert found.ppl_increase == pytest.approx(0.02) and found.ppl_increase_upper == pytest.approx(0.02)
+    assert found.baseline_perplexity == pytest.approx(math.exp(base.mean()))
+    assert found.perplexity == pytest.approx(1.02 * found.baseline_perplexity)
+    assert found.keeps_bound is True and found.n_windows == 24
+    assert "+2.00%" in found.quality_reason and "within the bound of +5.00%" in found.quality_reason
 
 
 def test_the_bound_is_held_to_the_upper_bound_and_not_to_the_estimate():
@@ -42,8 +42,8 @@ def test_the_bound_is_held_to_the_upper_bound_and_not_to_the_estimate():
     found = peer_quality.judge(other, base, 0.01)
     # 24 windows of 256: 48 blocks of 128 tokens, each mean with a standard deviation of 0.5 / sqrt(128).
     expected = math.exp(float((other - base).mean()) + 1.68 * 0.5 / math.sqrt(128 * 48)) - 1
-    assert found["ppl_increase_upper"] == pytest.approx(expected, rel=0.15)
-    assert found["ppl_increase"] < 0.01 < found["ppl_increase_upper"] and found["keeps_bound"] is False
+    assert found.ppl_increase_upper == pytest.approx(expected, rel=0.15)
+    assert found.ppl_increase < 0.01 < found.ppl_increase_upper and found.keeps_bound is False
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_the_bound_is_held_to_the_upper_bound_and_not_to_the_estimate():
 )
 def test_what_is_not_known_is_not_claimed(nll, base, keeps, words):
     found = peer_quality.judge(nll, base, 0.01)
-    assert found["keeps_bound"] is keeps and words in found["quality_reason"]
-    assert all(v is None or math.isfinite(v) for k, v in found.items() if k != "quality_reason")
+    assert found.keeps_bound is keeps and words in found.quality_reason
+    assert all(v is None or math.isfinite(v) for k, v in vars(found).items() if k != "quality_reason")
 
 
 def test_our_losses_are_those_of_transformers_and_of_the_gate(tiny_llama_folder):
@@ -94,8 +94,8 @@ def test_each_engine_has_its_result_and_one_that_fails_its_reason(tiny_llama_fol
     found = peer_quality.measure(
         tiny_llama_folder, engines, windows, base, 0.01, threads=1, cap_sec=9.0, on_result=lambda *r: told.append(r)
     )
-    assert found["llama.cpp:Q8_0"]["keeps_bound"] is True
-    assert found["llama.cpp:Q4_0"] == peer_quality.unknown(
+    assert found["llama.cpp:Q8_0"].keeps_bound is True
+    assert found["llama.cpp:Q4_0"] == PeerQuality.unknown(
         "it could not be scored: the process was killed (out of memory, most likely)"
     )
     assert dict(told) == found

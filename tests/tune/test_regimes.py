@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -15,6 +16,8 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.measure import bench as measure
 from paretune.measure import bench_group, session
 from paretune.recipe import Recipe, preset
+from paretune.records.record import from_json
+from paretune.records.regimes import Regimes
 from paretune.report import regimes as report
 from paretune.report.html import render_report
 from paretune.tune import regimes
@@ -107,6 +110,10 @@ def tune(monkeypatch, tmp_path):
     return call
 
 
+def found(result):
+    return from_json(Regimes, result["regimes"])
+
+
 def cell(result, batch_size, length):
     return next(c for c in result["regimes"]["cells"] if (c["batch_size"], c["length"]) == (batch_size, length))
 
@@ -153,7 +160,7 @@ def test_what_cannot_be_told_apart_is_a_tie_and_the_simpler_stands_first(tune):
     tie, sure = cell(result, 1, 128), cell(result, 1, 1024)
     assert tie["is_tie"] and tie["best"] in (EAGER, NATIVE) and [e["form"] for e in tie["ranked"]][2] == PLAN
     assert not sure["is_tie"] and sure["best"] == PLAN
-    picture = report.crossover(result["regimes"]).decode()
+    picture = report.crossover(found(result)).decode()
     assert "(tie)" in picture and picture.count("plan's own") == 1
     assert report.GREY in picture
 
@@ -165,10 +172,9 @@ def test_forms_that_fail_or_are_not_reached_are_rows_and_not_in_the_table(tune, 
     assert sum(n == EAGER for n, _ in tune.process.loads) == 1, "what failed is not started again"
     assert all(EAGER not in [e["form"] for e in c["ranked"]] for c in cells)
     assert {c["status"] for c in cells} == {"measured"}
-    late = [dict(c) for c in cells[:1]]
-    late[0] |= {"status": "not_reached", "best": PLAN}
-    assert "not reached" in " ".join(regimes.sentences({**result["regimes"], "cells": late}))
-    assert "out of memory" in report.rows_of(result["regimes"])[0]["others"]
+    late = [replace(found(result).cells[0], status="not_reached", best=PLAN)]
+    assert "not reached" in " ".join(report.sentences(replace(found(result), cells=late)))
+    assert "out of memory" in report.rows_of(found(result))[0]["others"]
     page = render_report(result)
     assert "Choice by regime" in page and "out of memory" in page and "a second copy of the weights" in page
     assert (tmp_path / "plan" / "plan.json").is_file()

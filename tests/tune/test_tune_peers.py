@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from fake_race import MB, Machine, install, only
 
+import made_records as made
 from paretune import clock
 from paretune.engine.plan import read_plan
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import Scores
 from paretune.measure import bench as measure
 from paretune.measure import bench_group
+from paretune.records.bench import PHASES, Agreement
+from paretune.records.peers import PeerQuality
 from paretune.report.html import render_report
 from paretune.tune import peer_quality, peers
 from paretune.tune.goal import Goal
@@ -22,14 +26,7 @@ from paretune.tune.run import run
 
 INT8 = ("sdpa", None, "int8", "eager", None)
 ENGINE = "llama.cpp:Q8_0"
-AGREEMENT = {
-    "agreement_top1_share": 0.981,
-    "agreement_top1_share_beyond_ties": 1.0,
-    "agreement_logits_rel_rms": 0.0123,
-    "agreement_greedy_same": 64,
-    "agreement_greedy_n": 64,
-    "agreement_n_positions": 256,
-}
+AGREEMENT = Agreement(0.981, 1.0, 0.0123, 64, 64, 256)
 
 
 class FakeBench:
@@ -43,27 +40,22 @@ class FakeBench:
         self.calls.append({"folder": folder, "configs": configs, **options})
         if self.error:
             raise self.error
-        phase = peers._PHASES[options["kinds"][0]]
+        phase = PHASES[options["kinds"][0]]
         rows = []
         for i, (name, _) in enumerate(configs):
-            cause = self.our_cause if i == 0 else ""
-            role = "baseline" if i == 0 else ""
-            rows.append({"config": name, "role": role, "cause": cause, "status": "failed" if cause else "measured",
-                         "tpot_sec": 0.004 * (i + 1), "notes": []})  # fmt: skip
-        rows.append({**rows[0], "config": f"{configs[0][0]} again", "role": "twin"})
+            role, cause = ("baseline", self.our_cause) if i == 0 else ("", "")
+            rows.append(made.row(name, role, cause, tpot_sec=0.004 * (i + 1)))
+        rows.append(replace(rows[0], config=f"{configs[0][0]} again", role="twin"))
         for engine in options["engines"]:
-            row = {"config": engine.name, "role": "peer", "status": "measured", "cause": "", "notes": [],
-                   "engine_version": "1.2", "rss_peak_bytes": 5 * MB, "tpot_sec": 0.002, **AGREEMENT}  # fmt: skip
+            about = {"engine_version": "1.2", "rss_peak_bytes": 5 * MB}
             if engine.name in self.causes:
-                row |= {"status": "failed", "cause": self.causes[engine.name], "tpot_sec": None}
-                row |= dict.fromkeys(AGREEMENT)
-            elif not self.our_cause:
-                value, low, high, verdict = self.speed[engine.name]
-                row |= {f"{phase}_speedup": value, f"{phase}_speedup_low": low, f"{phase}_speedup_high": high}
-                row[f"{phase}_verdict"] = verdict
+                row = made.row(engine.name, "peer", self.causes[engine.name], **about)
+            else:
+                row = made.row(engine.name, "peer", tpot_sec=0.002, agreement=AGREEMENT, **about)
+                if not self.our_cause:
+                    setattr(row, phase, made.phase(*self.speed[engine.name]))
             rows.append(row)
-        aa = [{"half_width": 0.4 if self.noisy else 0.013}]
-        return {"rows": rows, "aa": aa, "too_noisy": self.noisy}
+        return made.result(rows, aa=[made.resolution(0.4 if self.noisy else 0.013)], too_noisy=self.noisy)
 
 
 class FakeQuality:
@@ -80,12 +72,19 @@ class FakeQuality:
             if self.error:
                 raise self.error
             if isinstance(self.increase, str):
-                result = peer_quality.unknown(self.increase)
+                result = PeerQuality.unknown(self.increase)
             else:
                 value, upper = self.increase
                 base = 20.0
-                values = (base * (1 + value), base, value, upper, len(windows), upper <= limit, "measured")
-                result = dict(zip(peer_quality.KEYS, values, strict=True))
+                result = PeerQuality(
+                    perplexity=base * (1 + value),
+                    baseline_perplexity=base,
+                    ppl_increase=value,
+                    ppl_increase_upper=upper,
+                    n_windows=len(windows),
+                    keeps_bound=upper <= limit,
+                    quality_reason="measured",
+                )
             found[engine.name] = result
             on_result(engine.name, result)
         return found

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paretune.cli.model_help import MODEL_OR_PLAN
 
 if TYPE_CHECKING:
-    from paretune.measure.peers.catalogue import Engine
-    from paretune.recipe import Recipe
+    from paretune.records.bench import BenchRow
 
 FORMATS = ("md", "csv", "json")
 
@@ -110,8 +109,13 @@ def bench(
     shape = checkpoint.read_config(folder)
     cells = cells_of(shape.longest, *lens)
     if dry_run:
+        from paretune.measure.peers.envs import state
+        from paretune.report.bench import estimate_text
+
         n = len(configs) + len(engines)
-        _show(model, configs, engines, cells, estimate_sec(n, len(cells), 2, min_blocks, max_blocks))
+        seconds = estimate_sec(n, len(cells), 2, min_blocks, max_blocks)
+        named = [(name, recipe.name) for name, recipe in configs]
+        print(estimate_text(model, named, [(e.name, state(e.peer)) for e in engines], cells, seconds))
         return
     out = None if output_dir is None else ensure_folder(output_dir.expanduser())
     with sigterm_as_interrupt():
@@ -137,7 +141,7 @@ def bench(
             keeps_interrupted=True,
         )
     if checkpoint.is_named(model):
-        result["model"]["name"] = model
+        result.model.name = model
     from paretune.report import bench as report  # draws: not before something is measured
 
     if out is not None:
@@ -150,15 +154,14 @@ def bench(
         print(report.as_text(result), end="")
     if out is not None and not quiet:
         _say(f"written: {out}")
-    if result["interrupted"]:
+    if result.interrupted:
         raise KeyboardInterrupt
-    if all(row["status"] == "not_reached" for row in result["rows"]):
+    if all(row.status == "not_reached" for row in result.rows):
         raise ParetuneError("the time ended before anything was measured", "Allow more with --max-time")
-    if result["too_noisy"] or (strict and result["is_noisy"]):
-        widths = [entry["half_width"] for entry in result["aa"] if entry["half_width"] is not None]
-        what = "to judge" if result["too_noisy"] else "for --strict"
+    if result.too_noisy or (strict and result.is_noisy):
+        what = "to judge" if result.too_noisy else "for --strict"
         raise TooNoisyError(
-            f"this machine is too noisy {what}: the baseline differs from itself by up to {max(widths):.0%}",
+            f"this machine is too noisy {what}: the baseline differs from itself by up to {result.widest:.0%}",
             "Close other programs, or measure longer with --max-blocks",
         )
 
@@ -203,24 +206,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _say_first(rows: list[dict[str, Any]]) -> None:
+def _say_first(rows: list[BenchRow]) -> None:
     from paretune.report.bench import first_text
 
     _say(first_text(rows))
-
-
-def _show(
-    model: str, configs: list[tuple[str, Recipe]], engines: list[Engine], cells: list[Any], seconds: tuple[float, float]
-) -> None:
-    from paretune.measure.peers.envs import state
-    from paretune.report.units import format_sec
-
-    print(f"model: {model}")
-    for name, recipe in configs:
-        print(f"config {name}: {recipe.name}")
-    for engine in engines:
-        print(f"engine {engine.name}: {state(engine.peer)}")
-    for cell in cells:
-        print(f"cell: {cell.input_len} input + {cell.output_len} output tokens, batch {cell.batch_size}")
-    low, high = (format_sec(float(round(s))) for s in seconds)
-    print(f"estimate: {low} to {high} for a small model without compilation; larger ones take longer")

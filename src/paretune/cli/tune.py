@@ -145,9 +145,12 @@ def _summary(result: dict[str, Any], folder: Path) -> str:
 
 
 def _regime_lines(result: dict[str, Any]) -> list[str]:
+    from paretune.records.record import from_json
+    from paretune.records.regimes import Regimes
     from paretune.report import regimes, tables
 
-    rows = regimes.rows_of(result.get("regimes") or {})
+    found = result.get("regimes")
+    rows = regimes.rows_of(from_json(Regimes, found)) if found else []
     return [tables.to_text(rows, regimes.COLUMNS, width=110), ""] if rows else []
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from paretune import clock, files, hardware, stats
 from paretune.engine.dispatch import Table
 from paretune.errors import UsageError
 from paretune.measure import environment, session
-from paretune.measure.bench_group import Row
-from paretune.measure.bench_rows import DEFINITIONS, MAX_AA, is_judged
+from paretune.measure.bench_rows import DEFINITIONS, is_judged
 from paretune.measure.bench_run import Run
 from paretune.measure.grid import cells_of, n_parameters
 from paretune.measure.peers.catalogue import Engine
@@ -26,6 +24,17 @@ from paretune.measure.peers.subject import Peers
 from paretune.measure.workload import KINDS
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
+from paretune.records.bench import (
+    BenchModel,
+    BenchResult,
+    BenchRow,
+    BenchSettings,
+    BenchThreads,
+    Probe,
+)
+from paretune.records.header import Ceilings
+from paretune.records.judge import is_noisy
+from paretune.records.record import from_json
 
 MIN_BLOCKS, MAX_BLOCKS, MIN_TIME_SEC = 8, 27, 3.0
 
@@ -55,9 +64,9 @@ def bench(
     loading_counts: bool = True,
     keeps_processes: bool = False,
     tables: Mapping[str, Table] | None = None,
-    on_first: Callable[[list[Row]], None] | None = None,
+    on_first: Callable[[list[BenchRow]], None] | None = None,
     keeps_interrupted: bool = False,
-) -> dict[str, Any]:
+) -> BenchResult:
     """Measures every configuration against the baseline on every cell of the grid.
 
     Args:
@@ -80,9 +89,7 @@ def bench(
         keeps_interrupted: a `KeyboardInterrupt` gives what is known instead of going up.
 
     Returns:
-        strict JSON: the head of a result file, `rows`, `aa`, `samples`, `ceilings`, `definitions`, `is_noisy` (the
-        baseline differs from itself by more than `MAX_AA`), `too_noisy` (and no row is judged all the same),
-        `interrupted`.
+        the rows and everything that they were made from.
 
     Raises:
         UsageError: wrong arguments, before any process starts.
@@ -102,7 +109,7 @@ def bench(
         raise UsageError(f"{min_blocks} to {max_blocks} blocks", "The first has to be 1 or more, the second no less")
     config = checkpoint.read_config(folder)
     cells = cells_of(config.longest, input_lens, output_lens, batch_sizes)
-    header = environment.header(seed=seed)
+    header = environment.head(seed=seed)
     say = on_progress or (lambda line: None)
     if device == "cpu":
         session.prepare()
@@ -141,35 +148,28 @@ def bench(
             if not keeps_interrupted:
                 raise
             interrupted = True
-    is_noisy = any(entry["half_width"] is not None and entry["half_width"] > MAX_AA for entry in run.aa)
-    return {
-        **header,
-        "model": {"name": folder.name, "family": config.family, "n_parameters": run.n_params},
-        "device": device,
-        "threads": threads_read,
-        "baseline": run.baseline,
-        "configs": {name: recipe.to_dict() for name, recipe in configs},
-        "engines": [engine.name for engine in engines],
-        "cells": [asdict(cell) for cell in cells],
-        "settings": {
-            "kinds": list(kinds),
-            "looks_after_blocks": run.schedule,
-            "level": run.level,
-            "delta": stats.DELTA,
-            "min_time_sec": min_time_sec,
-            "budget_sec": budget_sec,
-        },
-        "ceilings": None if run.ceilings is None else run.ceilings.to_json(),
-        "probe": None if run.probe is None else {"kind": run.probe.kind, "note": run.probe.note},
-        "rows": run.rows,
-        "aa": run.aa,
-        "samples": run.samples,
-        "warm_up": run.warm_ups,
-        "definitions": DEFINITIONS,
-        "is_noisy": is_noisy,
-        "too_noisy": is_noisy and not is_judged(run.rows),
-        "interrupted": interrupted,
-    }
+    noisy = any(is_noisy(entry.half_width) for entry in run.aa)
+    return BenchResult(
+        **vars(header),
+        model=BenchModel(folder.name, config.family, run.n_params),
+        device=device,
+        threads=from_json(BenchThreads, threads_read),
+        baseline=run.baseline,
+        configs={name: recipe.to_dict() for name, recipe in configs},
+        engines=[engine.name for engine in engines],
+        cells=cells,
+        settings=BenchSettings(list(kinds), run.schedule, run.level, stats.DELTA, min_time_sec, budget_sec),
+        ceilings=None if run.ceilings is None else from_json(Ceilings, run.ceilings.to_json()),
+        probe=None if run.probe is None else Probe(run.probe.kind, run.probe.note),
+        rows=run.rows,
+        aa=run.aa,
+        samples=run.samples,
+        warm_up=run.warm_ups,
+        definitions=DEFINITIONS,
+        is_noisy=noisy,
+        too_noisy=noisy and not is_judged(run.rows),
+        interrupted=interrupted,
+    )
 
 
 @contextlib.contextmanager

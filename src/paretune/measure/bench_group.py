@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune import clock, stats
-from paretune.measure.bench_rows import MAX_AA, PHASES, Pass, Trial, make_row
+from paretune.measure.bench_rows import Pass, Trial, estimate_of, make_row
 from paretune.measure.interleave import Sample, SubjectError, run_blocks, warm_up
 from paretune.measure.peers.subject import INVALID
 from paretune.measure.session import LOST, TrialProcess
 from paretune.measure.workload import Workload
 from paretune.recipe import Recipe
+from paretune.records.bench import BenchRow, BenchSample, Resolution, WarmUp
+from paretune.records.judge import TOO_NOISY
 
 if TYPE_CHECKING:
     from paretune.measure.bench_run import CellRun
@@ -31,8 +33,6 @@ LOAD_TIMEOUT_SEC = 900.0  # max-autotune compiles for minutes
 WARM_UP_SEC = 10.0
 CHECK_TOKENS, CHECK_STEPS = 32, 12  # of the exactness check before anything is timed
 LOADING_SHARE = 0.6  # of the time: what is not loaded by then leaves the rest to what is
-
-Row = dict[str, Any]
 
 
 class Group:
@@ -46,12 +46,11 @@ class Group:
         self.processes: dict[str, TrialProcess] = {}
         self.passes: dict[str, Pass] = {}
         self.spent_sec: dict[tuple[str, str], float] = {}  # of sampling, by kind and name, probes included
-        self.where = {"cell": self.cell.title, "group": g}
         self.has_notes = False
 
     # -- what it gives
 
-    def rows(self, ended: str, trials: Mapping[str, Trial] | None = None) -> list[Row]:
+    def rows(self, ended: str, trials: Mapping[str, Trial] | None = None) -> list[BenchRow]:
         """Args:
         ended: what ended the run, where something is missing.
         trials: by name; None: those of the group.
@@ -60,13 +59,12 @@ class Group:
         order = {name: i for i, name in enumerate([*of.configs, of.twin, *of.peers.engines])}
         shown = [t for t in trials.values() if self.g == 0 or t.name not in (of.baseline, of.twin)]
         first = trials[of.baseline]
-        made = [
-            make_row(trial, first, of.twin, self.cell, of.config, of.ceilings, ended)
+        return [
+            make_row(trial, first, of.twin, self.cell, of.config, of.ceilings, ended, self.g)
             for trial in sorted(shown, key=lambda t: order[t.name])
         ]
-        return [{**row, "group": self.g} for row in made]
 
-    def resolutions(self) -> list[Row]:
+    def resolutions(self) -> list[Resolution]:
         """What the baseline differs from itself by, for each kind."""
         of, out = self.of, []
         for kind, result in self.passes.items():
@@ -74,7 +72,7 @@ class Group:
             ratio = result.blocks.ratio(of.baseline, of.twin, of.level)
             word = result.verdict(of.baseline, of.twin, of.twin)
             known = half_width if half_width != float("inf") else None
-            out.append({**self.where, "kind": kind, "half_width": known, "ratio": ratio.to_json(), "verdict": word})
+            out.append(Resolution(self.cell.title, self.g, kind, known, estimate_of(ratio), word))
         return out
 
     # -- the run
@@ -224,8 +222,7 @@ class Group:
         trial.loaded = answer
 
     def _warmed(self, trial: Trial, kind: str, timings: list[float], is_settled: bool, sec: float) -> None:
-        where = {"cell": self.cell.title, "kind": kind, "group": self.g}
-        self.of.warm_ups.append({**where, "config": trial.name, "timings_sec": timings})
+        self.of.warm_ups.append(WarmUp(self.cell.title, kind, self.g, trial.name, timings))
         if not is_settled:
             trial.notes.append(f"{kind}: timings still drifted after {sec:.0f} s of warm-up")
 
@@ -264,8 +261,10 @@ class Group:
             # Each interval by itself at 95 %: nothing is decided by it, so it pays for no further looks.
             passes = {kind: replace(result, level=stats.LEVEL) for kind, result in self.passes.items()}
             trials = {name: replace(trial, passes=passes) for name, trial in self.trials.items()}
-            unjudged = {f"{phase}_verdict": None for phase in PHASES.values()}
-            of.on_first([row | unjudged for row in self.rows("it goes on", trials)])
+            rows = self.rows("it goes on", trials)
+            for _, phase in (pair for row in rows for pair in row.phases):
+                phase.verdict = None
+            of.on_first(rows)
         # Not before: they take seconds, and every row waits for them.
         of.known_ceilings()
         self._ask_notes()
@@ -288,7 +287,7 @@ class Group:
         yardsticks = [name for name in (of.baseline, of.twin) if name in alive]
         if result.n_blocks < of.schedule[0]:
             return alive
-        is_blunt = of.twin in alive and result.resolution(of.baseline, of.twin) > MAX_AA
+        is_blunt = of.twin in alive and result.resolution(of.baseline, of.twin) > TOO_NOISY
 
         def is_open(name: str) -> bool:
             if self.spent_sec.get((result.kind, name), 0.0) < of.min_time_sec:
@@ -339,7 +338,7 @@ class Group:
 
     def _keep(self, result: Pass, sample: Sample) -> None:
         result.samples.append(sample)
-        self.of.keep({**self.where, "kind": result.kind, **sample.to_json()})
+        self.of.keep(BenchSample(self.cell.title, self.g, result.kind, **vars(sample)))
 
     def _restart(self, trial: Trial, kind: str) -> None:
         self.of.say(f"{trial.name}: the server that forks trials ended: started again")

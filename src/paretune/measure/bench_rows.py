@@ -1,9 +1,9 @@
-"""The rows of a `bench` result: one flat dict a configuration and cell, units in the names of the keys."""
+"""The rows of a `bench` result, one a configuration and cell, from what was measured."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,19 +16,14 @@ from paretune.measure.workload import DECODE_SLICE
 from paretune.model.config import ModelConfig
 from paretune.ops.attention.pattern import parse
 from paretune.recipe import Recipe
+from paretune.records.bench import PHASES, Agreement, BenchRow, Cell, Phase, Role, States, Status
+from paretune.records.header import Estimate
+from paretune.records.judge import judge
 
-MAX_AA = 0.25  # an A/A half width above it: the machine is too noisy to judge
-PHASES = {"ttft": "prefill", "tpot": "decode", "throughput": "throughput"}
+# Of the answer of a process, in its row too.
+SIZES = ("weights_bytes", "kv_cache_bytes", "activation_peak_bytes", "rss_bytes", "rss_peak_bytes",
+         "device_allocated_bytes", "device_reserved_bytes", "device_used_bytes")  # fmt: skip
 SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
-
-AGREEMENT = (
-    "agreement_top1_share",
-    "agreement_top1_share_beyond_ties",
-    "agreement_logits_rel_rms",
-    "agreement_greedy_same",
-    "agreement_greedy_n",
-    "agreement_n_positions",
-)
 
 # Printed under every table: peers disagree about these words.
 DEFINITIONS: dict[str, str] = {
@@ -56,19 +51,6 @@ DEFINITIONS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One workload of the grid."""
-
-    input_len: int
-    output_len: int
-    batch_size: int
-
-    @property
-    def title(self) -> str:
-        return f"{self.input_len}+{self.output_len} x{self.batch_size}"
-
-
 @dataclass
 class Pass:
     """The interleaved blocks of one kind of slice, all configurations of a group together."""
@@ -87,18 +69,23 @@ class Pass:
         return self.blocks.aa_resolution(baseline, twin, self.level)
 
     def verdict(self, baseline: str, twin: str, name: str) -> stats.Verdict:
-        ratio, resolution = self.blocks.ratio(baseline, name, self.level), self.resolution(baseline, twin)
-        word = stats.verdict(ratio, resolution=resolution)
-        # What goes beyond the noise does on any machine. But on one that cannot tell, all the rest would be
-        # "indistinguishable", and that would be no finding.
-        return "undecided" if word == "indistinguishable" and resolution > MAX_AA else word
+        return judge(self.blocks.ratio(baseline, name, self.level), self.resolution(baseline, twin))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Whose row it is. `agreement`: of a peer that was checked."""
+
+    engine: str = "paretune"
+    format: str | None = None
+    agreement: Agreement | None = None
 
 
 @dataclass
 class Trial:
     """What one process gave in one cell; `cause` says why it gave no more.
 
-    `recipe` is None for a peer; `is_invalid`: it runs, and is not the same model; `labels` go into its row as they are.
+    `recipe` is None for a peer; `is_invalid`: it runs, and is not the same model.
     """
 
     name: str
@@ -108,7 +95,7 @@ class Trial:
     passes: dict[str, Pass] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    labels: dict[str, Any] = field(default_factory=dict)
+    labels: Labels = Labels()
     is_invalid: bool = False
 
     def seconds(self, kind: str) -> np.ndarray:
@@ -120,9 +107,9 @@ class Trial:
         return float(np.median(values)) if len(values) else None
 
 
-def is_judged(rows: Sequence[Mapping[str, Any]]) -> bool:
+def is_judged(rows: Sequence[BenchRow]) -> bool:
     """Whether any configuration has a verdict beside the baseline."""
-    words = [row.get(f"{phase}_verdict") for row in rows if row["role"] in ("", "peer") for phase in PHASES.values()]
+    words = [phase.verdict for row in rows if row.role in ("", "peer") for _, phase in row.phases]
     return any(word not in (None, "undecided") for word in words)
 
 
@@ -134,93 +121,97 @@ def make_row(
     config: ModelConfig,
     ceilings: hardware.Ceilings | None,
     ended: str = "the time budget ended",
-) -> dict[str, Any]:
+    group: int = 0,
+) -> BenchRow:
     """Everything that is known of a configuration in a cell. None: not measured.
 
     Args:
         ceilings: None where they are not known (yet).
         ended: what ended the run before something was measured.
+        group: the index of those that were measured side by side.
     """
     loaded = trial.loaded or {}
     ttft, tpot = trial.median("ttft"), trial.median("tpot")
-    status = "measured" if any(len(trial.seconds(k)) for k in PHASES) else "not_reached"
+    status: Status = "measured" if any(len(trial.seconds(k)) for k in PHASES) else "not_reached"
     if trial.cause:
         status = "invalid" if trial.is_invalid else "failed"
-    cause = trial.cause or ("" if status == "measured" else f"{ended} before its turn")
-    role = "baseline" if trial.name == baseline.name else "twin" if trial.name == twin else ""
-    role = "peer" if trial.recipe is None else role
     late = []
     if status == "measured":
         missing = [PHASES[kind] for kind in trial.passes if not len(trial.seconds(kind))]
         late = [f"{phase}: {ended} before its turn" for phase in missing]
-    row: dict[str, Any] = {
-        "config": trial.name,
-        "recipe": trial.recipe.name if trial.recipe else "",
-        "role": role,
-        "cell": cell.title,
-        "input_len": cell.input_len,
-        "output_len": cell.output_len,
-        "batch_size": cell.batch_size,
-        "status": status,
-        "cause": cause,
-        "ttft_sec": ttft,
-        "tpot_sec": tpot,
-        "prefill_tokens_per_sec": ttft and cell.batch_size * cell.input_len / ttft,
-        "decode_tokens_per_sec": tpot and cell.batch_size / tpot,
-        "throughput_tokens_per_sec": _throughput(trial, cell),
-    }
-    for kind in trial.passes:
-        row |= _phase(trial, baseline, twin, kind)
-    parts = ("weights_bytes", "kv_cache_bytes", "activation_peak_bytes", "rss_bytes", "rss_peak_bytes")
-    row |= {key: trial.memory.get(key, loaded.get(key)) for key in parts}
-    row |= {key: value for key, value in trial.memory.items() if key.startswith("device_") and value is not None}
-    row |= {
-        "load_sec": loaded.get("load_sec"),
-        "compile_sec": loaded.get("compile_sec"),
-        "break_even_tokens": _break_even(trial, baseline, cell),
+    phases = {PHASES[kind]: _phase(trial, baseline, twin, kind) for kind in trial.passes}
+    sizes = {**{k: v for k, v in loaded.items() if k in SIZES}, **{k: v for k, v in trial.memory.items() if k in SIZES}}
+    return BenchRow(
+        config=trial.name,
+        recipe=trial.recipe.name if trial.recipe else "",
+        role=_role(trial, baseline, twin),
+        cell=cell.title,
+        input_len=cell.input_len,
+        output_len=cell.output_len,
+        batch_size=cell.batch_size,
+        status=status,
+        cause=trial.cause or ("" if status == "measured" else f"{ended} before its turn"),
+        ttft_sec=ttft,
+        tpot_sec=tpot,
+        prefill_tokens_per_sec=ttft and cell.batch_size * cell.input_len / ttft,
+        decode_tokens_per_sec=tpot and cell.batch_size / tpot,
+        throughput_tokens_per_sec=_throughput(trial, cell),
+        prefill=phases.get("prefill"),
+        decode=phases.get("decode"),
+        throughput=phases.get("throughput"),
+        **sizes,
+        load_sec=loaded.get("load_sec"),
+        compile_sec=loaded.get("compile_sec"),
+        break_even_tokens=_break_even(trial, baseline, cell),
         **_limits(trial, cell, config, ceilings),
-        "threads": (loaded.get("threads") or {}).get("threads"),
-        "disk_bytes": loaded.get("disk_bytes"),
-        "engine": "paretune",
-        "format": None,
-        "engine_version": loaded.get("version"),
-        **dict.fromkeys(AGREEMENT),
-        **trial.labels,
-        "proof": list(loaded.get("proof", ())),
-        "notes": [*loaded.get("notes", ()), *trial.notes, *late],
-    }
-    return row
+        threads=(loaded.get("threads") or {}).get("threads"),
+        disk_bytes=loaded.get("disk_bytes"),
+        engine=trial.labels.engine,
+        format=trial.labels.format,
+        engine_version=loaded.get("version"),
+        agreement=trial.labels.agreement,
+        proof=list(loaded.get("proof", ())),
+        notes=[*loaded.get("notes", ()), *trial.notes, *late],
+        group=group,
+    )
 
 
-def _phase(trial: Trial, baseline: Trial, twin: str, kind: str) -> dict[str, Any]:
-    """Ratio, verdict and the spread of one phase, keys prefixed with its name."""
-    done, phase, values = trial.passes[kind], PHASES[kind], trial.seconds(kind)
+def _role(trial: Trial, baseline: Trial, twin: str) -> Role:
+    if trial.recipe is None:
+        return "peer"
+    return "baseline" if trial.name == baseline.name else "twin" if trial.name == twin else ""
+
+
+def _phase(trial: Trial, baseline: Trial, twin: str, kind: str) -> Phase:
+    """Ratio, verdict and the spread of one phase."""
+    done, values = trial.passes[kind], trial.seconds(kind)
     blocks = done.blocks
-    out: dict[str, Any] = {
-        "n": len(values),
-        "p50_sec": stats.percentile(values, 50),
-        "p90_sec": stats.percentile(values, 90),
-        "n_repeated": sum(s.n_repeated for s in done.samples if s.subject == trial.name),
-        "speedup": None,
-        "speedup_low": None,
-        "speedup_high": None,
-        "verdict": None,
-        "by_state": None,
-    }
+    out = Phase(
+        n=len(values),
+        p50_sec=stats.percentile(values, 50),
+        p90_sec=stats.percentile(values, 90),
+        n_repeated=sum(s.n_repeated for s in done.samples if s.subject == trial.name),
+        speedup=None,
+        speedup_low=None,
+        speedup_high=None,
+        verdict=None,
+    )
     if trial.name == baseline.name:
-        out |= {"speedup": 1.0 if len(values) else None, "verdict": "baseline"}
+        out.speedup, out.verdict = 1.0 if len(values) else None, "baseline"
     elif len(values) and len(blocks.values(baseline.name)):
-        ratio = blocks.ratio(baseline.name, trial.name, done.level).to_json()
-        out |= {
-            "speedup": ratio["value"],
-            "speedup_low": ratio["low"] or None,  # 0 is "no information" here
-            "speedup_high": ratio["high"],
-            "verdict": done.verdict(baseline.name, twin, trial.name),
-        }
+        ratio = estimate_of(blocks.ratio(baseline.name, trial.name, done.level))
+        out.speedup, out.speedup_high = ratio.value, ratio.high
+        out.speedup_low = ratio.low or None  # 0 is "no information" here
+        out.verdict = done.verdict(baseline.name, twin, trial.name)
         states = blocks.by_state(baseline.name, trial.name, done.level)
         if states:
-            out["by_state"] = {word: states[i].to_json() for i, word in enumerate(("low", "high"))}
-    return {f"{phase}_{key}": value for key, value in out.items()}
+            out.by_state = States(estimate_of(states[0]), estimate_of(states[1]))
+    return out
+
+
+def estimate_of(interval: stats.Interval) -> Estimate:
+    """The interval as a record."""
+    return Estimate(**interval.to_json())  # type: ignore[arg-type]
 
 
 def _throughput(trial: Trial, cell: Cell) -> float | None:

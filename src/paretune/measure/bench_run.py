@@ -13,14 +13,16 @@ from typing import IO
 
 from paretune import clock, files, hardware, stats
 from paretune.engine.dispatch import Table
-from paretune.measure.bench_group import Group, Row
-from paretune.measure.bench_rows import Cell, Trial
+from paretune.measure.bench_group import Group
+from paretune.measure.bench_rows import Trial
 from paretune.measure.grid import groups_of, shared_and_own_bytes, trial_bytes
 from paretune.measure.peers.subject import Peers
 from paretune.measure.session import TrialProcess
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
+from paretune.records.bench import BenchRow, BenchSample, Cell, Resolution, WarmUp
+from paretune.records.record import to_json
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Run:
     say: Callable[[str], None]
     measure_ceilings: Callable[[], hardware.Ceilings]
     deadline: float | None
-    on_first: Callable[[list[Row]], None] | None = None
+    on_first: Callable[[list[BenchRow]], None] | None = None
     loading_counts: bool = True
     keeps_processes: bool = False
     tables: dict[str, Table] = field(default_factory=dict)
@@ -62,10 +64,10 @@ class Run:
     asked: dict[tuple[str, str], str | None] = field(default_factory=dict)
     checked: set[tuple[int, str, str]] = field(default_factory=set)  # cell, recipe and folder that are exact
     failed: dict[str, Trial] = field(default_factory=dict)  # what failed once is not started again for each cell
-    rows: list[Row] = field(default_factory=list)
-    aa: list[Row] = field(default_factory=list)
-    samples: list[Row] = field(default_factory=list)
-    warm_ups: list[Row] = field(default_factory=list)
+    rows: list[BenchRow] = field(default_factory=list)
+    aa: list[Resolution] = field(default_factory=list)
+    samples: list[BenchSample] = field(default_factory=list)
+    warm_ups: list[WarmUp] = field(default_factory=list)
 
     @property
     def twin(self) -> str:
@@ -89,12 +91,12 @@ class Run:
             self.ceilings = self.measure_ceilings()
         return self.ceilings
 
-    def keep(self, line: Row) -> None:
+    def keep(self, line: BenchSample) -> None:
         """A sample, on disk the moment it is taken."""
         self.samples.append(line)
         if self.log is not None:
             try:
-                self.log.write(json.dumps(line) + "\n")
+                self.log.write(json.dumps(to_json(line)) + "\n")
                 self.log.flush()
             except OSError as error:
                 raise files.write_error(self.log.name, error) from None

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from paretune import clock, hardware
+from paretune.records.header import Header
+from paretune.records.record import from_json, to_json
 
-SCHEMA_VERSION = 1
 PACKAGES = [
     "paretune",
     "torch",
@@ -145,7 +146,12 @@ def command_line(argv: Sequence[str] | None = None) -> str:
 
 
 def header(command: Sequence[str] | str | None = None, seed: int | None = None) -> dict[str, Any]:
-    """The first keys of every result file.
+    """The first keys of every result file: `head` as plain data."""
+    return to_json(head(command, seed))
+
+
+def head(command: Sequence[str] | str | None = None, seed: int | None = None) -> Header:
+    """What every result file begins with.
 
     Args:
         command: the program and its arguments, or a finished line; default `sys.argv`.
@@ -153,12 +159,6 @@ def header(command: Sequence[str] | str | None = None, seed: int | None = None) 
     """
     line = hide_paths(command) if isinstance(command, str) else command_line(command)
     created = datetime.datetime.fromtimestamp(clock.wall_time(), datetime.UTC)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created": created.isoformat(timespec="seconds"),
-        "command": line,
-        "seed": seed,
-        "versions": versions(),
-        "hardware": _machine(),
-        "environment": _state(),
-    }
+    state = {"versions": versions(), "hardware": _machine(), "environment": _state()}
+    about = {"created": created.isoformat(timespec="seconds"), "command": line, "seed": seed}
+    return from_json(Header, {"schema_version": Header.SCHEMA, **about, **state})

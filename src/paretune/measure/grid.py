@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from paretune.errors import UsageError
 from paretune.measure import forkserver
-from paretune.measure.bench_rows import Cell
 from paretune.measure.workload import MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
+from paretune.records.bench import Cell
 
 PROCESS_BYTES = 450 << 20  # an interpreter with PyTorch
 FORKED_BYTES = 150 << 20  # of it that a forked trial has for itself, from above: 30 MB were seen

@@ -18,6 +18,7 @@ import numpy as np
 
 from paretune import clock, stats
 from paretune.errors import ParetuneError
+from paretune.records.bench import BenchSample
 
 MAX_REPEATS = 2
 MAX_PROBE_CHANGE = 0.2
@@ -99,6 +100,19 @@ class Sample:
         if not (math.isfinite(sample.value_sec) and sample.value_sec > 0):
             raise ParetuneError(f"not a sample of a journal: it took {sample.value_sec} s")
         return sample
+
+
+def sample_of(record: BenchSample) -> Sample:
+    """The slice of a sample that a result of `bench` holds."""
+    return Sample(
+        record.subject,
+        record.block,
+        record.position,
+        record.value_sec,
+        record.bandwidth_before,
+        record.bandwidth_after,
+        record.n_repeated,
+    )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune import files
+from paretune.records.record import from_json
+from paretune.records.regimes import Regimes
 from paretune.report import plots, regimes, words
 from paretune.report.tables import (
     DEFINITIONS,
@@ -110,8 +112,12 @@ def _grid(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) ->
             kind = "name" if i == 0 else "num" if column.numeric else "cause" if column.key == "cause" else "text"
             kind += " gone" if text in (NOT_MEASURED, "-", "") else ""
             cells.append(_cell(text, kind, column.title))
-        lines.append({"cells": cells, "emphasis": row.get("role") in ("chosen", "best so far")})
+        lines.append({"cells": cells, "emphasis": _role(row) in ("chosen", "best so far")})
     return {"head": chosen, "lines": lines, "definitions": definitions_of(chosen)}
+
+
+def _role(row: Row) -> Any:
+    return row.get("role") if isinstance(row, Mapping) else getattr(row, "role", None)
 
 
 def _pairs(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -203,7 +209,7 @@ def _machine(result: words.Result) -> list[tuple[str, str]]:
     return pairs
 
 
-def _regimes(found: Mapping[str, Any]) -> dict[str, Any]:
+def _regimes(found: Regimes) -> dict[str, Any]:
     """The map, the table in words, and what the forms are."""
     rows = regimes.rows_of(found)
     return {
@@ -249,7 +255,7 @@ def _context(result: words.Result) -> dict[str, Any]:
         "excluded": _grid(excluded, EXCLUDED_COLUMNS) if excluded else None,
         "peers": _grid(peers, PEER_COLUMNS) if peers else None,
         "peers_text": words.peers_sentences(result) if peers else [],
-        "regimes": _regimes(by_regime) if by_regime else None,
+        "regimes": _regimes(from_json(Regimes, by_regime)) if by_regime else None,
         "why": _why(result),
         "latency": _markup(plots.latency_bars(result)),
         "latency_caption": _LATENCY_CAPTION,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from paretune.records.regimes import Figure, Regimes
 from paretune.report.canvas import BLUE, GREEN, GREY, INK, ORANGE, RED, new_figure, save, say_empty, short, style
 from paretune.report.tables import Column, Row
-from paretune.report.units import format_bytes, format_percent, format_ratio, number, plain
+from paretune.report.units import format_bytes, format_percent, format_ratio, plain
 
 _COLOURS = (GREEN, BLUE, ORANGE, RED, "#cc79a7", "#56b4e9")
 _PLAN = "the plan's own recipe"
@@ -31,89 +29,102 @@ def title_of(name: str) -> str:
     return _PLAN if name == "plan" else plain(name)
 
 
-def _figure(cell: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return next(f for f in cell["figures"] if f["form"] == name)
-
-
-def rows_of(regimes: Mapping[str, Any]) -> list[Row]:
+def rows_of(regimes: Regimes) -> list[Row]:
     """The map as a table in words, one row a cell."""
     rows = []
-    for cell in regimes.get("cells") or []:
-        best = _figure(cell, cell["best"])
-        if cell["status"] != "measured":
+    for cell in regimes.cells:
+        best = cell.figure(cell.best)
+        if cell.status != "measured":
             result = "not measured: the plan's own runs"
-        elif cell["best"] == "plan":
-            result = "cannot be told from another form" if cell["is_tie"] else "the fastest"
+        elif cell.best == "plan":
+            result = "cannot be told from another form" if cell.is_tie else "the fastest"
         else:
-            result = f"{format_ratio(best['ratio'], best['low'], best['high'])} as fast"
-            result += "; ties with another form" if cell["is_tie"] else ""
-        others = [
-            f"{title_of(f['form'])} {_short_result(f)}"
-            for f in cell["figures"]
-            if f["form"] not in (cell["best"], "plan")
-        ]
+            result = f"{format_ratio(best.ratio, best.low, best.high)} as fast"
+            result += "; ties with another form" if cell.is_tie else ""
+        others = [f"{title_of(f.form)} {_short_result(f)}" for f in cell.figures if f.form not in (cell.best, "plan")]
         rows.append(
             {
-                "batch_size": cell["batch_size"],
-                "length": cell["length"],
-                "best": title_of(cell["best"]),
-                "runs": title_of(cell["runs"]),
+                "batch_size": cell.batch_size,
+                "length": cell.length,
+                "best": title_of(cell.best),
+                "runs": title_of(cell.runs),
                 "result": result,
-                "n_bytes": best["n_bytes"] or None,
+                "n_bytes": best.n_bytes or None,
                 "others": "; ".join(others) or "none",
             }
         )
     return rows
 
 
-def _short_result(figure: Mapping[str, Any]) -> str:
-    if number(figure["ratio"]) is None:
-        return plain(figure["cause"] or "not measured")
-    word = {"indistinguishable": "no difference"}.get(str(figure["verdict"]), str(figure["verdict"]))
-    return f"{figure['ratio']:.2f}x ({word})"
+def _short_result(figure: Figure) -> str:
+    if figure.ratio is None:
+        return plain(figure.cause or "not measured")
+    word = "no difference" if figure.verdict == "indistinguishable" else str(figure.verdict)
+    return f"{figure.ratio:.2f}x ({word})"
 
 
-def form_lines(regimes: Mapping[str, Any]) -> list[str]:
+def form_lines(regimes: Regimes) -> list[str]:
     """What each form is and when a request may get it."""
     out = []
-    for form in regimes.get("forms") or []:
-        text = f"{title_of(form['name'])} ({plain(form['recipe'])}): {form['label']}"
-        if number(form["ppl_increase_upper"]) is not None:
-            text += f", perplexity surely less than {format_percent(form['ppl_increase_upper'], signed=True)}"
-        if number(form["longest"]) is not None:
-            text += f", measured for up to {form['longest']} tokens and used no further"
-        if form["weights_bytes"]:
-            text += f"; a second copy of the weights, {format_bytes(form['weights_bytes'])}, only if that is granted"
+    for form in regimes.forms:
+        text = f"{title_of(form.name)} ({plain(form.recipe)}): {form.label}"
+        if form.ppl_increase_upper is not None:
+            text += f", perplexity surely less than {format_percent(form.ppl_increase_upper, signed=True)}"
+        if form.longest is not None:
+            text += f", measured for up to {form.longest} tokens and used no further"
+        if form.weights_bytes:
+            text += f"; a second copy of the weights, {format_bytes(form.weights_bytes)}, only if that is granted"
         out.append(text + ".")
-    out += [f"Not among them: {plain(name)}: {plain(reason)}." for name, reason in regimes.get("left_out") or []]
-    return out
+    return out + [f"Not among them: {plain(name)}: {plain(reason)}." for name, reason in regimes.left_out]
 
 
-def crossover(regimes: Mapping[str, Any], fmt: str = "svg") -> bytes:
+def sentences(regimes: Regimes | None) -> list[str]:
+    """What the grid says, in plain words."""
+    if regimes is None:
+        return []
+    if regimes.table is None:
+        return [f"No choice by regime: {regimes.cause}."]
+    measured = [c for c in regimes.cells if c.status == "measured"]
+    changed = [c for c in measured if c.best != "plan"]
+    said = []
+    for c in changed:
+        said.append(
+            f"At batch {c.batch_size} and {c.length} tokens {c.best} is {c.figure(c.best).ratio:.2f} times as fast as "
+            "the plan's own recipe"
+            + ("." if c.runs == c.best else "; it runs where a request grants its numbers or its memory.")
+        )
+    if measured and not changed:
+        said.append("In no regime of the grid another form beats the plan's own recipe beyond noise.")
+    n, n_late = len(regimes.cells), len(regimes.cells) - len(measured)
+    if n_late:
+        said.append(f"{n_late} of {n} regimes were not reached: there the plan's own runs.")
+    return said
+
+
+def crossover(regimes: Regimes, fmt: str = "svg") -> bytes:
     """The map: batch sizes upwards, lengths to the right; colour and text name the form, grey is a tie."""
     with style("regimes"):
-        cells = list(regimes.get("cells") or [])
-        lengths, batches = regimes.get("lengths") or [], regimes.get("batch_sizes") or []
+        cells, lengths, batches = regimes.cells, regimes.lengths, regimes.batch_sizes
         figure = new_figure(1.3 + 0.85 * max(1, len(batches)))
         axes = figure.add_subplot()
         if not cells:
-            say_empty(figure, axes, f"No map: {plain(regimes.get('cause') or 'nothing was measured')}.")
+            say_empty(figure, axes, f"No map: {plain(regimes.cause or 'nothing was measured')}.")
             return save(figure, fmt, "Best form by regime: nothing measured")
-        names = [f["name"] for f in regimes["forms"]]
+        names = [f.name for f in regimes.forms]
         for cell in cells:
-            x, y = lengths.index(cell["length"]), batches.index(cell["batch_size"])
-            is_measured = cell["status"] == "measured"
-            colour = GREY if cell["is_tie"] else _COLOURS[names.index(cell["best"]) % len(_COLOURS)]
+            x, y = lengths.index(cell.length), batches.index(cell.batch_size)
+            is_measured = cell.status == "measured"
+            colour = GREY if cell.is_tie else _COLOURS[names.index(cell.best) % len(_COLOURS)]
             face = colour if is_measured else "none"
             axes.bar(x, 0.94, 0.96, y - 0.47, facecolor=face, alpha=0.35, edgecolor=GREY, linewidth=0.8)
-            best = _figure(cell, cell["best"])
-            text = short(title_of(cell["best"]).replace("the plan's own recipe", "plan's own"), 26)
+            best = cell.figure(cell.best)
+            text = short(title_of(cell.best).replace("the plan's own recipe", "plan's own"), 26)
             if not is_measured:
                 text = "not measured"
-            elif cell["is_tie"]:
+            elif cell.is_tie:
                 text = f"{text}\n(tie)"
-            elif cell["best"] != "plan":
-                text = f"{text}\n{best['ratio']:.2f}x"
+            elif cell.best != "plan":
+                text = f"{text}\n{best.ratio:.2f}x"
             axes.text(x, y, text, ha="center", va="center", fontsize=9, color=INK)
         axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         axes.set_yticks(range(len(batches)), [str(n) for n in batches])

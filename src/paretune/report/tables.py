@@ -1,8 +1,8 @@
 """Rows, units and text tables: the one place that decides how a number is written.
 
-A row is a flat dict of raw values; a `Column` says how one of them is shown. CSV keeps the raw values (units
-are in the names of the columns), Markdown and text show them with units. `bench` and the studies bring
-rows of their own.
+A row is a record or a flat dict of raw values; a `Column` says how one of them is shown. CSV keeps the raw values
+(units are in the names of the columns), Markdown and text show them with units. `bench` and the studies bring rows of
+their own.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ __all__ = [
     "winner_role",
 ]
 
-Row = dict[str, Any]
+Row = Any  # a dict, or a record whose fields a column names: "decode.n" is a field of a field
 
 _STATUS_WORDS = {
     "faster": "faster",
@@ -94,7 +94,16 @@ class Column:
 
     def text(self, row: Row) -> str:
         """The cell of `row`, with its unit."""
-        return plain(self.show(row) if self.show else format_value(self.key, row.get(self.key)))
+        return plain(self.show(row) if self.show else format_value(self.key, value_of(row, self.key)))
+
+
+def value_of(row: Row, key: str) -> Any:
+    """The value of a row that `key` names; None where it is not known."""
+    if isinstance(row, Mapping):
+        return row.get(key)
+    for part in key.split("."):
+        row = None if row is None else getattr(row, part)
+    return row
 
 
 def _term(key: str) -> str | None:
@@ -136,7 +145,7 @@ def columns_of(rows: Sequence[Row], columns: Sequence[Column | str] | None = Non
     out = []
     for given in chosen:
         column = as_column(given)
-        is_text = any(isinstance(r.get(column.key), str) for r in rows)
+        is_text = any(isinstance(value_of(r, column.key), str) for r in rows)
         out.append(Column(column.key, column.title, column.show, column.numeric and not is_text, column.term))
     return out
 

@@ -20,6 +20,8 @@ from paretune.measure.utilization import Sampler
 from paretune.model.config import ModelConfig
 from paretune.model.prompt import MAX_LEN, PromptFormat
 from paretune.model.tokenizer import Tokenizer
+from paretune.records.bench import BenchResult
+from paretune.records.record import to_json
 from paretune.studies import attention_data as data
 from paretune.studies import attention_page as page
 from paretune.studies import attention_robust as robust
@@ -163,8 +165,9 @@ def run(
         result |= _quality(chosen, tuned, held, form, folder, device, say)
 
         phase("inference")
-        result["bench"] = _speed(folder, config, chosen, plan, seed, device, threads, say)
-        result |= common.noise_of([result["bench"]])
+        measured = _speed(folder, config, chosen, plan, seed, device, threads, say)
+        result["bench"] = to_json(measured)
+        result |= common.noise_of([measured])
 
         phase("training cost")
         result["training"] = training_costs(
@@ -279,7 +282,7 @@ def _speed(
     device: str,
     threads: int | None,
     say: Say,
-) -> dict[str, Any]:
+) -> BenchResult:
     """The mechanisms side by side in interleaved blocks, at the length of study 001 where the model has it."""
     n_new = min(32, config.n_positions // 4)
     n_in = min(MAX_LEN, config.n_positions - n_new)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from paretune.evaluate import summaries
+from paretune.records.bench import BenchResult
+from paretune.records.record import from_json
 from paretune.report import html
 from paretune.report.study_plots import Bar, bars, lines, utilization
 from paretune.report.summaries import TITLES, metric_column, metric_text
@@ -37,22 +39,22 @@ def _if(show: Callable[[Any], str], key: str) -> Callable[[Row], str]:
 def speed_rows(result: Result) -> list[Row]:
     """The inference table: prefill of the whole prompt, one decode step, memory in parts, the published row."""
     rows: list[Row] = []
-    for row in result["bench"]["rows"]:
-        if row["role"] == "twin":
+    for row in from_json(BenchResult, result["bench"]).rows:
+        if row.role == "twin":
             continue
         prefill, decode = common.judged(row, "prefill"), common.judged(row, "decode")
         rows.append(
             {
-                "mechanism": row["config"],
-                "ttft_sec": row["ttft_sec"],
+                "mechanism": row.config,
+                "ttft_sec": row.ttft_sec,
                 **{f"prefill_{k}": v for k, v in prefill.items()},
-                "tpot_sec": row["tpot_sec"],
+                "tpot_sec": row.tpot_sec,
                 **{f"decode_{k}": v for k, v in decode.items()},
-                "rss_peak_bytes": row["rss_peak_bytes"],
-                "weights_bytes": row["weights_bytes"],
-                "kv_cache_bytes": row["kv_cache_bytes"],
-                "activation_peak_bytes": row["activation_peak_bytes"],
-                "cause": row["cause"],
+                "rss_peak_bytes": row.rss_peak_bytes,
+                "weights_bytes": row.weights_bytes,
+                "kv_cache_bytes": row.kv_cache_bytes,
+                "activation_peak_bytes": row.activation_peak_bytes,
+                "cause": row.cause,
             }
         )
     base = data.PUBLISHED_SPEED[data.FLASH]["sec"]
@@ -348,7 +350,7 @@ def write(out: Path, result: Result) -> None:
     tables = tables_of(result)
     n_seeds, pairs = len(result["seeds"]), result["pairs"]
     prompt = result["prompt"]
-    cell = result["bench"]["cells"][0]
+    cell = from_json(BenchResult, result["bench"]).cells[0]
     about_seeds = (
         "One seed: fine-tuned rows differ by the luck of a run too, so no difference between them is claimed."
         if n_seeds < 3
@@ -379,7 +381,7 @@ def write(out: Path, result: Result) -> None:
         html.section(
             "Inference time (Table II)",
             [
-                f"{cell['input_len']} prompt tokens, batch {cell['batch_size']}, side by side in interleaved blocks. "
+                f"{cell.input_len} prompt tokens, batch {cell.batch_size}, side by side in interleaved blocks. "
                 f"Sparse: {result['pattern']}. {_forms(result)} The published column is of another machine: compare "
                 "ratios, not seconds."
             ],

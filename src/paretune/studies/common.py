@@ -14,6 +14,7 @@ from paretune import files, hardware
 from paretune.measure import environment
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
+from paretune.records.bench import BenchResult, BenchRow, PhaseName
 from paretune.report import html
 from paretune.report.tables import Column, Row, to_csv
 from paretune.report.units import format_ratio
@@ -38,18 +39,18 @@ def header(study: str, name: str, config: ModelConfig, *, quick: bool, seed: int
 BLOCKS: dict[str, Any] = {"min_blocks": 8, "max_blocks": 27}
 
 
-def noise_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def noise_of(runs: Sequence[BenchResult]) -> dict[str, Any]:
     """What the noise of this machine did to the speeds of a study, from its results of `bench`.
 
     Returns:
         `is_noisy` (in some run the baseline differs from itself by more than a verdict can bear), `too_noisy` (and no
         run has a verdict at all), `noise`: sentences for the reader, none on a quiet machine.
     """
-    noisy = [run for run in runs if run["is_noisy"]]
-    too_noisy = bool(runs) and all(run["too_noisy"] for run in runs)
+    noisy = [run for run in runs if run.is_noisy]
+    too_noisy = bool(runs) and all(run.too_noisy for run in runs)
     said = []
     if noisy:
-        width = max(e["half_width"] for run in noisy for e in run["aa"] if e["half_width"] is not None)
+        width = max(run.widest or 0.0 for run in noisy)
         said.append(
             f"Speed could {'not be judged' if too_noisy else 'only in part be judged'} on this machine now: the "
             f"baseline differs from itself by up to {width:.0%}, so "
@@ -69,17 +70,15 @@ def sixteen_bits(device: str) -> tuple[str, str]:
     return name, support[name].reason
 
 
-def judged(row: Mapping[str, Any], phase: str) -> Row:
-    """Of one row of a bench: the ratio of `phase` to the baseline, its interval, the verdict, or why there is none.
-
-    Args:
-        phase: prefill, decode or throughput (`bench_rows.PHASES`).
-    """
-    ends = ("speedup", "speedup_low", "speedup_high")
+def judged(row: BenchRow | None, phase: PhaseName) -> Row:
+    """Of one row of a bench: the ratio of `phase` to the baseline, its interval, the verdict, or why there is none."""
+    found = None if row is None else row.phase(phase)
     return {
-        **{end: row.get(f"{phase}_{end}") for end in ends},
-        "verdict": row.get(f"{phase}_verdict") or row.get("cause") or "not reached",
-        "n_slices": row.get(f"{phase}_n"),
+        "speedup": found and found.speedup,
+        "speedup_low": found and found.speedup_low,
+        "speedup_high": found and found.speedup_high,
+        "verdict": (found and found.verdict) or (row and row.cause) or "not reached",
+        "n_slices": found and found.n,
     }
 
 

@@ -16,6 +16,8 @@ from paretune.hardware.devices import device_profile
 from paretune.measure import bench, predict, profile_trace
 from paretune.measure.profile import profile
 from paretune.recipe import Recipe
+from paretune.records.bench import BenchResult
+from paretune.records.record import to_json
 from paretune.report import breakdown, html
 from paretune.report import profile as report
 from paretune.report.roofline import caption, roofline
@@ -123,7 +125,7 @@ def run(
         threads=threads,
         on_progress=say,
     )
-    ceilings = hardware.Ceilings.from_json(measured["ceilings"])
+    ceilings = hardware.Ceilings.from_json(to_json(measured.known_ceilings))
     plain = Recipe.from_dict({"transforms": []})
     profile_len = min(128, config.n_positions - 1)
     profiles = []
@@ -156,27 +158,27 @@ def run(
         "input_len": input_len,
         "new_tokens": new_tokens,
         "methods": method_rows(measured, dtype, new_tokens),
-        "bench": measured,
+        "bench": to_json(measured),
         **common.noise_of([measured]),
         "profiles": profiles,
         "predicted_t4": predicted,
         "predicted_t4_findings": predict.findings(t4, predicted),
     }
     result["summary"] = [*lead_of(result), *(e["text"] for p in profiles for e in p["explanations"])]
-    _write(out, result)
+    _write(out, result, measured)
     return result
 
 
-def method_rows(measured: Mapping[str, Any], dtype: str, new_tokens: int) -> list[Row]:
+def method_rows(measured: BenchResult, dtype: str, new_tokens: int) -> list[Row]:
     """The four rows: seconds for all new tokens, the ratio to FP32 with its interval, the verdict, the published."""
     rows: list[Row] = []
-    for row in measured["rows"]:
-        if row["role"] == "twin":
+    for row in measured.rows:
+        if row.role == "twin":
             continue
-        per_sec = row.get("throughput_tokens_per_sec")
+        per_sec = row.throughput_tokens_per_sec
         total_sec = new_tokens / per_sec if per_sec else None
         shown = {"total_sec": total_sec, "tokens_per_sec": per_sec, **common.judged(row, "throughput")}
-        rows.append({"method": row["config"], **shown})
+        rows.append({"method": row.config, **shown})
     base = PUBLISHED_METHODS["FP32"][0]
     published = {
         name: {"sec": sec, "std_sec": std, "speedup": base / sec} for name, (sec, std, _) in PUBLISHED_METHODS.items()
@@ -221,13 +223,14 @@ def lead_of(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _resolution(result: Mapping[str, Any]) -> str:
+def _resolution(measured: BenchResult) -> str:
     """What the verdicts rest on, in words: FP32 against a second copy of itself."""
-    widths = [entry["half_width"] for entry in result["bench"]["aa"] if entry["half_width"] is not None]
-    return f"{100 * max(stats.DELTA, *widths):.0f} %" if widths else "an unknown amount (too few blocks)"
+    if measured.widest is None:
+        return "an unknown amount (too few blocks)"
+    return f"{100 * max(stats.DELTA, measured.widest):.0f} %"
 
 
-def _write(out: Path, result: Mapping[str, Any]) -> None:
+def _write(out: Path, result: Mapping[str, Any], measured: BenchResult) -> None:
     profiles = result["profiles"]
     n, shape = result["new_tokens"], f"{result['input_len']} prompt tokens, batch 1"
     sections = [
@@ -237,9 +240,9 @@ def _write(out: Path, result: Mapping[str, Any]) -> None:
                 f"{shape}; all four side by side in interleaved blocks, the interval over all planned looks is 95 %. "
                 "The published column is of another machine (standard deviation in brackets): compare ratios, not "
                 "seconds.",
-                f"A claim is no smaller than {_resolution(result)}: what FP32 differs from a second copy of itself by, "
-                f"at least {stats.DELTA:.0%}. Indistinguishable: the whole interval lies within that. Undecided: it "
-                "lies on both sides; more blocks, or a quieter machine, may decide it.",
+                f"A claim is no smaller than {_resolution(measured)}: what FP32 differs from a second copy of itself "
+                f"by, at least {stats.DELTA:.0%}. Indistinguishable: the whole interval lies within that. Undecided: "
+                "it lies on both sides; more blocks, or a quieter machine, may decide it.",
                 f"16 bits here are {result['dtype'].upper()}: {result['dtype_reason']}.",
                 "Published, FP16 was called 2.6 % faster with a standard deviation of 13 %: that is indistinguishable.",
             ],
@@ -276,5 +279,5 @@ def _write(out: Path, result: Mapping[str, Any]) -> None:
     traces = ["trace-prefill.json.gz and trace-decode.json.gz hold one warm step each: open them in ui.perfetto.dev."]
     sections.append(html.section("Traces", traces))
     sections.append(html.section("What the columns mean", report.DEFINITIONS))
-    threads = result["bench"]["threads"]["threads"]
+    threads = measured.threads.threads
     common.write_results(out, result, tables_of(result), sections, lead_of(result), threads)

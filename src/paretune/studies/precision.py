@@ -16,11 +16,12 @@ import torch
 
 from paretune import clock, files, hardware
 from paretune.measure import bench
-from paretune.measure.bench_rows import Cell
 from paretune.measure.grid import MEMORY_SHARE, n_parameters, shared_and_own_bytes, trial_bytes
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
+from paretune.records.bench import BenchResult, BenchRow, Cell
+from paretune.records.record import to_json
 from paretune.registry import RUNNERS
 from paretune.report import html
 from paretune.report.sweeps import CAPTION, bars, curves
@@ -159,7 +160,7 @@ def run(
     }
     begun = clock.now()
 
-    def measure(where: Path, chosen: Mapping[str, Recipe], budget: float, **grid: Any) -> dict[str, Any]:
+    def measure(where: Path, chosen: Mapping[str, Recipe], budget: float, **grid: Any) -> BenchResult:
         return bench.bench(where, list(chosen.items()), budget_sec=budget if quick else None, **{**settings, **grid})
 
     say(f"the configurations at batch 1, {n_in} + {n_out} tokens")
@@ -168,22 +169,22 @@ def run(
     say("over batch sizes")
     batches = [8] if quick else [2, 4, 8, 16, 32]
     over_batch = measure(folder, swept, 65.0, input_lens=[n_in], output_lens=[n_out], batch_sizes=batches)
-    points["batch"] = [_point(r, r["batch_size"]) for r in [*base["rows"], *over_batch["rows"]] if r["config"] in swept]
+    points["batch"] = [_point(r, r.batch_size) for r in [*base.rows, *over_batch.rows] if r.config in swept]
     say("over prompt lengths")
     out_len = n_out if quick else 16
     lengths = [n for n in ((896,) if quick else (64, 128, 256, 512, 896)) if n + out_len <= config.n_positions]
     lengths = lengths or [config.n_positions // 2]
     out_len = min(out_len, config.n_positions - max(lengths))
     over_length = measure(folder, swept, 65.0, input_lens=lengths, output_lens=[out_len], batch_sizes=[1])
-    first = [r for r in base["rows"] if r["config"] in swept] if out_len == n_out else []
-    points["length"] = [_point(r, r["input_len"]) for r in [*first, *over_length["rows"]]]
+    first = [r for r in base.rows if r.config in swept] if out_len == n_out else []
+    points["length"] = [_point(r, r.input_len) for r in [*first, *over_length.rows]]
     say("over model sizes")
     shapes, runs = sizes(quick), [base, over_batch, over_length]
     n_base = n_parameters(config)
     is_new = n_base not in [n_parameters(shape) for _, shape in shapes]
-    known = [r for r in base["rows"] if r["config"] in swept and is_new]
+    known = [r for r in base.rows if r.config in swept and is_new]
     points["size"] = [_point(r, n_base) for r in known]
-    size_rows: list[Row] = [{"shape": name, "n_parameters": n_base, **_row(r)} for r in known if r["role"] != "twin"]
+    size_rows: list[Row] = [{"shape": name, "n_parameters": n_base, **_row(r)} for r in known if r.role != "twin"]
     for title, shape in shapes:
         cell = Cell(n_in, min(n_new, shape.n_positions - n_in), 1)
         reason = does_not_fit(shape, cell)
@@ -197,8 +198,8 @@ def run(
             grid = {"input_lens": [cell.input_len], "output_lens": [cell.output_len], "batch_sizes": [1]}
             measured = measure(Path(scratch), swept, 65.0, **grid)
         runs.append(measured)
-        points["size"] += [_point(r, n) for r in measured["rows"]]
-        size_rows += [{"shape": title, "n_parameters": n, **_row(r)} for r in measured["rows"] if r["role"] != "twin"]
+        points["size"] += [_point(r, n) for r in measured.rows]
+        size_rows += [{"shape": title, "n_parameters": n, **_row(r)} for r in measured.rows if r.role != "twin"]
     for found in points.values():
         found[:] = [p for p in found if p["config"] not in (BASELINE, f"{BASELINE} again")]
     shape = ModelConfig.from_hf(MISTRAL_7B)
@@ -210,9 +211,9 @@ def run(
             checkpoint.save(checkpoint.new(shape, seed).to(torch.bfloat16), Path(scratch))
             grid = {"input_lens": [cell.input_len], "output_lens": [cell.output_len], "batch_sizes": [1]}
             runs.append(measure(Path(scratch), mistral_configs(device), 0.0, baseline="fp16", **grid))
-            seven = [r for r in runs[-1]["rows"] if r["role"] != "twin"]
-    mistral = mistral_rows(hardware.Ceilings.from_json(base["ceilings"]), reason, seven)
-    methods = common.beside([_row(r) for r in base["rows"] if r["role"] != "twin"], PUBLISHED_GPT2, "config")
+            seven = [r for r in runs[-1].rows if r.role != "twin"]
+    mistral = mistral_rows(hardware.Ceilings.from_json(to_json(base.known_ceilings)), reason, seven)
+    methods = common.beside([_row(r) for r in base.rows if r.role != "twin"], PUBLISHED_GPT2, "config")
     result = {
         **head,
         "input_len": n_in,
@@ -223,28 +224,28 @@ def run(
         SEVEN_B: mistral,
         "crossovers": crossovers(points),
         "advice": advice(methods, points, quick),
-        "bench": [{k: v for k, v in run.items() if k != "ceilings"} for run in runs],
-        "ceilings": base["ceilings"],
+        "bench": [{k: v for k, v in to_json(run).items() if k != "ceilings"} for run in runs],
+        "ceilings": to_json(base.known_ceilings),
         "elapsed_sec": clock.now() - begun,
         **common.noise_of(runs),
     }
     result["summary"] = result["advice"]
-    _write(out, result, base["threads"]["threads"])
+    _write(out, result, base.threads.threads)
     return result
 
 
-def _row(row: Mapping[str, Any]) -> Row:
+def _row(row: BenchRow | None) -> Row:
     """One row of a bench as the study shows it."""
     return {
-        "config": row["config"],
-        "tokens_per_sec": row["throughput_tokens_per_sec"],
+        "config": row and row.config,
+        "tokens_per_sec": row and row.throughput_tokens_per_sec,
         **common.judged(row, "throughput"),
-        "weights_bytes": row.get("weights_bytes"),
-        "rss_peak_bytes": row.get("rss_peak_bytes"),
+        "weights_bytes": row and row.weights_bytes,
+        "rss_peak_bytes": row and row.rss_peak_bytes,
     }
 
 
-def _point(row: Mapping[str, Any], x: float) -> Row:
+def _point(row: BenchRow, x: float) -> Row:
     return {"x": x, **_row(row)}
 
 
@@ -343,7 +344,7 @@ def mistral_configs(device: str) -> dict[str, Recipe]:
     return {k: Recipe.from_dict({"transforms": [*before, narrow, *after]}) for k, (before, after) in more.items()}
 
 
-def mistral_rows(ceilings: hardware.Ceilings, reason: str | None, measured: Sequence[Mapping[str, Any]]) -> list[Row]:
+def mistral_rows(ceilings: hardware.Ceilings, reason: str | None, measured: Sequence[BenchRow]) -> list[Row]:
     """Mistral-7B's shape: what each configuration stores, the most that it can reach, and what was measured.
 
     Args:
@@ -353,7 +354,7 @@ def mistral_rows(ceilings: hardware.Ceilings, reason: str | None, measured: Sequ
     config = ModelConfig.from_hf(MISTRAL_7B)
     ends = config.vocab_size * config.n_embd  # embedding and head, each: they stay in 16 bits
     inner = n_parameters(config) - 2 * ends
-    found = {r["config"]: _row(r) for r in measured}
+    found = {r.config: _row(r) for r in measured}
     rows: list[Row] = []
     for name, width in {"fp16": 2.0, "flash_attn": 2.0, "int8": 1.0, "4bit": 0.5 + 1 / 64}.items():
         stored = round(width * inner + 4.0 * ends)
@@ -363,13 +364,12 @@ def mistral_rows(ceilings: hardware.Ceilings, reason: str | None, measured: Sequ
                 "config": name,
                 "predicted_weights_bytes": stored,
                 "most_tokens_per_sec": ceilings.bandwidth_at(read) / read,
-                **(found.get(name) or {**_row(_NOTHING), "config": name, "verdict": f"not measured: {reason}"}),
+                **(found.get(name) or {**_row(None), "config": name, "verdict": f"not measured: {reason}"}),
             }
         )
     return common.beside(rows, PUBLISHED_MISTRAL, "config")
 
 
-_NOTHING = {"config": "", "throughput_tokens_per_sec": None}
 _METHODS = [
     Column("config", "Form", numeric=False),
     Column("tokens_per_sec", "Tokens/s"),

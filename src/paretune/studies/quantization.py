@@ -23,6 +23,8 @@ from paretune.measure.grid import n_parameters
 from paretune.model import checkpoint
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import Recipe
+from paretune.records.bench import BenchRow, PhaseName
+from paretune.records.record import to_json
 from paretune.registry import RUNNERS
 from paretune.report import html
 from paretune.report.sweeps import bars
@@ -124,9 +126,9 @@ def run(
             on_progress=say,
             folders=folders,
         )
-    by_cell = {(r["config"], r["batch_size"]): r for r in measured["rows"] if r["role"] != "twin"}
+    by_cell = {(r.config, r.batch_size): r for r in measured.rows if r.role != "twin"}
     for row in rows:
-        row |= _memory(by_cell.get((row["format"], row["batch_size"]), {}))
+        row |= _memory(by_cell.get((row["format"], row["batch_size"])))
         row |= {f"published_{k}": PUBLISHED.get((row["format"], row["batch_size"]), {}).get(k) for k in _PUBLISHED_KEYS}
     sizes = common.beside(sizes, PUBLISHED_SIZES, "format")
     result = {
@@ -135,7 +137,7 @@ def run(
         "n_tokens": {split: len(found) for split, found in ids.items()},
         "rows": rows,
         "sizes": sizes,
-        "bench": measured,
+        "bench": to_json(measured),
         "elapsed_sec": clock.now() - begun,
         **common.noise_of([measured]),
     }
@@ -191,10 +193,16 @@ def _paired(found: fidelity.Fidelity) -> Row:
     }
 
 
-def _memory(row: Mapping[str, Any]) -> Row:
-    parts = ("weights_bytes", "kv_cache_bytes", "activation_peak_bytes", "rss_bytes", "rss_peak_bytes")
-    out: Row = {key: row.get(key) for key in parts}
-    out |= {f"{phase}_{k}": v for phase in ("prefill", "decode") for k, v in common.judged(row, phase).items()}
+def _memory(row: BenchRow | None) -> Row:
+    out: Row = {
+        "weights_bytes": row and row.weights_bytes,
+        "kv_cache_bytes": row and row.kv_cache_bytes,
+        "activation_peak_bytes": row and row.activation_peak_bytes,
+        "rss_bytes": row and row.rss_bytes,
+        "rss_peak_bytes": row and row.rss_peak_bytes,
+    }
+    phases: tuple[PhaseName, ...] = ("prefill", "decode")
+    out |= {f"{phase}_{k}": v for phase in phases for k, v in common.judged(row, phase).items()}
     return out
 
 

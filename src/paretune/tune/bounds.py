@@ -16,8 +16,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from paretune import stats
+from paretune.records.judge import MIN_BYTES_GAIN
 from paretune.tune.estimate import Estimator
-from paretune.tune.outcome import MIN_BYTES_GAIN, Outcome
+from paretune.tune.outcome import Outcome
 from paretune.tune.race import BASELINE
 from paretune.tune.space import RUNNER, Candidate, baseline
 

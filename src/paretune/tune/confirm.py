@@ -10,12 +10,13 @@ import torch
 
 from paretune import stats
 from paretune.evaluate.fidelity import Fidelity, Scores, compare
+from paretune.records.judge import TOO_NOISY, judge
 from paretune.tune.gate import Gate
 from paretune.tune.outcome import Outcome
 from paretune.tune.race import BASELINE
 
 CONFIRM_ROUNDS, CONFIRM_BLOCKS = 2, 10
-UNKNOWN_RESOLUTION = 0.25  # where too few blocks have shown what this machine resolves
+UNKNOWN_RESOLUTION = TOO_NOISY  # where too few blocks have shown what this machine resolves
 PROFILE_SEC = 5.0  # a quick profile of a trial that is loaded and warm, roughly
 
 
@@ -124,7 +125,7 @@ class Confirmer:
         a, b = (np.concatenate([p[k] for p in pairs]) for k in (0, 1))
         speed = stats.speed_ratio(a, b)
         resolution = out.resolution if np.isfinite(out.resolution) else UNKNOWN_RESOLUTION
-        verdict = stats.verdict(speed, resolution=resolution)
+        verdict = judge(speed, resolution)
         if not goal.in_bytes and verdict != "faster":
             return None, f"{speed.value:.2f} times as fast, {speed.low:.2f} to {speed.high:.2f}: {verdict}"
         facts, base_facts = sides[ours], sides[base]

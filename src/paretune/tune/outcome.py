@@ -10,11 +10,12 @@ from paretune import hardware, stats
 from paretune.evaluate.fidelity import Fidelity
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
+from paretune.records.judge import judge, judge_bytes
+from paretune.records.peers import Comparison
+from paretune.records.regimes import Regimes
 from paretune.tune import space as spaces
 from paretune.tune.goal import Goal
 from paretune.tune.race import BASELINE, TWIN, Race, TrialState
-
-MIN_BYTES_GAIN = 1.02
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,11 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # won the finals and did not hold, with the cause
     too_noisy: bool = False
-    peers: dict[str, Any] | None = None  # of `peers.compare`
+    peers: Comparison | None = None  # of `peers.compare`
     explanations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the winner and the baseline
     quality_len: int = 0  # tokens of a window that quality was measured on
     scorer: str = BASELINE  # the trial that the baseline's text was scored with
-    regimes: dict[str, Any] | None = None  # of `regimes.explore`
+    regimes: Regimes | None = None  # of `regimes.explore`
 
     @property
     def resolution(self) -> float:
@@ -101,11 +102,10 @@ class Outcome:
             return stats.Interval(value, value, value, 1)
         return self.race.measured().ratio(BASELINE, id, level)
 
-    def verdict(self, id: str, level: float = stats.LEVEL) -> str:
+    def verdict(self, id: str, level: float = stats.LEVEL) -> stats.Verdict:
         if self.goal.in_bytes:
-            value = self.ratio(id).value
-            return "faster" if value >= MIN_BYTES_GAIN else "slower" if value < 1 else "indistinguishable"
-        return stats.verdict(self.ratio(id, level), resolution=self.resolution)
+            return judge_bytes(self.ratio(id).value)
+        return judge(self.ratio(id, level), self.resolution)
 
     def is_accepted(self, id: str) -> bool:
         """Whether a measured candidate keeps the quality: proven equal, or surely within the bound."""

@@ -11,7 +11,6 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +24,9 @@ from paretune.measure.peers.catalogue import Engine
 from paretune.measure.peers.subject import Peers
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
+from paretune.records.peers import PeerQuality
 
 CAP_SEC = 600.0  # of scoring, for each peer
-KEYS = ("perplexity", "baseline_perplexity", "ppl_increase", "ppl_increase_upper", "n_windows", "keeps_bound",
-        "quality_reason")  # fmt: skip
-
-
-def unknown(reason: str) -> dict[str, Any]:
-    """The keys of `measure` where nothing was measured, with the reason as a clause."""
-    return dict.fromkeys(KEYS) | {"quality_reason": reason}
 
 
 def losses_of(scores: Scores) -> np.ndarray:
@@ -63,8 +56,8 @@ def measure(
     threads: int,
     cap_sec: float = CAP_SEC,
     say: Callable[[str], None] = lambda line: None,
-    on_result: Callable[[str, dict[str, Any]], object] = lambda name, result: None,
-) -> dict[str, dict[str, Any]]:
+    on_result: Callable[[str, PeerQuality], object] = lambda name, result: None,
+) -> dict[str, PeerQuality]:
     """Perplexity of each engine beside the baseline's, on the same windows.
 
     Args:
@@ -76,9 +69,8 @@ def measure(
         on_result: called with each engine's name and result as soon as it is there.
 
     Returns:
-        By name of the engine: `perplexity`, `baseline_perplexity`, `ppl_increase`, `ppl_increase_upper` (fractions),
-        `n_windows` that were scored, `keeps_bound`, and `quality_reason`, one clause that says why. `keeps_bound` is
-        None where it is not known: the engine failed, or the cap came before the last window.
+        By name of the engine. `keeps_bound` is None where it is not known: the engine failed, or the cap came before
+        the last window.
     """
     assert baseline_nll.shape == (len(windows), windows.shape[1] - 1), "one loss for every token but the first"
     peers = Peers(engines, folder, checkpoint.read_config(folder), threads, say)
@@ -89,20 +81,18 @@ def measure(
             try:
                 nll = peers.losses(engine.name, windows.tolist(), Path(scratch), cap_sec)
             except ParetuneError as error:
-                found[engine.name] = unknown(f"it could not be scored: {error.cause}")
+                found[engine.name] = PeerQuality.unknown(f"it could not be scored: {error.cause}")
             else:
                 found[engine.name] = judge(nll, baseline_nll, max_ppl_increase, cap_sec)
         on_result(engine.name, found[engine.name])
     return found
 
 
-def judge(
-    nll: np.ndarray, baseline_nll: np.ndarray, max_ppl_increase: float, cap_sec: float = CAP_SEC
-) -> dict[str, Any]:
+def judge(nll: np.ndarray, baseline_nll: np.ndarray, max_ppl_increase: float, cap_sec: float = CAP_SEC) -> PeerQuality:
     """The result of `measure` from losses `[n, T - 1]` of the first n windows and the baseline's `[N, T - 1]`."""
     n = len(nll)
     if n == 0:
-        return unknown(f"not one window was scored within {cap_sec:.0f} s")
+        return PeerQuality.unknown(f"not one window was scored within {cap_sec:.0f} s")
     base = baseline_nll[:n]
     increase, upper = paired_increase(base, nll)
     within: bool | None = upper <= max_ppl_increase
@@ -121,5 +111,15 @@ def judge(
         increase,
         upper,
     )
-    figures = [None if math.isnan(v) else finite_or_none(v) for v in values]
-    return dict(zip(KEYS, [*figures, n, within, reason], strict=True))
+    perplexity, baseline_perplexity, known_increase, known_upper = (
+        None if math.isnan(v) else finite_or_none(v) for v in values
+    )
+    return PeerQuality(
+        perplexity=perplexity,
+        baseline_perplexity=baseline_perplexity,
+        ppl_increase=known_increase,
+        ppl_increase_upper=known_upper,
+        n_windows=n,
+        keeps_bound=within,
+        quality_reason=reason,
+    )

@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from paretune import clock
 from paretune.engine.dispatch import PLAN, Entry, Form, Table, shares_weights
 from paretune.errors import ParetuneError, UsageError
 from paretune.measure import bench as measure
-from paretune.measure.interleave import Blocks, Sample
+from paretune.measure.interleave import Blocks, sample_of
 from paretune.recipe import Recipe
+from paretune.records.bench import PHASES, BenchResult, BenchRow, Phase, PhaseName
+from paretune.records.record import from_json, to_json
+from paretune.records.regimes import Figure, Ranked, RegimeCell, RegimeForm, Regimes
 from paretune.registry import ATTENTION
 from paretune.transforms.attention import Attention
 from paretune.tune.goal import parse_grid
@@ -134,7 +137,7 @@ def _with_form(recipe: Recipe, form: str) -> Recipe | None:
     )
 
 
-def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line: None) -> Regimes:
     """Measures the forms over the grid; Ctrl-C ends it early, not the run.
 
     Returns:
@@ -144,33 +147,22 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     goal, journal = out.goal, out.race.journal
     batches, lengths = grid_of(goal, out.config.longest)
     kind = goal.sample_kind
-    about: dict[str, Any] = {
-        "batch_sizes": list(batches),
-        "lengths": list(lengths),
-        "output_len": goal.output_len,
-        "kind": kind,
-        "forms": [],
-        "cells": [],
-        "left_out": [],
-        "table": None,
-        "cause": None,
-        "interrupted": False,
-        "aa_half_width": None,
-        "elapsed_sec": 0.0,
-        "samples_file": SAMPLES,
-    }
+    about = Regimes(
+        batch_sizes=list(batches), lengths=list(lengths), output_len=goal.output_len, kind=kind, samples_file=SAMPLES
+    )
     if out.kind == "interrupted":
-        return about | {"cause": "the search was interrupted before it"}
+        return replace(about, cause="the search was interrupted before it")
     forms, left_out = forms_of(out)
-    about |= {"left_out": [list(pair) for pair in left_out], "forms": [_about(f) for f in forms.values()]}
+    about.left_out = [list(pair) for pair in left_out]
+    about.forms = [RegimeForm(**{**vars(f), "recipe": f.recipe.name}) for f in forms.values()]
     plan = forms[PLAN].recipe
     if plan.runner_class.fixed_batch:
-        return about | {"cause": "a compiled graph is made for one batch size: there is no choice by regime"}
+        return replace(about, cause="a compiled graph is made for one batch size: there is no choice by regime")
     if len(forms) == 1:
-        return about | {"cause": "there is one form of this plan here: nothing to choose from"}
+        return replace(about, cause="there is one form of this plan here: nothing to choose from")
     known = journal.find("regimes", reference=plan.hash)
     if known:
-        return known["result"]
+        return from_json(Regimes, known["result"], "the journal")
     n = len(batches) * len(lengths)
     say(f"measuring {len(forms)} forms over {announcement(goal, out.config.longest)}")
     started = clock.now()
@@ -194,117 +186,81 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
             sample_log=folder / SAMPLES,
         )
     except KeyboardInterrupt:
-        return about | {
-            "interrupted": True,
-            "cause": "it was interrupted",
-            "elapsed_sec": clock.now() - started,
-        }
+        return replace(about, interrupted=True, cause="it was interrupted", elapsed_sec=clock.now() - started)
     except ParetuneError as error:
-        return about | {"cause": f"it failed: {error.cause}", "elapsed_sec": clock.now() - started}
+        return replace(about, cause=f"it failed: {error.cause}", elapsed_sec=clock.now() - started)
     cells = [[cell_of(result, forms, b, length, goal.output_len, kind) for length in lengths] for b in batches]
-    entries = tuple(tuple(tuple(Entry(e["form"], e["n_bytes"]) for e in c["ranked"]) for c in row) for row in cells)
-    widths = [entry["half_width"] for entry in result["aa"] if entry["half_width"] is not None]
+    entries = tuple(tuple(tuple(Entry(e.form, e.n_bytes) for e in c.ranked) for c in row) for row in cells)
     # The plan runs as it was measured.
     kept = {
         f.name: replace(f, recipe=f.recipe.with_threads(f.recipe.engine.threads or goal.threads))
         for f in forms.values()
     }
-    about |= {
-        "cells": [c for row in cells for c in row],
-        "table": Table(batches, lengths, kept, entries).to_dict(),
-        "elapsed_sec": clock.now() - started,
-        "aa_half_width": max(widths, default=None),
-    }
-    journal.record("regimes", reference=plan.hash, result=about)
+    about.cells = [c for row in cells for c in row]
+    about.table = Table(batches, lengths, kept, entries).to_dict()
+    about.elapsed_sec = clock.now() - started
+    about.aa_half_width = result.widest
+    journal.record("regimes", reference=plan.hash, result=to_json(about))
     return about
 
 
-def _about(form: Form) -> dict[str, Any]:
-    return {**vars(form), "recipe": form.recipe.name}
-
-
 def cell_of(
-    result: dict[str, Any], forms: dict[str, Form], batch_size: int, length: int, output_len: int, kind: str
-) -> dict[str, Any]:
+    result: BenchResult, forms: dict[str, Form], batch_size: int, length: int, output_len: int, kind: str
+) -> RegimeCell:
     """One cell of the map from the rows and samples of a `bench` result: every form's figures, and the ranking.
 
     Ranked first are the forms that are surely faster than the plan's own, then itself, then the rest. Among the faster
     those that cannot be told apart stand in the order of simplicity. What was not measured is not ranked, and no form
     at a length that its loss was not measured at. `runs`: what a request gets that grants nothing more.
     """
-    phase = {"ttft": "prefill", "tpot": "decode"}.get(kind, kind)
+    phase = PHASES[kind]
     rows = {
-        r["config"]: r
-        for r in result["rows"]
-        if (r["batch_size"], r["input_len"]) == (batch_size, length - output_len) and r["role"] != "twin"
+        r.config: r
+        for r in result.rows
+        if (r.batch_size, r.input_len) == (batch_size, length - output_len) and r.role != "twin"
     }
-    title = next(iter(rows.values()))["cell"]
-    blocks = Blocks([
-        Sample.from_json(s) for s in result["samples"] if (s["cell"], s["kind"]) == (title, kind)
-    ])  # fmt: skip
-    figures: dict[str, dict[str, Any]] = {}
-    for name in forms:
-        row = rows[name]
-        figures[name] = {
-            "form": name,
-            "status": row["status"],
-            "cause": row["cause"] or None,
-            "seconds": row.get(f"{phase}_p50_sec"),
-            "ratio": row.get(f"{phase}_speedup"),
-            "low": row.get(f"{phase}_speedup_low"),
-            "high": row.get(f"{phase}_speedup_high"),
-            "verdict": row.get(f"{phase}_verdict"),
-            "n_bytes": (row.get("kv_cache_bytes") or 0) + (row.get("activation_peak_bytes") or 0),
-        }
+    title = next(iter(rows.values())).cell
+    blocks = Blocks([sample_of(s) for s in result.samples if (s.cell, s.kind) == (title, kind)])
+    figures = {name: _figure(name, rows[name], phase) for name in forms}
     for name, form in forms.items():
         if name != PLAN and length > (form.longest or length):
-            figures[name] |= {"ratio": None, "cause": f"its loss was measured on {form.longest} tokens, no more"}
-    seen = [n for n in forms if figures[n]["ratio"] is not None]
-    others = sorted((n for n in seen if n != PLAN), key=lambda n: -figures[n]["ratio"])
-    faster = [n for n in others if figures[n]["verdict"] == "faster"]
+            cause = f"its loss was measured on {form.longest} tokens, no more"
+            figures[name] = replace(figures[name], ratio=None, cause=cause)
+    ratios = {n: ratio for n in forms if (ratio := figures[n].ratio) is not None}
+    others = sorted((n for n in ratios if n != PLAN), key=lambda n: -ratios[n])
+    faster = [n for n in others if figures[n].verdict == "faster"]
     equal: list[str] = []
     if faster:
         equal = [n for n in faster if n == faster[0] or blocks.ratio(n, faster[0]).low <= 1]
-        equal.sort(key=lambda n: (forms[n].weights_bytes > 0, forms[n].recipe.complexity, -figures[n]["ratio"]))
+        equal.sort(key=lambda n: (forms[n].weights_bytes > 0, forms[n].recipe.complexity, -ratios[n]))
         faster = [*equal, *(n for n in faster if n not in equal)]
     ranked = [*faster, PLAN, *(n for n in others if n not in faster)]
     if faster:
         is_tie = len(equal) > 1
     else:  # the plan's own: nobody beats it, but some may equal it
-        is_tie = any(figures[n]["verdict"] != "slower" for n in others)
-    return {
-        "batch_size": batch_size,
-        "length": length,
-        "status": "measured" if len(seen) > 1 else "not_reached",
-        "best": ranked[0],
-        "runs": next(n for n in ranked if not forms[n].weights_bytes and forms[n].permits("plan", forms[PLAN])),
-        "is_tie": is_tie,
-        "figures": list(figures.values()),
-        "ranked": [{"form": n, "n_bytes": figures[n]["n_bytes"]} for n in ranked],
-    }
+        is_tie = any(figures[n].verdict != "slower" for n in others)
+    return RegimeCell(
+        batch_size=batch_size,
+        length=length,
+        status="measured" if len(ratios) > 1 else "not_reached",
+        best=ranked[0],
+        runs=next(n for n in ranked if not forms[n].weights_bytes and forms[n].permits("plan", forms[PLAN])),
+        is_tie=is_tie,
+        figures=list(figures.values()),
+        ranked=[Ranked(n, figures[n].n_bytes) for n in ranked],
+    )
 
 
-def sentences(regimes: dict[str, Any] | None) -> list[str]:
-    """What the grid says, in plain words."""
-    if not regimes:
-        return []
-    if regimes["table"] is None:
-        return [f"No choice by regime: {regimes['cause']}."]
-    cells = regimes["cells"]
-    measured = [c for c in cells if c["status"] == "measured"]
-    changed = [c for c in measured if c["best"] != PLAN]
-    said = []
-    for c in changed:
-        best = next(f for f in c["figures"] if f["form"] == c["best"])
-        said.append(
-            f"At batch {c['batch_size']} and {c['length']} tokens {c['best']} is {best['ratio']:.2f} times as fast as "
-            "the plan's own recipe"
-            + ("." if c["runs"] == c["best"] else "; it runs where a request grants its numbers or its memory.")
-        )
-    if measured and not changed:
-        said.append("In no regime of the grid another form beats the plan's own recipe beyond noise.")
-    if len(measured) < len(cells):
-        said.append(
-            f"{len(cells) - len(measured)} of {len(cells)} regimes were not reached: there the plan's own runs."
-        )
-    return said
+def _figure(name: str, row: BenchRow, name_of_phase: PhaseName) -> Figure:
+    phase = row.phase(name_of_phase) or Phase.unmeasured()
+    return Figure(
+        form=name,
+        status=row.status,
+        cause=row.cause or None,
+        seconds=phase.p50_sec,
+        ratio=phase.speedup,
+        low=phase.speedup_low,
+        high=phase.speedup_high,
+        verdict=phase.verdict,
+        n_bytes=(row.kv_cache_bytes or 0) + (row.activation_peak_bytes or 0),
+    )

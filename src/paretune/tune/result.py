@@ -21,7 +21,9 @@ from paretune.measure.environment import header
 from paretune.model import checkpoint
 from paretune.ops.attention.pattern import parse
 from paretune.recipe import Recipe
-from paretune.tune import peers, regimes
+from paretune.records.judge import judge
+from paretune.records.record import to_json
+from paretune.report import peers, regimes
 from paretune.tune.outcome import Outcome, Standing, baseline_recipe
 from paretune.tune.race import BASELINE, TWIN, TrialState
 
@@ -81,9 +83,9 @@ def result_of(out: Outcome) -> dict[str, Any]:
         "confirmation": out.confirmation,
         "n_repeated_slices": blocks.n_repeated,
         "samples_file": "samples.jsonl",
-        "peers": out.peers["rows"] if out.peers else [],
-        "peers_measured": out.peers["measured"] if out.peers else None,
-        "regimes": out.regimes,
+        "peers": [to_json(row) for row in out.peers.rows] if out.peers else [],
+        "peers_measured": to_json(out.peers.measured) if out.peers else None,
+        "regimes": to_json(out.regimes) if out.regimes else None,
     }
     result["again"] = result["command"]
     result["verdict"] = sentences(out, result)
@@ -131,7 +133,7 @@ def _trial(out: Outcome, state: TrialState) -> dict[str, Any]:
         else {
             **_interval(speed),
             "n_blocks": speed.n,
-            "verdict": stats.verdict(speed, resolution=out.resolution),
+            "verdict": judge(speed, out.resolution),
             "by_state": {k: _finite(by_state[i].value) for i, k in enumerate(("low", "high"))} if by_state else None,
         },
         "tpot_sec": times["tpot"],
@@ -277,7 +279,12 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
             )
     if out.kind == "none":
         said.append(f"No recipe reaches the asked speed-up of {goal.min_speedup:g} within the quality bound.")
-    return said + out.notes + regimes.sentences(out.regimes) + peers.sentences(goal, out.peers)
+    return (
+        said
+        + out.notes
+        + regimes.sentences(out.regimes)
+        + peers.sentences(out.peers, goal.max_ppl_increase, goal.objective)
+    )
 
 
 def _other_phase(out: Outcome, winner: TrialState, base: TrialState) -> list[str]:
@@ -352,7 +359,7 @@ def write(out: Outcome, folder: Path, again: str = "", is_stored: bool = False) 
         "verdict": result["verdict"],
         "recipe": recipe.to_dict(),
         "confirmation": result["confirmation"],
-        "dispatch": out.regimes["table"] if out.regimes else None,
+        "dispatch": out.regimes.table if out.regimes else None,
     }
     write_json(folder / PLAN_FILE, plan)  # last: a folder with a plan is complete
     return result

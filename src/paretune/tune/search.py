@@ -11,7 +11,6 @@ far is written.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate.fidelity import windows_of
 from paretune.evaluate.perplexity import MIN_BLOCKS, count_blocks
 from paretune.evaluate.texts import read_text, text_of
-from paretune.measure.bench_rows import Cell
 from paretune.measure.environment import versions
 from paretune.measure.grid import n_parameters, shared_and_own_bytes, trial_bytes
 from paretune.measure.interleave import Blocks
@@ -31,13 +29,15 @@ from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
 from paretune.model.tokenizer import Tokenizer
+from paretune.records.bench import Cell
+from paretune.records.judge import MIN_BYTES_GAIN, is_noisy
 from paretune.tune import space as spaces
 from paretune.tune.confirm import CONFIRM_BLOCKS, CONFIRM_ROUNDS, Confirmer
 from paretune.tune.estimate import Estimator
 from paretune.tune.gate import Gate
 from paretune.tune.goal import Goal
 from paretune.tune.journal import Journal
-from paretune.tune.outcome import MIN_BYTES_GAIN, Outcome
+from paretune.tune.outcome import Outcome
 from paretune.tune.propose import Proposer
 from paretune.tune.race import BASELINE, TWIN, Race
 
@@ -51,7 +51,6 @@ OVERHEAD_SEC = 0.15  # of a slice: its probes, repeats and the change of process
 IMPORT_SEC = 4.0  # a newly executed process more than a forked one, roughly
 WINDOW_LEN = 257  # tokens: 128 scored in prefill, 128 in decode
 MAX_WINDOWS = {"search": 40, "confirm": 48}  # many are scored in the search, one is confirmed
-TOO_NOISY = 0.25  # A/A half width above which what is not surely faster is not called equal either
 
 
 class Search:
@@ -380,7 +379,7 @@ class Search:
         """Races the finalists until each is decided; returns the winner."""
         race, goal, out = self.out.race, self.goal, self.out
         if not finalists:
-            out.too_noisy = not goal.in_bytes and TOO_NOISY < out.resolution < math.inf and not self._any_verdict()
+            out.too_noisy = not goal.in_bytes and is_noisy(out.resolution) and not self._any_verdict()
             return None
         level = stats.LEVEL
         if not goal.in_bytes:
@@ -396,7 +395,7 @@ class Search:
                     break
         winner = self._choose(race.alive(finalists), level)
         # Without a resolution (too few blocks) it was the budget, not the noise.
-        noisy = not goal.in_bytes and TOO_NOISY < out.resolution < math.inf
+        noisy = not goal.in_bytes and is_noisy(out.resolution)
         out.too_noisy = noisy and winner is None and not self._any_verdict()
         return winner
 

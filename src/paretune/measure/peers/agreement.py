@@ -9,9 +9,8 @@ of conversion by rounding the inputs of our own matrices as it does (`share_with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from paretune.engine.load import load_recipe
 from paretune.model.config import ModelConfig
 from paretune.model.layers import Linear
 from paretune.recipe import preset
+from paretune.records.bench import Agreement
 
 N_SEQUENCES, SEQUENCE_LEN = 2, 128
 PROMPT_LEN, N_GREEDY = 16, 64
@@ -52,27 +52,6 @@ class Reference:
     def n_tokens(self) -> int:
         """The longest sequence that a peer has to hold for it."""
         return max(len(self.sequences[0]), len(self.prompt) + len(self.greedy))
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Args:
-    top1_share: positions at which the most likely token is the same.
-    top1_share_beyond_ties: the same, a swap of two tokens that are near ties for us counted as agreeing.
-    logits_rel_rms: RMS of the difference of the logits / RMS of ours.
-    greedy_same: greedy tokens that are equal before the first that differs, of `greedy_n`.
-    n_positions: compared positions.
-    """
-
-    top1_share: float
-    top1_share_beyond_ties: float
-    logits_rel_rms: float
-    greedy_same: int
-    greedy_n: int
-    n_positions: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {f"agreement_{key}": value for key, value in asdict(self).items()}
 
 
 def lengths(config: ModelConfig) -> tuple[int, int, int]:

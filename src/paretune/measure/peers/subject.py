@@ -13,6 +13,7 @@ import numpy as np
 
 from paretune import clock, files, hardware
 from paretune.errors import ParetuneError
+from paretune.measure.bench_rows import Labels
 from paretune.measure.interleave import SubjectError
 from paretune.measure.peers import agreement, convert, envs
 from paretune.measure.peers.catalogue import INPUTS, Engine, refusal
@@ -20,6 +21,7 @@ from paretune.measure.session import TrialProcess
 from paretune.measure.workload import DECODE_SLICE, MIN_SLICE_SEC, Workload, draw_prompts
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
+from paretune.records.bench import Agreement
 
 CONVERT_TIMEOUT_SEC, LOAD_TIMEOUT_SEC, CHECK_TIMEOUT_SEC = 3600.0, 900.0, 600.0
 WINDOWS_AT_ONCE = 4  # scored between two looks at the clock
@@ -40,19 +42,14 @@ class Peers:
         self.engines = {engine.name: engine for engine in engines}
         self.folder, self.config, self.threads, self.say = folder, config, threads, say
         self._reference: agreement.Reference | None = None
-        self._agreements: dict[str, agreement.Agreement] = {}
+        self._agreements: dict[str, Agreement] = {}
         self._explanations: dict[str, str] = {}
         self._converted: dict[str, Path] = {}
 
-    def labels(self, name: str) -> dict[str, Any]:
+    def labels(self, name: str) -> Labels:
         """What every row of that peer carries, measured or not."""
         engine = self.engines[name]
-        checked = self._agreements.get(name)
-        return {
-            "engine": engine.peer.name,
-            "format": engine.format,
-            **({} if checked is None else checked.to_json()),
-        }
+        return Labels(engine.peer.name, engine.format, self._agreements.get(name))
 
     def start(self, name: str, kind: str, workload: Workload, log: Path) -> TrialProcess:
         """The peer's process, nothing loaded yet; the checkpoint is converted first where the cache lacks it.
