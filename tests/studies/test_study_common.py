@@ -6,6 +6,7 @@ import csv
 import io
 import json
 
+import made_records
 from paretune.model import checkpoint
 from paretune.report import html, plots
 from paretune.report.tables import to_csv
@@ -20,13 +21,21 @@ def test_published_rows_stand_beside_ours():
 
 
 def test_a_judged_row_says_why_it_has_no_ratio():
-    row = {"prefill_speedup": 2.0, "prefill_speedup_low": 1.9, "prefill_speedup_high": 2.1, "prefill_n": 9}
-    assert common.judged({**row, "prefill_verdict": "faster", "cause": ""}, "prefill")["verdict"] == "faster"
-    assert common.judged({"cause": "out of memory"}, "prefill")["verdict"] == "out of memory"
-    assert common.judged({"cause": ""}, "decode") == {
-        **dict.fromkeys(("speedup", "speedup_low", "speedup_high", "n_slices")),
-        "verdict": "not reached",
+    measured = made_records.row("int8", prefill=made_records.phase(2.0, 1.9, 2.1, "faster"))
+    assert common.judged(measured, "prefill") == {
+        "speedup": 2.0,
+        "speedup_low": 1.9,
+        "speedup_high": 2.1,
+        "verdict": "faster",
+        "n_slices": 9,
     }
+    failed = made_records.row("int8", cause="out of memory")
+    assert common.judged(failed, "prefill")["verdict"] == "out of memory"
+    for row in (None, made_records.row("int8")):
+        assert common.judged(row, "decode") == {
+            **dict.fromkeys(("speedup", "speedup_low", "speedup_high", "n_slices")),
+            "verdict": "not reached",
+        }
 
 
 def test_tables_of_different_columns_make_one_csv():

@@ -254,6 +254,24 @@ def test_the_next_best_has_its_turn_when_the_first_does_not_hold(monkeypatch, tm
     assert 1.38 < out.confirmation["speedup"]["value"] < 1.48
 
 
+def test_an_answer_that_was_there_stays_when_the_winner_does_not_hold(monkeypatch, tmp_path):
+    """The leader leaves no other finalist, falls in the confirmation, and the time is over: what was proven equal is
+    confirmed all the same."""
+    plain, int8 = ("sdpa", None, None, "native", None), ("sdpa", None, "int8", "native", None)
+    names = only(monkeypatch, plain, int8)
+
+    def increase(recipe, trial):
+        return 0.05 if is_confirmation(trial) and recipe == names[int8] else 0.0
+
+    machine = install(monkeypatch, Machine(cost={names[plain]: 0.005, names[int8]: 0.001}, increase=increase))
+    monkeypatch.setattr("paretune.tune.confirm.Confirmer._left", lambda self, share: 0.0)
+    out = run(machine, tmp_path / "plan")
+    assert (out.kind, out.winner) == ("winner", id_of(plain)) and id_of(int8) in out.refused
+    assert 1.9 < out.confirmation["speedup"]["value"] < 2.1 and out.confirmation["quality"] is None
+    result, plan = written(out, tmp_path / "plan")
+    assert plan["recipe"] == recipe_of(plain).to_dict() and exit_of(result) == (0, "")
+
+
 def test_no_false_winner_among_equals(monkeypatch, tmp_path):
     """A/A: everything costs the same. 50 runs, at most 2 of them may take something."""
     only(monkeypatch, INT8, BF16, FP16, EAGER)
