@@ -63,6 +63,7 @@ def test_tune_has_them_in_its_space(installed):
 CONFIGS = "baseline,relu_attention,three_bits+int8,halves+int4(group=64),relu_attention+halves+kv8"
 
 
+@pytest.mark.slow
 def test_generate_runs_an_expression_of_them(installed):
     done = installed(
         "generate", "pocket", "--config", "halves+three_bits+int8", "--prompt", "The", "--max-new-tokens", 5
@@ -115,6 +116,7 @@ def test_a_plan_holds_a_recipe_of_them(installed, tmp_path):
     assert "relu + three_bits + int8, halves" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_study_runs(installed, tmp_path):
     done = installed("study", "sizes", "--quick", "-o", tmp_path)
     assert "int8: " in done.stdout

@@ -272,6 +272,16 @@ def test_an_answer_that_was_there_stays_when_the_winner_does_not_hold(monkeypatc
     assert plan["recipe"] == recipe_of(plain).to_dict() and exit_of(result) == (0, "")
 
 
+def test_finals_that_decide_nothing_leave_the_answer_from_before(monkeypatch, tmp_path):
+    """The deadline cuts them after blocks that are too few for their level."""
+    plain = ("sdpa", None, None, "native", None)
+    names = only(monkeypatch, plain)
+    machine = install(monkeypatch, Machine(cost={names[plain]: 0.005}))
+    monkeypatch.setattr("paretune.tune.search.Search._finals", lambda self, index, finalists: None)
+    out = run(machine, tmp_path / "plan")
+    assert (out.kind, out.winner) == ("winner", id_of(plain)) and out.confirmation["speedup"]["verdict"] == "faster"
+
+
 def test_no_false_winner_among_equals(monkeypatch, tmp_path):
     """A/A: everything costs the same. 50 runs, at most 2 of them may take something."""
     only(monkeypatch, INT8, BF16, FP16, EAGER)

@@ -44,6 +44,8 @@ class Confirmer:
             whether one held (and reached what was asked for).
         """
         out = self.out
+        if winner is None:  # the finals were cut, or decided nothing: the answer from before is asked to hold
+            winner = self._answer()
         left = [f for f in finalists if f != winner]
         while winner is not None:
             if out.race.trials[winner].recipe.changes_numbers:  # now, while the process that scores is there
