@@ -59,9 +59,9 @@ def test_dry_run_shows_the_space_and_measures_nothing(tune, tmp_path):
     code, out, err = tune("pocket", "--dry-run", "-o", tmp_path / "plan")
     lines = out.splitlines()
     assert code == 0 and not err
-    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "111 candidates:"
-    names = [line.strip() for line in lines[2:113]]
-    assert len(set(names)) == 111 and "sdpa + bf16 + int8, compile(default)" in names
+    assert lines[0] == "baseline: sdpa, eager" and lines[1] == "115 candidates:"
+    names = [line.strip() for line in lines[2:117]]
+    assert len(set(names)) == 115 and "sdpa + bf16 + int8, compile(default)" in names
     assert "Nothing was measured" in lines[-1] and "300 s" in lines[-1]
     assert not (tmp_path / "plan").exists()
 
@@ -71,14 +71,14 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
-    assert out.count("cannot run here") == 198 + 21 and "PARETUNE_NO_COMPILER" in out
+    assert out.count("cannot run here") == 222 + 24 and "PARETUNE_NO_COMPILER" in out
 
 
 def test_dry_run_counts_mechanisms_for_long_requests(tune):
     code, out, _ = tune("pocket", "--dry-run", "--input-len", "480")
-    assert code == 0 and "132 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
+    assert code == 0 and "139 candidates:" in out and "  window:256 + sdpa + int4-g32, native" in out
     code, out, _ = tune("pocket", "--dry-run")
-    assert "111 candidates:" in out and "skips nothing in a request of 160 tokens" in out
+    assert "115 candidates:" in out and "skips nothing in a request of 160 tokens" in out
 
 
 def test_dry_run_announces_the_peers_and_their_time(tune):

@@ -935,7 +935,7 @@ def test_quality_is_measured_at_the_length_of_a_request_that_a_window_shortens(
     one.journal.close()
     assert one.out.quality_len == length and one.windows["confirm"].size(1) == length
     assert len(one.out.race.check_prompt) == n_check
-    assert sum("mechanism" in c.options for c in one.out.space.legal) == (0 if length == 257 else 21)
+    assert sum("mechanism" in c.options for c in one.out.space.legal) == (0 if length == 257 else 24)
     assert not machine.started
 
 

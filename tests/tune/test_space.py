@@ -26,6 +26,7 @@ INT8 = [None, {"name": "int8", "embeddings": True}, {"name": "int8", "embeddings
 # Fast in native code alone.
 NATIVE_QUANTIZE = [
     {"name": "groups", "bits": 4, "group": 32, "head_bits": 8},
+    {"name": "groups", "bits": 8, "group": 64, "head_bits": 8},
     {"name": "groups", "bits": 8, "group": 128, "head_bits": 8, "activation_bits": 8},
     {"name": "groups", "bits": 7, "group": 128, "head_bits": 8, "activation_bits": 7},
 ]
@@ -77,7 +78,7 @@ def test_every_legal_combination_once(machine):
     space = spaces.build("cpu")
     expected = {r.hash for r in all_recipes()} - {preset("baseline").hash}
     ids = [c.id for c in space.legal]
-    assert len(expected) == 2 * 3 * 3 * 4 + (6 + 4) * 4 - 1
+    assert len(expected) == 2 * 3 * 3 * 4 + (6 + 5) * 4 - 1
     assert len(ids) == len(set(ids)) == len(expected)
     assert set(ids) == expected
     assert {reason for _, reason in space.illegal} == {SAME_ATTENTION, CACHE_ALONE}
@@ -104,7 +105,7 @@ def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, mo
 def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
     machine["fp16"] = DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here: no such kernel")
     space = spaces.build("cpu")
-    assert len(space.legal) == 2 * 2 * 3 * 4 + (4 + 4) * 4 - 1
+    assert len(space.legal) == 2 * 2 * 3 * 4 + (4 + 5) * 4 - 1
     known = (SAME_ATTENTION, CACHE_ALONE)
     without = [(name, reason) for name, reason in space.illegal if reason not in known]
     assert len(without) >= 2 * 3 * 4
@@ -114,15 +115,15 @@ def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
 
 def test_an_emulated_dtype_is_legal(machine):
     machine["bf16"] = DtypeSupport(True, True, 0.3, 0.3, "bf16 is emulated here")
-    assert len(spaces.build("cpu").legal) == 111
+    assert len(spaces.build("cpu").legal) == 115
 
 
 def test_a_cache_that_the_heads_do_not_fill_is_illegal_with_the_reason(machine):
     odd = replace(GPT2, n_embd=13 * GPT2.n_head, head_dim=13)
     space = spaces.build("cpu", odd, 160)
-    assert len(space.legal) == 111 - 10 and all(c.changes.get("cache") != "kv4" for c in space.legal)
+    assert len(space.legal) == 115 - 11 and all(c.changes.get("cache") != "kv4" for c in space.legal)
     own = [name for name, reason in space.illegal if reason == "a 4-bit cache needs an even head size, not 13"]
-    assert len(own) == 2 * 3 * 6 and all("int4 cache" in name for name in own)
+    assert len(own) == 2 * 3 * 7 and all("int4 cache" in name for name in own)
 
 
 def test_numbers_are_what_the_runner_and_exact_attention_leave(machine):
@@ -146,7 +147,7 @@ def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
     plain, space = spaces.build("cpu"), spaces.build("cpu", GPT2, 640)
     added = [c for c in space.legal if c.id not in {p.id for p in plain.legal}]
     # Each of three alone through PyTorch, and in native code with each quantisation or none.
-    assert len(added) == 3 * (1 + 6) and len(space.legal) == 111 + 21
+    assert len(added) == 3 * (1 + 7) and len(space.legal) == 115 + 24
     assert len({c.id for c in space.legal}) == len(space.legal)
     for c in added:
         mechanism, attention = c.recipe.transforms[:2]
@@ -154,7 +155,7 @@ def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
         assert mechanism.title == choice_of(c)[0]
     names = {c.recipe.name for c in added}
     assert {"window:256 + sdpa, eager", "prefix:16+window:256 + sdpa + int4-g32, native"} <= names
-    assert sum("alibi" in n for n in names) == 7
+    assert sum("alibi" in n for n in names) == 8
     # Each is looked at alone: through PyTorch and, the native runner's own gain aside, in native code.
     assert {c.single for c in added if "quantize" not in c.options} == {
         ("mechanism", "mechanism(window:256)"),
@@ -175,9 +176,9 @@ def test_mechanisms_are_candidates_for_requests_that_a_window_shortens(machine):
 )
 def test_where_mechanisms_are_of_no_use_they_are_illegal_with_the_reason(machine, config, n_tokens, words):
     space = spaces.build("cpu", config, n_tokens)
-    assert len(space.legal) == 111
+    assert len(space.legal) == 115
     own = [(name, reason) for name, reason in space.illegal if any(m in name for m in MECHANISMS)]
-    assert len(own) == 21 and all(words in reason for _, reason in own)
+    assert len(own) == 24 and all(words in reason for _, reason in own)
 
 
 def test_without_a_compiler_mechanisms_run_through_pytorch_alone(machine, monkeypatch):
@@ -200,9 +201,9 @@ def gpu(machine, monkeypatch):
 def test_what_a_gpu_is_offered(gpu):
     space = spaces.build("cuda")
     choices = {choice_of(c) for c in space.legal}
-    # Two attentions, three dtypes, five ways to quantise, three runners; the baseline is none of them.
-    assert len(space.legal) == len(choices) == 2 * 3 * 5 * 3 - 1
-    assert {c[2] for c in choices} == {None, "int8", "int8-linear", "int4", "nf4"}
+    # Two attentions, three dtypes, six ways to quantise, three runners; the baseline is none of them.
+    assert len(space.legal) == len(choices) == 2 * 3 * 6 * 3 - 1
+    assert {c[2] for c in choices} == {None, "int8", "int8-linear", "int4", "int8_groups(group=64)", "nf4"}
     assert {c[3] for c in choices} == {"eager", "compile:default", "compile:reduce-overhead"}
     nf4 = next(c.recipe for c in space.legal if choice_of(c) == ("sdpa", "bf16", "nf4", "eager", None))
     assert [t.name for t in nf4.transforms] == ["attention", "precision", "nf4", "int8"]

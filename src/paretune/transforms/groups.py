@@ -17,7 +17,8 @@ from paretune.transforms.base import Observation
 from paretune.transforms.formats import GROUPS_ENDS, Format
 from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
-TRIED = ("int4", "w8a8", "w7a7")
+# Groups of 64 lose half of what rows lose, at 3 % more bytes; groups of 32 lose a little less, at twice that.
+TRIED = ("int4", "int8_groups(group=64)", "w8a8", "w7a7")
 # Kernels of a GPU multiply in 16 bits.
 NOTHING_ON_A_GPU = "inputs of {} bits are multiplied in 16 on a GPU: they save nothing over int8"
 
@@ -64,8 +65,11 @@ class Groups(Quantize):
         # Through PyTorch on a CPU every call would dequantise.
         needs = frozenset() if is_gpu else frozenset({OWN_KERNELS})
         made = []
-        for name in [n for n in TRIED if n in cls.terms]:  # forms with another rounding have no such names
-            bits = cls.terms[name].get("activation_bits")
+        for name in TRIED:
+            term = cls.terms.get(name.partition("(")[0])
+            if term is None:
+                continue  # forms with another rounding have no such names
+            bits = term.get("activation_bits")
             reason = NOTHING_ON_A_GPU.format(bits) if is_gpu and bits else cls.cannot_pay(device)
             made.append(Option(name, reason, frozenset({ALL_QUANTISED}), needs, log_gain=0.5))
         return made
