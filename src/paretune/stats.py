@@ -11,11 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 FloatArray = NDArray[np.float64]
 Verdict = Literal["faster", "slower", "indistinguishable", "undecided"]
@@ -122,12 +122,8 @@ def _log_ratios(baseline_sec: ArrayLike, variant_sec: ArrayLike) -> FloatArray:
 @lru_cache(maxsize=4096)
 def _order_rank(n: int, level: float) -> int | None:
     """The greatest r for which [x_(r), x_(n+1-r)] covers the median with probability >= level, or None."""
-    tail, term, rank = 0, 1, 0
-    while rank < n // 2:
-        tail += term  # 2**n * P(Binomial(n, 1/2) <= rank), in exact integers
-        if tail / 2 ** (n - 1) > 1 - level + 1e-12:
-            break
-        term = term * (n - rank) // (rank + 1)
+    rank = 0
+    while rank < n // 2 and 2 * special.bdtr(rank, n, 0.5) <= 1 - level + 1e-12:
         rank += 1
     return rank or None
 
@@ -196,7 +192,7 @@ def faster_p_value(baseline_sec: ArrayLike, variant_sec: ArrayLike, delta: float
     logs = _log_ratios(baseline_sec, variant_sec)
     n = len(logs)
     n_above = int((logs > math.log1p(delta)).sum())
-    return sum(math.comb(n, i) for i in range(n_above, n + 1)) / 2**n
+    return float(special.bdtrc(n_above - 1, n, 0.5)) if n_above else 1.0
 
 
 def holm(p_values: Sequence[float], alpha: float = 0.05) -> list[bool]:
@@ -317,31 +313,9 @@ def upper_mean(
 
 @lru_cache(maxsize=256)
 def _student_t(level: float, df: int) -> float:
-    """The quantile of Student's t, `level` >= 0.5. Closed form for integer df (Abramowitz & Stegun 26.7)."""
-    assert 0.5 <= level < 1 and df >= 1
-    if df > 400:  # Cornish-Fisher, A&S 26.7.5: off by less than 1e-6 here
-        z = NormalDist().inv_cdf(level)
-        return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        theta = (low + high) / 2
-        if _t_inside(theta, df) < 2 * level - 1:
-            low = theta
-        else:
-            high = theta
-    return math.sqrt(df) * math.tan(low)
-
-
-def _t_inside(theta: float, df: int) -> float:
-    """P(|T| < sqrt(df) * tan(theta))."""
-    cos, sin = math.cos(theta), math.sin(theta)
-    start = df % 2  # the series runs over odd powers of the cosine for odd df, over even ones for even df
-    term = cos if start else 1.0
-    total = 0.0
-    for power in range(start, df - 1, 2):
-        total += term
-        term *= cos * cos * (power + 1) / (power + 2)
-    return (2 / math.pi) * (theta + sin * total) if start else sin * total
+    """The quantile of Student's t with `df` degrees of freedom."""
+    assert 0 < level < 1 and df >= 1
+    return float(special.stdtrit(df, level))
 
 
 # --- the states of a host -------------------------------------------------------------------------
@@ -383,7 +357,7 @@ def bandwidth_states(
     n_between = int(((ordered > low + third) & (ordered < high - third)).sum())
     if n_between > 0.05 * n:
         return None
-    p_flat = sum(math.comb(n, i) * 5 ** (n - i) for i in range(n_between + 1)) / 6**n
+    p_flat = float(special.bdtr(n_between, n, 1 / 6))
     if p_flat > 0.01:
         return None
     is_high = logs > (low + high) / 2

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tomli_w
+
 from paretune.errors import UsageError
 from paretune.registry import RUNNERS, TRANSFORMS
 
@@ -169,12 +171,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """TOML with one table a transform."""
-        data = self.to_dict()
-        lines = [f"schema_version = {SCHEMA_VERSION}", "", "[engine]"]
-        lines += [f"{k} = {json.dumps(v)}" for k, v in data["engine"].items()]
-        for entry in data["transforms"]:
-            lines += ["", "[[transforms]]", *(f"{k} = {json.dumps(v)}" for k, v in entry.items())]
-        return "\n".join(lines) + "\n"
+        return tomli_w.dumps(self.to_dict())
 
     @staticmethod
     def read(path: str | Path) -> Recipe:
