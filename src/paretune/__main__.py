@@ -11,6 +11,11 @@ def main() -> int:
         from paretune.cli.app import run
     except KeyboardInterrupt:  # while the imports run, nobody else catches it
         return 130
+    except ModuleNotFoundError as error:  # the command line itself stands on packages
+        from paretune.errors import missing_package
+
+        print(f"paretune: error: {missing_package(error)}", file=sys.stderr)
+        return 1
     return run(sys.argv[1:])
 
 

@@ -68,3 +68,9 @@ class TooNoisyError(ParetuneError):
     """The machine is too noisy to judge."""
 
     exit_code = EXIT_TOO_NOISY
+
+
+def missing_package(error: ModuleNotFoundError) -> ParetuneError:
+    """A dependency that an installation should have brought is not there."""
+    package = (error.name or "").partition(".")[0]
+    return ParetuneError(f"the package {package} is not installed", f"Run `python -m pip install {package}`")

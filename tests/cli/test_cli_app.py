@@ -124,6 +124,8 @@ def test_underscores_stand_for_dashes_in_names_only(command):
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "/x/y"), 1, "cannot write /x/y: the disk is full"),
         (PermissionError(13, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
+        (ModuleNotFoundError("No module", name="scipy.special"), 1, "the package scipy is not installed. Run `python"),
+        (ModuleNotFoundError("No module", name="paretune.nothing"), 1, "internal error (ModuleNotFoundError"),
         (MemoryError(), 1, "the memory is not enough"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "the memory is not enough"),
         (ZeroDivisionError("so\nlong"), 1, "internal error (ZeroDivisionError: so long). Please report it"),
@@ -167,3 +169,19 @@ def test_main_takes_the_arguments_of_the_process(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["paretune", "--version"])
     assert main() == 0 and capsys.readouterr().out.startswith("paretune ")
+
+
+@pytest.mark.parametrize(
+    ("package", "verb"), [("typer", "ls"), ("scipy", "bench pocket"), ("gguf", "export pocket -o made.gguf")]
+)
+def test_a_missing_package_is_one_line(tmp_path, package, verb):
+    hide = f"import sys; sys.modules[{package!r}] = None; sys.argv = {['paretune', *verb.split()]}; "
+    done = subprocess.run(
+        [sys.executable, "-c", hide + "from paretune.__main__ import main; sys.exit(main())"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1 and not list(tmp_path.iterdir()) and done.stderr.count("\n") == 1
+    assert f"the package {package} is not installed. Run `python -m pip install {package}`" in done.stderr

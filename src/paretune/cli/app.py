@@ -17,7 +17,7 @@ import typer
 import typer.core
 import typer.main
 
-from paretune.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, ParetuneError, UsageError
+from paretune.errors import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_OK, ParetuneError, UsageError, missing_package
 from paretune.files import write_error
 from paretune.registry import Registry
 
@@ -158,6 +158,8 @@ def _report(error: BaseException) -> int:
         case BrokenPipeError():  # `paretune ... | head`: the reader has what it wants
             _silence_stdout()
             return EXIT_FAILURE
+        case ModuleNotFoundError() if not (error.name or "paretune").startswith("paretune"):
+            return _say(f"error: {missing_package(error)}", EXIT_FAILURE)
         case OSError():
             return _say(f"error: {_system_line(error)}", EXIT_FAILURE)
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
