@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 class Runner(Protocol):
-    """The part of the runner protocol (docs/design.md) that quality needs.
+    """The part of the runner protocol (docs/architecture.md) that quality needs.
 
     `same_bits_at_any_width`: a token's logits depend on neither the batch nor the width of its step.
     """

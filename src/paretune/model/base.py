@@ -44,7 +44,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens: int64 `[B, T]`.
-            cache: a `KVCache` (floor 4) begun for T tokens, or None: then `tokens` is all there is.
+            cache: a `KVCache` begun for T tokens, or None: then `tokens` is all there is.
             logits: of every position, `[B, T, V]`, or of each row's last valid one, `[B, 1, V]`.
         """
         raise NotImplementedError
