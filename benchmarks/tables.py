@@ -90,7 +90,7 @@ def megabytes(n_bytes: float | None) -> str:
 
 
 def tune(name: str, n_rows: str = "") -> str:
-    """The candidates of a search that were timed; with a number, only those that were judged, at most so many of a kind."""
+    """The candidates that a search timed; with a number, those it judged, at most so many of a kind."""
     kinds: dict[str, list[dict[str, Any]]] = {}
     for trial in read(name)["trials"]:
         if trial.get("tpot_sec") is not None:

@@ -20,8 +20,8 @@ EVERYWHERE = {"errors"}
 TABLES = (registry.RUNNERS, registry.ATTENTION, registry.TRANSFORMS, registry.FORMATS)
 
 
-# Packages and modules by layer, from the bottom. Imports point to lower layers only; packages of one layer do not import
-# each other. `a.b` stands apart from the rest of `a`. docs/architecture.md says what each is for.
+# Packages and modules by layer, from the bottom. Imports point to lower layers only; packages of one layer do not
+# import each other. `a.b` stands apart from the rest of `a`. docs/architecture.md says what each is for.
 LAYERS = {
     unit: layer
     for layer, units in enumerate(

@@ -100,7 +100,7 @@ def _from_hub(name: str) -> Path:
         near = difflib.get_close_matches(name, (*EMBEDDED, *downloads.DOWNLOADS), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UsageError(
-            f"there is no folder or plan {name!r} here, and the hub gives no model of that name ({reason})",
+            f"there is no folder or plan {name!r} here, and the hub has no model of that name ({reason})",
             f"{hint}Check the path, or for a hub id the spelling and the network; offline, `pocket` is always there",
         ) from None
 

@@ -51,7 +51,7 @@ class MixedInt8(Weight):
         self.register_buffer("scale", scale)
         self.register_buffer("columns", columns)
         self.register_buffer("side", side)
-        # What is no tensor travels into a checkpoint as one.
+        # Plain numbers travel into a checkpoint as tensors.
         self.register_buffer("limit", torch.tensor([threshold], dtype=torch.float32))
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
 
