@@ -163,7 +163,7 @@ def test_wrong_flags_of_train(command, tiny, pairs_file, tmp_path, arguments, wo
     [
         (["--pairs", "x.jsonl"], "--pairs does not apply to --task perplexity"),
         (["--task", "summarization", "--stride", "8"], "--stride does not apply to --task summarization"),
-        (["--task", "summarization", "--article-column", "a"], "there is not a file of pairs"),
+        (["--task", "summarization", "--article-column", "a"], "without a file of pairs"),
         (["--task", "summarization", "--pairs", "none.csv"], "there is no text file"),
     ],
 )
