@@ -131,7 +131,7 @@ def loss_of(trial: dict[str, Any]) -> str:
         return "the reference's tokens"
     if trial["standing"]["word"] == "over the quality limit":
         found = re.search(r"at least (\S+?) ?% (after \d+ windows)", trial["standing"]["why"])
-        return f"at least {found[1]} % {found[2]}" if found else trial["standing"]["why"]
+        return f"at least {found[1]} % {found[2]}" if found else re.split("[;:]", trial["standing"]["why"])[0]
     if "ppl_increase_upper" in quality:
         return f"{change(quality['ppl_increase'])}, at most {change(quality['ppl_increase_upper'])}"
     return "not judged"
