@@ -1,6 +1,6 @@
 """A dense model becomes an ALiBi one: quality after a short fine-tune, in its context and at four times it.
 
-    python benchmarks/convert.py --books ../shared/data/books.tar.xz -o benchmarks/results/convert.json
+    python benchmarks/convert.py --books BOOKS.tar.xz -o benchmarks/results/convert.json
 
 Two runs of `paretune train` see the same batches in the same order: the original as it is, and the original without
 positions and with ALiBi, which learns what the original says (`--distill-weight`) rather than the text. Then they are

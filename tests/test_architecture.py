@@ -1,4 +1,4 @@
-"""The floors of docs/design.md, held against the imports that the source really has."""
+"""The layers of the source, held against the imports that it really has."""
 
 from __future__ import annotations
 
@@ -15,32 +15,41 @@ from paretune import registry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src" / "paretune"
-ROOF = 99  # the package itself and `python -m paretune` stand above everything
+TOP = 99  # the package itself and `python -m paretune` stand above everything
 EVERYWHERE = {"errors"}
 TABLES = (registry.RUNNERS, registry.ATTENTION, registry.TRANSFORMS, registry.FORMATS)
 
 
-def floors_of_the_document() -> dict[str, int]:
-    """Packages and modules by floor, read from the drawing itself; `a/b` stands elsewhere than the rest of `a`."""
-    text = (REPOSITORY / "docs" / "design.md").read_text("utf-8")
-    floors: dict[str, int] = {}
-    for number, rest in re.findall(r"^    (\d+)  (\S.*)$", text, re.MULTILINE):
-        for path in re.findall(r"(?<![\w/])([a-z_0-9/]+?)(?:/|\.py)(?![\w/])", rest):
-            unit = path.replace("/", ".")
-            assert unit not in floors, f"{unit} stands on two floors"
-            floors[unit] = int(number)
-    return floors
+# Packages and modules by layer, from the bottom. Imports point to lower layers only; packages of one layer do not
+# import each other. `a.b` stands apart from the rest of `a`. docs/architecture.md says what each is for.
+LAYERS = {
+    unit: layer
+    for layer, units in enumerate(
+        [
+            ["clock", "process", "stats", "native_build", "registry", "option", "files", "assets"],
+            ["ops"],
+            ["model", "hardware"],
+            ["transforms", "engine.runners", "engine.cache", "engine.cache_formats", "engine.sampling"],
+            ["recipe"],
+            ["engine"],
+            ["records"],
+            ["measure", "evaluate"],
+            ["train"],
+            ["report"],
+            ["tune"],
+            ["studies", "api"],
+            ["cli"],
+        ]
+    )
+    for unit in units
+} | {"": TOP, "__main__": TOP}
 
 
-# `assets` is data with an `__init__.py`.
-FLOORS = floors_of_the_document() | {"assets": 0, "": ROOF, "__main__": ROOF}
-
-
-def unit_of(module: str, floors: dict[str, int]) -> str:
-    """What of the drawing a module belongs to: the longest path that it begins with, else its first part."""
+def unit_of(module: str, layers: dict[str, int]) -> str:
+    """Which unit of the layers a module belongs to: the longest path that it begins with, else its first part."""
     parts = module.split(".")
     paths = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next((path for path in paths if path in floors), parts[0])
+    return next((path for path in paths if path in layers), parts[0])
 
 
 @dataclass(frozen=True)
@@ -134,32 +143,32 @@ def constants(path: Path) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
-def violations(root: Path, floors: dict[str, int]) -> list[str]:
-    """Imports that do not point down, and modules without a floor, one line each."""
+def violations(root: Path, layers: dict[str, int]) -> list[str]:
+    """Imports that do not point down, and modules without a layer, one line each."""
     known = modules(root)
     plain = constants(root / "__init__.py")
     tables = registered(root / "registry.py")
     bad = []
     for module, path in known.items():
-        unit = unit_of(module, floors)
+        unit = unit_of(module, layers)
         where = f"{path.relative_to(root)}"
-        if unit not in floors and unit not in EVERYWHERE:
-            bad.append(f"{where}: {unit} stands on no floor of docs/design.md")
+        if unit not in layers and unit not in EVERYWHERE:
+            bad.append(f"{where}: {unit} has no layer in tests/test_architecture.py")
             continue
-        mine = -1 if unit in EVERYWHERE else floors[unit]
+        mine = -1 if unit in EVERYWHERE else layers[unit]
         text = path.read_text("utf-8")
         found = imports(text, module, path.name == "__init__.py", set(known))
         if unit != "registry":
             found += registry_reads(text, tables)
         for i in found:
-            other = unit_of(i.target, floors)
+            other = unit_of(i.target, layers)
             if other == unit or other in EVERYWHERE or (other == "" and i.name in plain):
                 continue
-            theirs = floors.get(other, ROOF)
+            theirs = layers.get(other, TOP)
             is_inside = theirs == mine and other.partition(".")[0] == unit.partition(".")[0]
             if theirs < mine or is_inside or (theirs == mine and i.for_types) or {unit, other} == {"", "__main__"}:
                 continue
-            bad.append(f"{where}:{i.line}: {unit} (floor {mine}) imports {other or 'paretune'} (floor {theirs})")
+            bad.append(f"{where}:{i.line}: {unit} (layer {mine}) imports {other or 'paretune'} (layer {theirs})")
     return bad
 
 
@@ -270,26 +279,17 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_drawing_was_read():
-    expected = {
-        "clock": 0,
-        "ops": 1,
-        "hardware": 2,
-        "transforms": 3,
-        "engine.runners": 3,
-        "recipe": 4,
-        "engine": 5,
-        "records": 6,
-        "evaluate": 7,
-        "api": 11,
-        "cli": 12,
-    }
-    assert {unit: FLOORS.get(unit) for unit in expected} == expected
-    assert "paretune" not in FLOORS and not EVERYWHERE & {u for u, f in FLOORS.items() if f > 0}
+def test_each_unit_has_one_layer_and_is_explained():
+    paths = [unit.replace(".", "/") for unit in LAYERS if LAYERS[unit] != TOP]
+    assert len(paths) > 25
+    assert [p for p in paths if not (SOURCE / p).is_dir() and not (SOURCE / f"{p}.py").is_file()] == []
+    page = (REPOSITORY / "docs" / "architecture.md").read_text("utf-8")
+    assert [p for p in paths if f"`{p}/`" not in page and f"`{p}.py`" not in page] == []
+    assert not EVERYWHERE & LAYERS.keys()
 
 
 def test_imports_point_down():
-    assert violations(SOURCE, FLOORS) == []
+    assert violations(SOURCE, LAYERS) == []
 
 
 def test_the_source_was_seen():
@@ -317,20 +317,20 @@ PLANTED = {
     "up by name": ("engine/x.py", "import importlib\nimportlib.import_module('paretune.tune.goal')"),
     "sideways": ("model/x.py", "from paretune import hardware"),
     "sideways between modules": ("hardware.py", "from paretune.model import config"),
-    "ground floor sideways": ("clock.py", "from paretune import files"),
+    "bottom layer sideways": ("clock.py", "from paretune import files"),
     "the errors import something": ("errors.py", "from paretune import clock"),
     "the lazy front door": ("engine/x.py", "from paretune import load"),
     "up by a registry": ("ops/x.py", "from paretune.registry import THINGS\nTHINGS.get('a')"),
     "up by a registry's module": ("ops/x.py", "from paretune import registry\nregistry.THINGS.get('a')"),
     "a part of a package that stands lower": ("engine/runners/x.py", "from paretune.engine import y"),
-    "no floor": ("helpers.py", ""),
-    "a folder without a floor": ("utils/x.py", ""),
+    "no layer": ("helpers.py", ""),
+    "a folder without a layer": ("utils/x.py", ""),
 }
 ALLOWED = {
     "down": ("engine/x.py", "from paretune import clock\nfrom paretune.model import config"),
     "down by a registry": ("tune/x.py", "from paretune.registry import THINGS\nTHINGS.get('a')"),
     "down to a part of the own package": ("engine/x.py", "from paretune.engine.runners import z"),
-    "errors from the ground": ("clock.py", "from paretune.errors import UsageError"),
+    "errors from the bottom": ("clock.py", "from paretune.errors import UsageError"),
     "inside one package": ("engine/x.py", "from paretune.engine.y import z\nfrom . import y"),
     "sideways for types": (
         "recipe.py",
@@ -343,8 +343,8 @@ ALLOWED = {
 
 
 @pytest.fixture
-def house(tmp_path):
-    """A small house in which a line can be planted."""
+def small(tmp_path):
+    """A small package in which a line can be planted."""
     root = tmp_path / "paretune"
     (root / "__init__.py").parent.mkdir()
     (root / "__init__.py").write_text("__version__ = '1'\n\n\ndef __getattr__(name):\n    from paretune import api\n")
@@ -367,21 +367,21 @@ def house(tmp_path):
     def plant(name: str, text: str) -> list[str]:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text)
-        return violations(root, FLOORS)
+        return violations(root, LAYERS)
 
-    assert violations(root, FLOORS) == []
+    assert violations(root, LAYERS) == []
     return plant
 
 
 @pytest.mark.parametrize("case", PLANTED)
-def test_a_planted_violation_is_caught(house, case):
+def test_a_planted_violation_is_caught(small, case):
     name, text = PLANTED[case]
-    assert len(house(name, text)) == 1, text
+    assert len(small(name, text)) == 1, text
 
 
 @pytest.mark.parametrize("case", ALLOWED)
-def test_what_is_allowed_passes(house, case):
-    assert house(*ALLOWED[case]) == []
+def test_what_is_allowed_passes(small, case):
+    assert small(*ALLOWED[case]) == []
 
 
 def test_one_clock():

@@ -216,7 +216,7 @@ def evaluate(
     Args:
         text_file: UTF-8; default the embedded articles and stories that the search uses.
         context: tokens a window shows; default 1024, or what the model has.
-        stride: tokens a window advances; default half of `context`, `context` itself is no overlap.
+        stride: tokens a window advances; default half of `context`, `context` itself means no overlap.
     """
     text = texts.text_of("search") if text_file is None else texts.read_text(text_file)
     model = load(name, recipe, device)

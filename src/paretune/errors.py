@@ -9,7 +9,6 @@ EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_NO_RECIPE = 3
-EXIT_REGRESSION = 4
 EXIT_TOO_NOISY = 5
 EXIT_INTERRUPTED = 130
 
@@ -56,12 +55,6 @@ class NoRecipeError(ParetuneError):
     """No recipe meets the bound; the best so far has been written."""
 
     exit_code = EXIT_NO_RECIPE
-
-
-class RegressionError(ParetuneError):
-    """`compare` found a regression."""
-
-    exit_code = EXIT_REGRESSION
 
 
 class TooNoisyError(ParetuneError):

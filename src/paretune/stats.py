@@ -129,7 +129,7 @@ def _order_rank(n: int, level: float) -> int | None:
 
 
 def verdict(ratio: Interval, delta: float = DELTA, resolution: float = 0.0) -> Verdict:
-    """The word for a ratio (rule 10 of the measuring rules).
+    """The word for a ratio (docs/measuring.md).
 
     Args:
         ratio: of `speed_ratio`.
@@ -186,8 +186,8 @@ def faster_p_value(baseline_sec: ArrayLike, variant_sec: ArrayLike, delta: float
     The sign test rather than Wilcoxon's: that one assumes log ratios symmetric about their median, which
     the order drawn at random gives only where both sides are equal, while a spike of one side bends it. The
     sign test also agrees with the interval of `speed_ratio`. A tie counts against the variant. Data that
-    was looked at k times needs k times the p-value, or a fresh measurement (rule 10 asks for that one
-    anyway).
+    was looked at k times needs k times the p-value, or a fresh measurement (which a winner
+    gets anyway).
     """
     logs = _log_ratios(baseline_sec, variant_sec)
     n = len(logs)
@@ -221,7 +221,7 @@ def has_trend(
     rather than split over both, for a false alarm costs one more slice while a miss costs the result. And
     the drift matters: the Theil-Sen slope, over the whole window, makes at least `min_change` of the median.
     1 % is half the least gain that counts; on a machine without noise any slope, however small, is
-    "significant". One slow timing followed by a flat rest is no trend: what follows is warm.
+    "significant". One slow timing followed by a flat rest is not a trend: what follows is warm.
     """
     assert k >= 4, "no order of 3 values is unlikely enough"
     if len(timings_sec) < k:

@@ -126,8 +126,8 @@ def test_underscores_stand_for_dashes_in_names_only(command):
         (PermissionError(13, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
         (ModuleNotFoundError("No module", name="scipy.special"), 1, "the package scipy is not installed. Run `python"),
         (ModuleNotFoundError("No module", name="paretune.nothing"), 1, "internal error (ModuleNotFoundError"),
-        (MemoryError(), 1, "the memory is not enough"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "the memory is not enough"),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
         (ZeroDivisionError("so\nlong"), 1, "internal error (ZeroDivisionError: so long). Please report it"),
     ],
 )

@@ -190,7 +190,7 @@ def test_a_plan_is_compared_with_its_source(capsys, tmp_path):
         (["--task", "fidelity"], "there is nothing to compare"),
         (["--max-ppl-increase", "1%"], "there is nothing to compare"),
         (["--config", "int8", "--baseline", "int8"], "there is nothing to compare"),
-        (["--config", "int8", "--max-ppl-increase", "much"], "no percentage"),
+        (["--config", "int8", "--max-ppl-increase", "much"], "not a percentage"),
         (["--context", "5000"], "exceeds the model's 1024 positions"),
         (["--context", "1"], "--context 1"),
         (["--context", "64", "--stride", "65"], "--stride 65 is not in 1..64"),

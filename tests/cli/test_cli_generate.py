@@ -302,7 +302,7 @@ def test_a_plan_with_a_table_says_what_it_chose(as_json, generate, tmp_path):
         ("window:2048", "a window of 2048 is larger than the context of 1024"),
         ("prefix:2000+window:5", "a prefix of 2000 is larger than the context of 1024"),
         ("blocks:100+window:4", "blocks of 100 do not divide the context of 1024"),
-        ("windw:3", "'windw:3' is not understood"),
+        ("windw:3", "'windw:3' cannot be read"),
         ("window:0", "a window of 0"),
     ],
 )

@@ -105,7 +105,7 @@ def test_force_replaces_a_model_and_nothing_else(command, tmp_path, tiny_config)
     mine.mkdir()
     (mine / "diary.txt").write_text("dear diary")
     code, _, err = command("new", tiny_config, "-o", mine, "--random", "--force")
-    assert code == 2 and "is no model folder" in err and tree(mine) == ["diary.txt"]
+    assert code == 2 and "is not a model folder" in err and tree(mine) == ["diary.txt"]
 
 
 def test_the_working_folder_itself(command, tmp_path, tiny_config, monkeypatch):
@@ -130,7 +130,7 @@ def test_what_new_refuses(command, tmp_path, tiny_config):
     (tmp_path / "mamba.json").write_text('{"model_type": "mamba"}')
     for expected, said, arguments in [
         (2, "random weights only", [tiny_config, "-o", out]),
-        (2, "'gpt3' is no size, file or folder", ["gpt3", "-o", out, "--random"]),
+        (2, "'gpt3' is neither a size, a file nor a folder", ["gpt3", "-o", out, "--random"]),
         (1, "is not valid JSON", [tmp_path / "broken.json", "-o", out, "--random"]),
         (1, "'mamba' is not supported", [tmp_path / "mamba.json", "-o", out, "--random"]),
         (1, "has no config.json", [tmp_path, "-o", out, "--random"]),
@@ -138,7 +138,7 @@ def test_what_new_refuses(command, tmp_path, tiny_config):
         (2, "'--n-positions'", [tiny_config, "-o", out, "--random", "--n-positions", "0"]),
         (1, "a part of the path is a file", [tiny_config, "-o", tiny_config / "made", "--random"]),
         (1, "exists already", [tiny_config, "-o", tiny_config, "--random"]),
-        (2, "is no model folder", [tiny_config, "-o", tiny_config, "--random", "--force"]),
+        (2, "is not a model folder", [tiny_config, "-o", tiny_config, "--random", "--force"]),
     ]:
         code, err = refused(command, tmp_path, *arguments)
         assert code == expected and said in err, err

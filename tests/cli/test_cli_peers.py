@@ -89,7 +89,7 @@ def test_remove_takes_environment_and_conversions(built, capsys):
         (["peers", "instal", "llama.cpp"], "unknown action 'instal'"),
         (["peers", "install"], "`install` needs names. Known: transformers, llama.cpp"),
         (["peers", "install", "lama.cpp"], "unknown engine 'lama.cpp'. Did you mean 'llama.cpp'?"),
-        (["peers", "install", "paretune"], "paretune is no peer of itself"),
+        (["peers", "install", "paretune"], "paretune is not a peer of itself"),
         (["peers", "ls", "llama.cpp"], "`ls` takes no names"),
         (["bench", "pocket", "--engine", "vllm"], "unknown engine 'vllm'"),
         (["bench", "pocket", "--engine", "llama.cpp:Q9"], "llama.cpp has no format 'Q9'"),

@@ -136,13 +136,13 @@ def test_share_of_fp32_at_the_shape_of_gpt2():
         (("quantize", "QUANTISED", "--format", "int8", "-o", "OUT"), "quantised already"),
         (("quantize", "QUANTISED", "--format", "int8", "-o", "QUANTISED"), "the output is the model itself"),
         (("quantize", "pocket", "--format", "int8", "-o", "FULL"), "exists already"),
-        (("quantize", "pocket", "--format", "int8", "-o", "FULL", "--force"), "is no model folder"),
+        (("quantize", "pocket", "--format", "int8", "-o", "FULL", "--force"), "is not a model folder"),
         (("quantize", "pocket", "--format", "int4", "--head", "4", "--no-embeddings", "-o", "OUT"), "contradict"),
         (("quantize", "pocket", "--format", "int8", "--exclude", "layers.*", "-o", "OUT"), "matches no layer"),
         (("export", "pocket", "-o", "OUT"), "does not end in .gguf"),
         (("export", "pocket", "--to", "onnx", "-o", "OUT.gguf"), "unknown target 'onnx'"),
         (("export", "pocket", "--format", "Q2_K", "-o", "OUT.gguf"), "unknown GGUF format 'Q2_K'"),
-        (("generate", "JUNK.gguf", "-p", "x"), "is no GGUF file"),
+        (("generate", "JUNK.gguf", "-p", "x"), "is not a GGUF file"),
     ],
 )
 def test_bad_input(command, quantised, tmp_path, arguments, message):

@@ -76,7 +76,7 @@ def test_train_then_generate_and_evaluate_in_the_recorded_format(command, train,
     assert code == 0 and "1 of 1 articles cut to the limit of 64 tokens" in err
     assert json.loads(text)["n_prompt_tokens"] == 64 - form.max_new_tokens
     code, text, err = command("generate", out, "-p", "Once", "--max-new-tokens", 2)
-    assert code == 0 and "--task summarization puts the prompt into the form it learnt" in err
+    assert code == 0 and "--task summarization gives the prompt the form that it knows" in err
 
     code, text, err = command(
         "eval", out, "--task", "summarization", "--pairs", pairs_file, *columns, "--limit", 5, "-o", tmp_path / "e"
@@ -161,9 +161,9 @@ def test_wrong_flags_of_train(command, tiny, pairs_file, tmp_path, arguments, wo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--pairs", "x.jsonl"], "--pairs has no meaning for --task perplexity"),
-        (["--task", "summarization", "--stride", "8"], "--stride has no meaning for --task summarization"),
-        (["--task", "summarization", "--article-column", "a"], "there is no pairs file"),
+        (["--pairs", "x.jsonl"], "--pairs does not apply to --task perplexity"),
+        (["--task", "summarization", "--stride", "8"], "--stride does not apply to --task summarization"),
+        (["--task", "summarization", "--article-column", "a"], "without a file of pairs"),
         (["--task", "summarization", "--pairs", "none.csv"], "there is no text file"),
     ],
 )

@@ -229,7 +229,7 @@ def test_the_exit_codes_of_the_outcomes(tune, tmp_path, monkeypatch):
     for outcome, winner, verdict, expected in [
         ("winner", "x", ["it is faster"], 0),
         ("baseline", None, ["keep it"], 0),
-        ("none", None, ["No recipe reaches the asked speed-up."], 3),
+        ("none", None, ["No recipe reaches the requested speed-up."], 3),
         ("baseline", None, ["this machine is too noisy now to judge anything."], 5),
         ("interrupted", None, [], 130),
     ]:

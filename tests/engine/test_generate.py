@@ -28,7 +28,7 @@ LENGTHS = (3, 17, 9, 1)
 
 
 def assert_same_tokens(got, expected, margins):
-    """Equal, or first different where the oracle's two best logits are a tie (measuring.md, quality 6)."""
+    """Equal, or first different where the oracle's two best logits are a tie."""
     assert len(got) == len(expected)
     for a, b, margin in zip(got, expected, margins, strict=True):
         if a != b:

@@ -15,7 +15,7 @@ import torch
 from paretune import stats
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate import fidelity
-from paretune.evaluate.fidelity import PhaseScores, Scores, compare, exactness, score, windows_of
+from paretune.evaluate.fidelity import PhaseScores, Scores, compare, score, windows_of
 from paretune.evaluate.perplexity import kl_divergence
 
 V = 29
@@ -354,26 +354,3 @@ def test_json_has_the_keys_of_a_result() -> None:
     assert set(wanted.split()) <= set(plain)
     assert plain["within_bound"] is True and plain["n_windows"] == 60
     assert plain["decode"]["n_blocks"] == 60
-
-
-# --- exactness ----------------------------------------------------------------------------------------------
-
-
-def test_exactness() -> None:
-    margins = [1.0, 0.5, 2e-5, 3.0]
-    assert exactness([1, 2, 3, 4], [1, 2, 3, 4], margins).verdict == "equal"
-    tie = exactness([1, 2, 3, 4], [1, 2, 9, 9], margins)
-    assert (tie.verdict, tie.first_divergence, tie.margin, tie.n_equal) == ("tie", 2, 2e-5, 2)
-    different = exactness([1, 2, 3, 4], [1, 9, 3, 4], margins)
-    assert (different.verdict, different.first_divergence, different.margin) == ("different", 1, 0.5)
-    assert exactness([1], [2], [1e-4]).verdict == "different"  # the margin must be under 1e-4
-    assert exactness([1], [2], [math.nan]).verdict == "different"
-    short = exactness([1, 2, 3, 4], [1, 2], margins)
-    assert (short.verdict, short.first_divergence, short.margin) == ("different", 2, None)
-    assert exactness([1, 2], [1, 2, 3], margins).verdict == "different"
-    assert exactness([], [], []).verdict == "equal"
-    tensors = exactness(torch.tensor([1, 2]), torch.tensor([1, 3]), torch.tensor([1.0, 0.0]))  # type: ignore[arg-type]
-    assert tensors.verdict == "tie"
-    json.dumps(exactness([1], [2], [math.nan]).to_json(), allow_nan=False)
-    with pytest.raises(AssertionError):
-        exactness([1, 2], [1, 2], [0.1])

@@ -89,7 +89,7 @@ def test_wrong_files_are_one_clear_line(tmp_path, text, options, words):
 def test_no_file_and_an_unknown_kind(tmp_path):
     with pytest.raises(UsageError, match="there is no text file"):
         pairs.read_pairs(tmp_path / "none.jsonl")
-    with pytest.raises(UsageError, match="is no pairs file"):
+    with pytest.raises(UsageError, match="is not a file of pairs"):
         pairs.read_pairs(tmp_path / "pairs.txt")
 
 
@@ -98,7 +98,7 @@ def test_the_split_is_disjoint_and_depends_on_the_seed_alone():
     train, held = found.split(10, seed=1)
     assert (len(train), len(held)) == (42, 10) and not {p.id for p in train.pairs} & {p.id for p in held.pairs}
     assert found.split(10, seed=1)[1].key == held.key and found.split(10, seed=2)[1].key != held.key
-    with pytest.raises(UsageError, match="none is left to train on"):
+    with pytest.raises(UsageError, match="which leaves none to train on"):
         found.split(52)
 
 

@@ -165,7 +165,7 @@ def event(name="a", ts=0.0, dur=1.0, **more):
         ([event(dur=-1)], "duration"),
         ([event(ts="soon")], "time stamp"),
         ([{"ph": "Z", "name": "a"}], "phase 'Z'"),
-        ([event(dur=float("nan"))], "NaN is no JSON"),
+        ([event(dur=float("nan"))], "NaN is not JSON"),
         ([event(ph="s")], "an arrow without an id"),
         ([event(ph="M")], "metadata without arguments"),
         ([{"ph": "X", "ts": 0, "dur": 1, "pid": 1, "tid": 1}], "no name"),

@@ -117,13 +117,13 @@ def test_a_pattern_that_the_package_does_not_know_is_refused(calls, pattern):
     cache = new_cache(H, torch.float16)
     cache.begin_(LENGTH)
     for layer_cache in (None, cache.layers[0]):
-        with pytest.raises(UsageError, match=r"flash-attn has no .* attention.*the form flex or sdpa"):
+        with pytest.raises(UsageError, match=r"flash-attn has no .* attention.*attention\(flex\) or sdpa"):
             flash.attention(*inputs(H), layer_cache, AttentionSpec(0.4, parse(pattern)))
     assert calls == [] and not cache.layers[0].k.any()  # and nothing half done
 
 
 def test_fp32_is_refused(calls):
-    with pytest.raises(UsageError, match=r"no torch.float32 form.*transform `precision`"):
+    with pytest.raises(UsageError, match=r"does not support torch.float32.*transform `precision`"):
         flash.attention(*(t.float() for t in inputs(H)), None, AttentionSpec(0.4))
     assert calls == []
 

@@ -109,7 +109,7 @@ def test_more_shapes_than_the_limit_is_a_refusal(monkeypatch):
         tensors = inputs(2, 2, K, 8)
         assert torch.equal(flex.attention(*tensors, None, spec), tensors[0])
     with pytest.raises(
-        UsageError, match=r"1 in one process.* 2 with 130 tokens.* Use a recipe with the form sdpa or native"
+        UsageError, match=r"1 in one process.* 2 with 130 tokens.* Use a recipe with attention\(native\) or sdpa"
     ):
         flex.attention(*inputs(2, 2, 130, 8), None, spec)
 

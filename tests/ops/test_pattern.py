@@ -17,8 +17,6 @@ from paretune.ops.attention.pattern import (
     Strided,
     Union,
     Window,
-    bigbird,
-    longformer,
     parse,
     prefix_and_window,
     query_blocks,
@@ -104,9 +102,7 @@ def test_random_blocks_are_drawn_once_and_from_what_is_before():
     assert not torch.equal(pattern.dense(1280), Random(3, 64, seed=2).dense(1280))
 
 
-def test_constructors():
-    assert str(longformer(16, 256)) == "prefix:16+window:256"
-    assert str(bigbird(64, 192, 3, seed=4)) == "prefix:64+window:192+random:3x64@4"
+def test_sums_and_texts():
     assert str(Window(3) + Strided(4) + Prefix(2)) == "window:3+strided:4+prefix:2"
     assert parse("window:3") == Window(3) and parse(" prefix:2 + blocks:8 ") == Union((Prefix(2), Blocks(8)))
 

@@ -46,8 +46,8 @@ def test_what_is_undecided_is_no_reason_to_stay():
     rows += [{"config": "bf16", "speedup": 1.5, "speedup_low": 1.0, "speedup_high": 2.0, "verdict": "undecided"}]
     rows += [{"config": "int8", "speedup": 0.5, "speedup_low": 0.4, "speedup_high": 0.6, "verdict": "slower"}]
     first, second = precision.advice(rows, {}, quick=True)
-    assert "undecided: bf16. A quieter machine, or the full form, may decide" in first and "Do not take int8" in second
-    assert "full form" not in precision.advice(rows, {})[0]
+    assert "undecided: bf16. A quieter machine, or the full study, may decide" in first and "Do not take int8" in second
+    assert "full study" not in precision.advice(rows, {})[0]
     decided = [row for row in rows if row["verdict"] != "undecided"]
     assert "stay with the baseline" in precision.advice(decided, {})[0]
 

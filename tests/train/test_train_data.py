@@ -124,7 +124,7 @@ def test_split_explicit():
     assert ([d.name for d in kept], [d.name for d in held]) == (["one.txt", "three.txt"], ["two.txt"])
     with pytest.raises(UsageError, match=r"Did you mean 'two.txt'"):
         data.split_heldout(three, 0.05, ["tow.txt"])
-    with pytest.raises(UsageError, match="none is left"):
+    with pytest.raises(UsageError, match="which leaves none"):
         data.split_heldout(three[:1], 0, ["one.txt"])
     with pytest.raises(UsageError, match="fraction"):
         data.split_heldout(three, 1.0)

@@ -355,6 +355,6 @@ def test_saved_folder_loads_here_and_in_transformers(tmp_path):
 
 def test_patience_without_heldout_data_is_refused(tmp_path):
     options = replace(OPTIONS, eval_every=1, patience=2)
-    with pytest.raises(UsageError, match="no held-out data"):
+    with pytest.raises(UsageError, match="needs held-out data"):
         loop.train(tiny(), None, stream(), None, options, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -82,7 +82,7 @@ def test_a_pattern_that_skips_nothing_is_no_effect(tiny):
     ("options", "match"),
     [
         ({}, "changes nothing"),
-        ({"pattern": "window:x"}, "is not understood"),
+        ({"pattern": "window:x"}, "cannot be read"),
         ({"alibi": True, "positions": "gone"}, "Known: removed, kept"),
         ({"pattern": "window:4", "positions": "kept"}, "always kept"),
     ],

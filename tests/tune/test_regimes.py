@@ -241,7 +241,7 @@ def test_the_native_runner_has_one_form_of_attention_and_gated_windows_beside_it
     assert forms[window.name] == Form(window.name, window, "bounded", 0.008, longest=512)
     assert forms["sdpa, eager"].weights_bytes == 7 * MB, "packed weights are of no use to PyTorch"
     reasons = dict(left_out)
-    assert "one form of attention" in reasons["eager attention"] and reasons[worse.name] == "over the bound"
+    assert "only one attention" in reasons["eager attention"] and reasons[worse.name] == "over the bound"
 
 
 @pytest.mark.parametrize(

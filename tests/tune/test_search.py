@@ -232,7 +232,7 @@ def test_winners_curse_what_does_not_hold_afresh_is_not_taken(monkeypatch, tmp_p
 
 
 def test_a_confirmation_below_delta_is_no_confirmation(monkeypatch, tmp_path, six):
-    """Rule 10: the interval has to lie above 1 + delta in the fresh measurement, which is the one reported."""
+    """The interval has to lie above 1 + delta in the fresh measurement, which is the one reported."""
 
     def cost(recipe, trial):
         return 0.010 if recipe != name(INT8) else 0.010 / 1.01 if is_confirmation(trial) else 0.008
@@ -358,7 +358,7 @@ def test_a_candidate_that_breaks_while_it_is_scored(monkeypatch, tmp_path, six):
 
 
 def test_a_finalist_that_breaks_in_the_confirmation_leaves_its_cause(monkeypatch, tmp_path, six):
-    """Rule 11: a crash is told with its cause, in the confirmation too."""
+    """A crash is told with its cause, in the confirmation too."""
     from paretune.measure.interleave import SubjectError
 
     def on_ask(trial, do):
@@ -591,7 +591,7 @@ def test_equal_bytes_keep_the_baseline(monkeypatch, tmp_path, six, objective):
 
 
 def test_a_row_is_called_bounded_only_where_the_bound_holds(monkeypatch, tmp_path, six):
-    """Labels (quality rule 7): bounded means measured within the bound."""
+    """Labels: bounded means measured within the bound."""
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.005, name(BF16): 0.008}, increase={name(INT8): 0.05}))
     result = results.result_of(run(machine, tmp_path / "plan"))
     assert row(result, BF16)["label"] == "bounded"
@@ -779,7 +779,7 @@ def test_resume_where_the_space_has_shrunk_is_no_crash(monkeypatch, tmp_path):
 
 
 def test_resume_on_another_machine_is_refused(monkeypatch, tmp_path, six):
-    """Numbers of two machines never share a row (measuring.md, Publishing)."""
+    """Numbers of two machines never share a row."""
     from paretune import hardware
 
     folder = tmp_path / "plan"

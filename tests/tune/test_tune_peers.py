@@ -213,7 +213,7 @@ def test_what_a_faster_engine_does_to_perplexity_is_said(tune, quality, keeps, w
     for word in words:
         assert word in said(result), said(result)
     page = render_report(result)
-    assert ("another engine is faster" in page) == badge, "what breaks the bound is no rival"
+    assert ("another engine is faster" in page) == badge, "what breaks the bound is not a rival"
     assert "Keeps the bound" in page and {True: "yes", False: "no", None: "not known"}[keeps] in page
     json.dumps(result, allow_nan=False)
 

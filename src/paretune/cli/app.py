@@ -164,7 +164,7 @@ def _report(error: BaseException) -> int:
             return _say(f"error: {_system_line(error)}", EXIT_FAILURE)
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         cure = "Use a smaller model, batch or context, or close other programs"
-        return _say(f"error: the memory is not enough. {cure}", EXIT_FAILURE)
+        return _say(f"error: out of memory. {cure}", EXIT_FAILURE)
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     cure = "Please report it; PARETUNE_DEBUG=1 shows the traceback"
     return _say(f"error: internal error ({what[:300]}). {cure}", EXIT_FAILURE)

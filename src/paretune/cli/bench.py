@@ -29,7 +29,7 @@ def bench(
         str,
         typer.Option(
             help="`paretune` (the configs) and peers, with or without a format: paretune,llama.cpp:Q8_0,transformers. "
-            "Without `paretune` the baseline alone stands for us. See `paretune peers ls`."
+            "Without `paretune` only our baseline is measured. See `paretune peers ls`."
         ),
     ] = "paretune",
     input_len: Annotated[str, typer.Option(help="Prompt tokens, e.g. 128,512.")] = "128",
@@ -60,7 +60,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of prompts and block order.")] = 0,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit 5 on a noisy machine even where some verdicts stand.")
+        bool, typer.Option("--strict", help="Exit 5 on a noisy machine even if some verdicts hold.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be measured and how long it takes, run nothing.")
@@ -92,7 +92,7 @@ def bench(
     min_time_sec = 0.0 if min_time in ("0", "0s") else parse_duration(min_time)
     budget_sec = parse_duration(max_time) if max_time else None
     if formats and len(formats) > 1 and output_dir is None:
-        raise UsageError("several formats cannot be told apart on standard output", "Add -o FOLDER, or ask for one")
+        raise UsageError("standard output can hold one format only", "Add -o FOLDER, or ask for one")
     if min_blocks < 1:
         raise UsageError(f"--min-blocks is {min_blocks}", "It has to be 1 or more")
     max_blocks = max(max_blocks, min_blocks)
@@ -157,7 +157,7 @@ def bench(
     if result.interrupted:
         raise KeyboardInterrupt
     if all(row.status == "not_reached" for row in result.rows):
-        raise ParetuneError("the time ended before anything was measured", "Allow more with --max-time")
+        raise ParetuneError("the time was up before anything was measured", "Allow more with --max-time")
     if result.too_noisy or (strict and result.is_noisy):
         what = "to judge" if result.too_noisy else "for --strict"
         raise TooNoisyError(

@@ -77,7 +77,7 @@ def evaluate(
     of_text |= {"--join-rows": join_rows, "--max-ppl-increase": max_ppl_increase}
     wrong = of_text if task == "summarization" else of_pairs | {"--max-new-tokens": max_new_tokens}
     if given := [flag for flag, value in wrong.items() if value]:
-        raise UsageError(f"{given[0]} has no meaning for --task {task}", "Leave it out, or choose the other task")
+        raise UsageError(f"{given[0]} does not apply to --task {task}", "Leave it out, or choose the other task")
     for flag, value in (("--batch-size", batch_size), ("--limit", limit), ("--threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}", "It has to be 1 or more")

@@ -165,7 +165,7 @@ def _shape(folder: Path, flags: TextFlags) -> tuple[int, int]:
         raise UsageError(f"--context {context} leaves no token to score", "Use 2 or more")
     stride = max(1, context // 2) if flags.stride is None else flags.stride
     if not 1 <= stride <= context:
-        raise UsageError(f"--stride {stride} is not in 1..{context}", "A stride over --context skips tokens")
+        raise UsageError(f"--stride {stride} is not in 1..{context}", "A stride above --context skips tokens")
     return context, stride
 
 

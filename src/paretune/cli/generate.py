@@ -66,10 +66,10 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="CPU threads. [default: the recipe's, else physical cores]")
     ] = None,
-    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text when it is whole.")] = False,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after an end token.")] = False,
+    no_stream: Annotated[bool, typer.Option("--no-stream", help="Print the text once it is complete.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at an end token.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line of timings.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Do not print timings.")] = False,
 ) -> None:
     """Continues a prompt, streaming the new text to stdout; what ran and how fast follows on stderr."""
     import json
@@ -176,7 +176,7 @@ def _prompt_format(folder: Path, task: str | None, chat: bool) -> PromptFormat |
     recorded = PromptFormat.read(folder)
     if task is None:
         if recorded is not None and not chat:
-            _say("this model was trained on summaries; --task summarization puts the prompt into the form it learnt")
+            _say("this model was trained on summaries; --task summarization gives the prompt the form that it knows")
         return None
     if task != "summarization":
         raise UsageError(f"unknown task {task!r}", "Known: summarization")
@@ -207,7 +207,7 @@ def _prompts(given: list[str], file: str | None) -> list[str]:
     for text in texts:
         if not text:
             raise UsageError("the prompt is empty", "Pass at least one word with --prompt")
-        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of the command line that are no UTF-8
+        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of the command line that are not UTF-8
             raise UsageError("the prompt is not valid UTF-8", "Convert it, or check the terminal's encoding")
     return texts
 

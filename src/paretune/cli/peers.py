@@ -51,7 +51,7 @@ def _chosen(names: list[str], action: str) -> list[Peer]:
     if "all" in parts:
         return list(PEERS.values())
     if OURS in parts:
-        raise UsageError(f"{OURS} is no peer of itself", f"Known: {', '.join(PEERS)}, or all")
+        raise UsageError(f"{OURS} is not a peer of itself", f"Known: {', '.join(PEERS)}, or all")
     return list(dict.fromkeys(peer_of(part.partition(":")[0]) for part in parts))
 
 

@@ -66,7 +66,9 @@ def quantize(
     if target == folder.resolve():
         raise UsageError("the output is the model itself", "Choose another folder with -o")
     if force and target.exists() and not (target / "config.json").is_file():
-        raise UsageError(f"{target} is no model folder: --force does not replace it", "Choose another folder with -o")
+        raise UsageError(
+            f"{target} is not a model folder: --force does not replace it", "Choose another folder with -o"
+        )
 
     def say(line: str) -> None:
         if not quiet:

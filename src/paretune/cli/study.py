@@ -20,7 +20,9 @@ def study(
         ),
     ],
     model: Annotated[str, typer.Option(help=MODEL)] = "pocket",
-    quick: Annotated[bool, typer.Option("--quick", help="Less of all; with `pocket` minutes on two cores.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A shorter study; with `pocket` minutes on two cores.")
+    ] = False,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", "-o", help="Folder of the results. [default: runs/study-NAME]")
     ] = None,
@@ -71,6 +73,6 @@ def study(
     say(f"written: {out}")
     if strict and result["is_noisy"]:
         raise TooNoisyError(
-            "this machine is too noisy for --strict: some speeds are undecided for its sake",
+            "this machine is too noisy for --strict: some speeds are undecided because of it",
             "Close other programs and run it again, or leave out --strict",
         )

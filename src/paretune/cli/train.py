@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 NEW = "new"
 TASKS = ("language-model", "summarization")
-SHAPE_FLAGS = ("n_layer", "n_head", "n_embd", "n_positions")
 
 
 def train(
@@ -78,7 +77,7 @@ def train(
     save_dtype: Annotated[str, typer.Option(help="Of the finished model: fp32, fp16 or bf16.")] = "fp16",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     heldout_fraction: Annotated[
-        float, typer.Option(help="Part of the texts that is held out, chosen by name; 0: none.")
+        float, typer.Option(help="Fraction of the texts to hold out, chosen by name; 0: none.")
     ] = 0.05,
     heldout: Annotated[
         list[str] | None, typer.Option(help="Hold out the text of this name instead; may be repeated.")
@@ -132,7 +131,7 @@ def train(
     config_ = _new_config(model, shape, tokenizer_folder) if fresh else checkpoint.read_config(tokenizer_folder)
     device = ("cuda" if hardware.has_cuda() else "cpu") if device == "auto" else device
     if device.startswith("cuda") and not hardware.has_cuda():
-        raise UsageError(f"--device {device}, and there is no usable GPU", "Use --device cpu")
+        raise UsageError(f"--device {device}, but there is no usable GPU", "Use --device cpu")
     if device == "cpu" and checkpoint.DTYPE_ALIASES.get(dtype, dtype) == "fp16":
         raise UsageError("fp16 training with loss scaling needs a GPU", "Use --dtype bf16 or fp32")
     attention = train_source.attention_of(config, device, config_)
@@ -250,7 +249,7 @@ def _refuse_flags(of_pairs: bool, of_text: dict[str, Any], pair_flags: dict[str,
 
 
 def _spread(results: list[Any]) -> str:
-    """The held-out loss over seeds: a difference smaller than their spread is no finding."""
+    """The held-out loss over seeds: a difference smaller than their spread is not a finding."""
     losses = [r.heldout_loss for r in results if r.heldout_loss is not None]
     if len(losses) < 2:
         return f"{len(results)} seeds"

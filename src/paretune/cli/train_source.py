@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from paretune.train.source import TextSource
 
 Say = Callable[[str], None]
-MAX_HELDOUT_PAIRS = 200  # study 001's validation set
+MAX_HELDOUT_PAIRS = 200  # as many as the published attention study held out
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def attention_of(config: str | None, device: str, shape: ModelConfig) -> Recipe 
         raise UsageError(f"--config {config}: {what} cannot be trained", "Name a recipe that changes attention alone")
     if reason := next((reason for t in recipe.transforms if (reason := t.trains(device))), None):
         raise UsageError(
-            f"--config {config}: {reason}", "Name one with another form of attention, or use --device cuda"
+            f"--config {config}: {reason}", "Name one with another attention function, or use --device cuda"
         )
     recipe.check(device, shape)
     return recipe

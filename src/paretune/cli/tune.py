@@ -15,9 +15,11 @@ def tune(
     model: Annotated[str, typer.Argument(help=MODEL)] = "pocket",
     objective: Annotated[str, typer.Option(help="tpot, ttft, throughput, memory or size.")] = "tpot",
     max_ppl_increase: Annotated[
-        str, typer.Option(help="Largest relative increase of perplexity, its upper bound: 1% or 0.01.")
+        str, typer.Option(help="Largest relative increase of perplexity (its upper bound counts): 1% or 0.01.")
     ] = "1%",
-    min_speedup: Annotated[float | None, typer.Option(help="What the winner has to reach at least (exit 3).")] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Speed-up that the winner has to reach, else exit 3.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="Time for search and confirmation: 90s, 5m, 1h.")] = "5m",
     input_len: Annotated[int, typer.Option(help="Prompt tokens of the request that is made fast.")] = 128,
     output_len: Annotated[int, typer.Option(help="New tokens of that request.")] = 32,
@@ -29,16 +31,16 @@ def tune(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Peers that the winner is compared with at the end, with or without a format: "
+            help="Other engines that the winner is compared with at the end, with or without a format: "
             "llama.cpp:Q8_0,onnxruntime:int8. See `paretune peers ls`. [default: none]"
         ),
     ] = None,
     regimes: Annotated[
         str | None,
         typer.Option(
-            help="Also measure attention forms over a grid and put a table of choice into the plan: `auto`, or batch "
-            "sizes x lengths such as 1,8x128,1024. Takes up to half the budget again (15 s a field at least), after "
-            "the search; --dry-run says how long. [default: none]"
+            help="Also measure alternatives over a grid and put a table of choices into the plan: `auto`, or "
+            "batch sizes x lengths such as 1,8x128,1024. Takes up to half the budget again (15 s or more a cell), "
+            "after the search; --dry-run says how long. [default: none]"
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -102,7 +104,7 @@ def _show_space(model: str, goal: Any) -> None:
     if goal.regimes:
         from paretune.tune.regimes import announcement
 
-        by_regime = f"After the search, forms by regime: {announcement(goal, config.longest)}."
+        by_regime = f"After the search, a choice by regime: {announcement(goal, config.longest)}."
     space = spaces.build(goal.device, config, goal.input_len + goal.output_len)
     print(f"baseline: {spaces.baseline().name}")
     print(f"{len(space.legal)} candidates:")
@@ -137,7 +139,7 @@ def _summary(result: dict[str, Any], folder: Path) -> str:
         "",
         *_regime_lines(result),
         f"{space['n_measured']} of {space['n_legal']} legal recipes were measured, {space['n_failed']} failed, "
-        f"{space['n_excluded']} cannot win by figures (in the report), {space['n_not_reached']} were not reached.",
+        f"{space['n_excluded']} cannot win by the figures (see the report), {space['n_not_reached']} were not reached.",
         f"Report: {folder / 'report.html'}",
         f'Run it: paretune generate {folder} --prompt "..."',
     ]
@@ -165,7 +167,7 @@ def _raise_for(result: dict[str, Any]) -> None:
     if result["outcome"] == "none":
         wanted = result["goal"].get("min_speedup")
         raise NoRecipeError(
-            f"no recipe reaches the asked speed-up of {wanted:g} within the quality bound",
+            f"no recipe reaches the requested speed-up of {wanted:g} within the quality bound",
             "The best so far is written; lower --min-speedup",
         )
     if result["winner_id"] is None and result["too_noisy"]:

@@ -197,7 +197,7 @@ class Table:
         """The opposite of `to_dict`; what is unknown, missing or of the wrong kind is an error, never dropped.
 
         Raises:
-            UsageError: it is no such table.
+            UsageError: it is not such a table.
         """
         try:
             _only(data, _TABLE_KEYS, "the dispatch table")
@@ -335,6 +335,6 @@ def _cure(table: Table, level: str) -> str:
 
 def _only(data: Any, keys: set[str], what: str) -> None:
     if not isinstance(data, Mapping):
-        raise TypeError(f"{what} is no table")
+        raise TypeError(f"{what} is not a table")
     if wrong := sorted(set(data) ^ keys):
         raise KeyError(f"{what}: {wrong[0]}")

@@ -65,7 +65,7 @@ def read_plan(path: str | Path) -> Plan:
     """Reads a plan folder (or its `plan.json`).
 
     Raises:
-        UsageError: it is no plan, it is damaged, or the model it refers to is gone.
+        UsageError: it is not a plan, it is damaged, or the model it refers to is gone.
     """
     path = Path(path).expanduser()
     file = path if path.is_file() else path / PLAN_FILE

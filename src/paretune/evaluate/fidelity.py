@@ -1,6 +1,6 @@
 """Quality of a variant against the baseline, through the plan's own runner, prefill and decode apart.
 
-`score` runs in each configuration's process; `compare` lays two saved `Scores` side by side (measuring.md).
+`score` runs in each configuration's process; `compare` compares two saved `Scores` (docs/measuring.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from paretune.evaluate import perplexity as ppl
 from paretune.evaluate.perplexity import BLOCK_TOKENS, MIN_BLOCKS, TOO_LITTLE_TEXT, Progress, Runner
 
 PHASES = ("prefill", "decode")
-TIE_MARGIN = 1e-4  # top-1/top-2 logit margin under which a divergence is a tie (measuring.md, Quality 6)
 _KEPT_BYTES = 128 * 2**20  # a phase's log-probabilities kept for the KL
 _LOWEST_LOG_PROB = -60000.0  # stands for -inf: within fp16, and exp() of it is 0
 _FORMAT = 1
@@ -422,39 +421,3 @@ def _gate(worse: str, p: PhaseFidelity, n_blocks: int, limit: float | None) -> t
 
 def _perplexity(*losses: np.ndarray) -> float:
     return ppl.safe_exp(sum(float(x.sum(dtype=np.float64)) for x in losses) / sum(x.size for x in losses))
-
-
-@dataclass(frozen=True)
-class Exactness:
-    """Two greedy continuations of one prompt.
-
-    Attributes:
-        first_divergence: index of the first token that differs (or that only one has); None where equal.
-        margin: the reference's top-1 minus top-2 logit there.
-    """
-
-    verdict: Literal["equal", "tie", "different"]
-    first_divergence: int | None
-    margin: float | None
-    n_equal: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"margin": ppl.finite_or_none(self.margin)}
-
-
-def exactness(reference_tokens: Sequence[int], variant_tokens: Sequence[int], margins: Sequence[float]) -> Exactness:
-    """Bit-equal tokens, a divergence at a tie, or different. Nothing is said of what follows it.
-
-    Args:
-        margins: the reference's top-1/top-2 logit margin at each of its tokens, [len(reference_tokens)].
-    """
-    reference, other = [int(t) for t in reference_tokens], [int(t) for t in variant_tokens]
-    assert len(margins) >= len(reference), f"{len(margins)} margins for {len(reference)} tokens"
-    shorter = min(len(reference), len(other))
-    at = next((i for i in range(shorter) if reference[i] != other[i]), shorter)
-    if at == len(reference) == len(other):
-        return Exactness("equal", None, None, at)
-    if at == shorter:  # one stopped early: the length is fixed, so no tie explains it
-        return Exactness("different", at, None, at)
-    margin = float(margins[at])
-    return Exactness("tie" if margin < TIE_MARGIN else "different", at, margin, at)

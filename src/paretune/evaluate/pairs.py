@@ -72,7 +72,7 @@ class PairSet:
         """
         if not 0 <= n_heldout < len(self.pairs):
             raise UsageError(
-                f"{n_heldout} of {len(self.pairs)} pairs are to be held out, none is left to train on",
+                f"{n_heldout} of {len(self.pairs)} pairs are to be held out, which leaves none to train on",
                 "Hold out fewer, or pass more pairs",
             )
         order = sorted(self.pairs, key=lambda p: hashlib.sha256(f"{seed}\0{p.article}".encode()).digest())
@@ -103,7 +103,9 @@ def read_pairs(path: str | Path, article_column: str | None = None, summary_colu
     """
     path = Path(path).expanduser()
     if path.suffix not in (".jsonl", ".csv"):
-        raise UsageError(f"{path} is no pairs file", "Pass a .jsonl or .csv file with an article and a summary a row")
+        raise UsageError(
+            f"{path} is not a file of pairs", "Pass a .jsonl or .csv file with an article and a summary a row"
+        )
     text = texts.read_text(path).removeprefix("\ufeff")
     rows = _json_rows(text, path) if path.suffix == ".jsonl" else _csv_rows(text, path)
     article = summary = ""

@@ -20,7 +20,7 @@ from paretune.errors import ParetuneError, UsageError
 
 BLOCK_TOKENS = 128  # one resampling unit: neighbouring tokens are far from independent
 _JOINED_TOKENS = 120  # so that 4 windows of 31 or 2 of 63 tokens are a block, as 4 of 32 are
-MIN_BLOCKS = 40  # fewer: "too little text" (measuring.md, Quality 2)
+MIN_BLOCKS = 40  # fewer: "too little text"
 TOO_LITTLE_TEXT = "too little text"
 PIECE_ROWS = 256  # tokens whose logits are there at once, where the runner's numbers allow: 50 MB of 49,152 each
 _SLICE_ELEMENTS = 2**22  # logits widened to fp32 at a time: 16 MiB, and two such temporaries
@@ -30,7 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 class Runner(Protocol):
-    """The part of the runner protocol (docs/design.md) that quality needs.
+    """The part of the runner protocol (docs/architecture.md) that quality needs.
 
     `same_bits_at_any_width`: a token's logits depend on neither the batch nor the width of its step.
     """
@@ -145,7 +145,7 @@ def perplexity(
     if context < 2:
         raise UsageError(f"--context {context} leaves no token to score", "Use 2 or more")
     if not 1 <= stride <= context:
-        raise UsageError(f"--stride {stride} is not in 1..{context}", "A stride over --context skips tokens")
+        raise UsageError(f"--stride {stride} is not in 1..{context}", "A stride above --context skips tokens")
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size} is not positive", "Use 1 or more")
     if n_bytes < 1:

@@ -131,7 +131,7 @@ def summarize(
 
 
 def lead(article: str, n: int = 3) -> str:
-    """The first `n` sentences of the article; a title (a first line without a full stop) is no sentence."""
+    """The first `n` sentences of the article; a title (a first line without a full stop) is not a sentence."""
     lines = article.strip().splitlines()
     body = lines[1:] if len(lines) > 1 and not lines[0].rstrip().endswith((".", "!", "?", '"')) else lines
     return " ".join(sentences("\n".join(body))[:n])

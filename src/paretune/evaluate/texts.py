@@ -41,7 +41,7 @@ def read_text(path: str | Path) -> str:
     """A user's text file.
 
     Raises:
-        UsageError: it is missing, is no UTF-8, or is empty.
+        UsageError: it is missing, is not UTF-8, or is empty.
     """
     path = Path(path).expanduser()
     try:

@@ -63,8 +63,8 @@ def _surpassed(share: float, did: str, reached: float, what: str) -> Explanation
     return Explanation(
         "unsteady machine",
         share,
-        f"{did}, {percent(reached)} of what was measured as the largest {what}: that was in a worse moment, or the "
-        "data stays in a cache, and every share of it is too large",
+        f"{did}, {percent(reached)} of what was measured as the largest {what}: the largest was measured "
+        "in a worse moment, or the data stays in a cache, so every share of it is too large",
         "measuring again when nothing else runs",
     )
 

@@ -54,8 +54,8 @@ def _busy(result: Result) -> Iterator[Explanation]:
     yield Explanation(
         "busy machine",
         0.0,
-        f"other programs run beside this one: {' and '.join(said)}; threads then wait for each other, and every time "
-        "here is worse than the machine's",
+        f"other programs run beside this one: {' and '.join(said)}; threads then wait for each other, so every "
+        "time here is longer than on an idle machine",
         "close other programs and measure again" + (", or use fewer --threads" if fewer else ""),
     )
 

@@ -79,7 +79,7 @@ def profile(
 
     Raises:
         UsageError: the phase is not there or the request does not fit the model.
-        ParetuneError: the memory is not enough (before loading).
+        ParetuneError: out of memory (before loading).
     """
     check_phase(phase, recipe, name)
     config = checkpoint.read_config(folder)
@@ -240,7 +240,7 @@ def take_apart(
     profiled_sec = None
     if with_kernels:
         kernels, profiled_sec = kernels_of(step.run, step.prepare, device, *(QUICK_KERNELS if quick else KERNELS))
-    if kernels and runner.own_kernels and not parts:  # the profiler sees nothing of it: that is no gap
+    if kernels and runner.own_kernels and not parts:  # the profiler sees nothing of it, which is not a gap
         kernels[-1] = replace(kernels[-1], name="the native runner's own code", kind="native code", count=1)
     return {
         "whole": whole,

@@ -18,7 +18,6 @@ from paretune.measure.profile_steps import Step
 
 N_STEPS = 20
 OUTSIDE = "outside the operations"
-_NO_COUNTERS = "the native runner of this version has no counters"
 
 
 class Counter(NamedTuple):
@@ -33,7 +32,7 @@ class Counter(NamedTuple):
 
 
 def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) -> dict[str, Any] | None:
-    """Operations of a step, the mean over `N_STEPS`; None for other runners, a reason where there are no counters.
+    """Operations of a step, the mean over `N_STEPS`; None for other runners, a reason where nothing was counted.
 
     The steps that were counted are timed too (`step_sec`): shares are of them, and the last row is what of them passed
     outside the operations, in Python and in waking the threads. Rows add up to that step.
@@ -45,8 +44,7 @@ def rows(runner: Any, step: Step, whole: Mapping[str, Any], ceilings: Ceilings) 
         return None
     counted, spent = _counted(runner, step, N_STEPS)
     if not counted:
-        has_counters = hasattr(runner, "count_")
-        reason = "this step does not run in native code" if has_counters else _NO_COUNTERS
+        reason = "this step does not run in native code"
         return {"available": False, "reason": reason, "rows": [], "sum_sec": 0.0, "step_sec": 0.0}
     sums: dict[str, list[float]] = {}
     for entry in counted:
@@ -81,9 +79,7 @@ def spans(runner: Any, step: Step) -> list[tuple[str, float]]:
 
 
 def _counted(runner: Any, step: Step, n_steps: int) -> tuple[list[Counter], float]:
-    """Counters of the native runner over so many steps, and the seconds of these; none where it has no counters."""
-    if not hasattr(runner, "count_"):
-        return [], 0.0
+    """Counters of the native runner over so many steps, and the seconds of these."""
     runner.count_(True)
     spent = 0.0
     try:

@@ -1,4 +1,4 @@
-"""The parts of a step that a profile tells apart: study 002's rows, and those that a cache and other families add.
+"""The parts of a step: the rows of the published kernel study, and those that a cache and other families add.
 
 A part is a leaf; groups are sums of leaves. Where parts begin and end in a module tree, the family says
 (`Family.boundaries`).
@@ -21,7 +21,7 @@ class Part:
         key: its name in results.
         title: its name for people.
         group: the table it stands in.
-        is_published: study 002 has a row of this name.
+        is_published: the published kernel study has a row of this name.
     """
 
     key: str

@@ -139,7 +139,7 @@ def problems(data: bytes) -> list[str]:
     """
 
     def no_constant(text: str) -> None:
-        raise ValueError(f"{text} is no JSON")
+        raise ValueError(f"{text} is not JSON")
 
     try:
         trace = json.loads(gzip.decompress(data), parse_constant=no_constant)
@@ -188,7 +188,7 @@ def write(folder: Path, name: str, data: bytes) -> Path:
     """Writes `NAME.json.gz` after a check of its form.
 
     Raises:
-        ParetuneError: it is no trace, or the folder cannot be written.
+        ParetuneError: it is not a trace, or the folder cannot be written.
     """
     wrong = problems(data)
     if wrong:

@@ -35,7 +35,7 @@ class _Server:
     def __init__(self) -> None:
         self.server: forkserver.ForkServer | None = None
         self.failure = "" if forkserver.is_possible() else "unknown on this system"
-        self.is_told = bool(self.failure)  # what cannot be forked at all is no news
+        self.is_told = bool(self.failure)  # what cannot be forked at all was said before
 
     def get(self) -> forkserver.ForkServer:
         """Raises `ForkFailed`."""

@@ -1,7 +1,7 @@
 """The process of one trial: loads a model under a recipe, proves it, and gives samples on request.
 
 Speaks JSON lines: a request `{"do": NAME, ...}` on standard input, one answer a request on standard output. Everything
-that libraries print goes to standard error. Started with `python -m paretune.measure.worker`; a higher floor adds verbs
+that libraries print goes to standard error. Started with `python -m paretune.measure.worker`; a higher layer adds verbs
 by calling `serve` with more of them.
 """
 

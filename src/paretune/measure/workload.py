@@ -24,7 +24,7 @@ from paretune.errors import UsageError
 from paretune.measure import memory
 from paretune.model.layers import Embedding, Linear
 
-MIN_SLICE_SEC = 0.15  # 20 slices, the least that decide a final, are then the 3 s of measuring.md
+MIN_SLICE_SEC = 0.15  # 20 slices, the least that decide a final, are then the 3 s that a final needs
 WARM_SLICE_SEC = 0.03  # of warming up: a trend needs eight slices, not eight long ones
 DECODE_SLICE = 16  # tokens: short enough that all are "at the same position"
 KINDS = ("tpot", "ttft", "throughput")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,12 @@ class LanguageModel(nn.Module):
     def head(self) -> Linear:
         return self.get_submodule(self.head_name)  # type: ignore[return-value]
 
-    def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
+    def forward(self, tokens: Tensor, cache: Any = None, logits: Literal["last", "all"] = "all") -> Tensor:
         """Logits of the next token.
 
         Args:
             tokens: int64 `[B, T]`.
-            cache: a `KVCache` (floor 4) begun for T tokens, or None: then `tokens` is all there is.
+            cache: a `KVCache` begun for T tokens, or None: then `tokens` is all there is.
             logits: of every position, `[B, T, V]`, or of each row's last valid one, `[B, 1, V]`.
         """
         raise NotImplementedError

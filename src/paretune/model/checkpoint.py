@@ -100,7 +100,7 @@ def _from_hub(name: str) -> Path:
         near = difflib.get_close_matches(name, (*EMBEDDED, *downloads.DOWNLOADS), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UsageError(
-            f"there is no folder or plan {name!r} here, and the hub gives no model of that name ({reason})",
+            f"there is no folder or plan {name!r} here, and the hub has no model of that name ({reason})",
             f"{hint}Check the path, or for a hub id the spelling and the network; offline, `pocket` is always there",
         ) from None
 
@@ -305,7 +305,7 @@ def _hf_name(family: Family, name: str) -> str:
     return name if name.startswith(f"{family.modules['head']}.") else family.stored_prefix + name
 
 
-def _renamer(model: LanguageModel, tensors: StoredTensors):
+def _renamer(model: LanguageModel, tensors: StoredTensors) -> Callable[[str], str]:
     """Our name -> the stored name; checkpoints of the bare model lack the prefix."""
     family = model.family
     is_bare = not any(name.startswith(family.stored_prefix) for name in tensors)
@@ -385,7 +385,7 @@ def _swap_formats_(
     model: LanguageModel,
     formats: dict[str, str],
     tensors: StoredTensors,
-    rename,
+    rename: Callable[[str], str],
     dtype: torch.dtype | None,
     on_weight: OnWeight | None,
 ) -> None:
@@ -420,7 +420,9 @@ def _swap_formats_(
         _replace_(_holders(model), old, weight if on_weight is None else on_weight(model, module_name, weight))
 
 
-def _drop_redundant_(model: LanguageModel, tensors: StoredTensors, rename, expected: dict) -> None:
+def _drop_redundant_(
+    model: LanguageModel, tensors: StoredTensors, rename: Callable[[str], str], expected: dict[str, Any]
+) -> None:
     """Removes what old exporters add: mask buffers, and one of two names for a tied matrix.
 
     Raises:

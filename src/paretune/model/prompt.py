@@ -15,7 +15,7 @@ from paretune.errors import CheckpointError, UsageError
 
 FILE = "prompt.json"
 SCHEMA_VERSION = 1
-MAX_LEN = 512  # tokens of prompt and answer together: study 001's limit
+MAX_LEN = 512  # tokens of prompt and answer together: the limit of the published attention study
 EOS_FORMS = ("summary", "sentence")
 
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]”]))\s+(?=[\"'(\[“]?[A-Z0-9])")
@@ -34,7 +34,7 @@ class PromptFormat:
     Args:
         max_len: tokens of prompt and summary together; a longer article loses its end.
         eos: where end tokens stand: one after the `summary`, or one after each `sentence` of it and one more at
-            its end (study 001's form), so that two in a row end it.
+            its end (as the published attention study has it), so that two in a row end it.
         max_new_tokens: what generation may add; set from the summaries that were trained on.
     """
 

@@ -97,7 +97,7 @@ class Tokenizer:
             raise UsageError(f"the chat template refuses this prompt: {error}", "Leave out --chat") from None
 
 
-def _chat_environment():
+def _chat_environment() -> Any:
     """Jinja as `transformers` sets it up for chat templates, which are written against it.
 
     Sandboxed: a downloaded template reaches no Python attribute and changes nothing that it is given.
@@ -114,7 +114,7 @@ def _chat_environment():
 
         tags = {"generation"}  # noqa: RUF012 - jinja's protocol
 
-        def parse(self, parser):
+        def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
             return nodes.Scope(body, lineno=line)
@@ -122,7 +122,13 @@ def _chat_environment():
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
@@ -165,7 +171,7 @@ class TextStream:
         return text[len(before) :]
 
 
-def _byte_level_bpe(vocab: Path, merges: Path):
+def _byte_level_bpe(vocab: Path, merges: Path) -> Any:
     """GPT-2's tokenizer from its two original files (Radford et al. 2019)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 

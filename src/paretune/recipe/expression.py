@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from paretune.transforms.base import Transform
 
 CACHE_TERMS = {"kv8": "int8", "kv4": "int4"}
-ENGINE_AXES = ("runner", "cache", "threads")
 DEFAULTS = {"attention": "sdpa"}  # terms of axes that an expression does not name
 CURE = "`paretune ls` has the names"
 
@@ -163,7 +162,7 @@ class _Made:
             self._take("threads", term)
             (n,) = _values(term, 1, "a number") or ("",)
             if not n.isdecimal() or int(n) < 1:
-                raise UsageError(f"threads({n}) is no number of threads", "Write threads(2), say")
+                raise UsageError(f"threads({n}) is not a number of threads", "Write threads(2), say")
             self.engine["threads"] = int(n)
         else:
             self._transform(term)

@@ -71,7 +71,7 @@ def pareto_caption(result: Mapping[str, Any]) -> str:
     n_late = sum(r["status"] == "not_reached" for r in rows)
     n_excluded = sum(r["status"] == "excluded" for r in rows)
     left = [f"{n_failed} that failed"] if n_failed else []
-    left += [f"{n_excluded} that cannot win by figures"] if n_excluded else []
+    left += [f"{n_excluded} that cannot win by the figures"] if n_excluded else []
     left += [f"{n_late} that were not reached"] if n_late else []
     n_other = len(rows) - n_drawn - n_failed - n_late - n_excluded
     left += [f"{n_other} without a measured speed or quality"] if n_other > 0 else []
@@ -79,7 +79,7 @@ def pareto_caption(result: Mapping[str, Any]) -> str:
         f"Up is faster, left is better quality. Each of the {n_drawn} marks is one measured candidate; a "
         "bigger mark stores more bytes. Upright bars are 95 % intervals of the speed; flat bars reach to "
         "the upper end of the quality loss, which has to stay left of the limit. The line joins the "
-        "candidates that no other one beats in both."
+        "candidates that no other one beats in both speed and quality."
     )
     return text + (f" Not drawn: {', '.join(left)} (they are in the table)." if left else "")
 

@@ -52,7 +52,7 @@ _AMOUNTS = (
 
 
 def part_columns(published: bool = False) -> list[Column]:
-    """Columns of a breakdown; `published` adds study 002's share."""
+    """Columns of a breakdown; `published` adds the published study's share."""
     columns = [
         Column("title", "Part", numeric=False),
         _TIME,

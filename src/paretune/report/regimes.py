@@ -37,10 +37,10 @@ def rows_of(regimes: Regimes) -> list[Row]:
         if cell.status != "measured":
             result = "not measured: the plan's own runs"
         elif cell.best == "plan":
-            result = "cannot be told from another form" if cell.is_tie else "the fastest"
+            result = "cannot be told from another choice" if cell.is_tie else "the fastest"
         else:
             result = f"{format_ratio(best.ratio, best.low, best.high)} as fast"
-            result += "; ties with another form" if cell.is_tie else ""
+            result += "; ties with another choice" if cell.is_tie else ""
         others = [f"{title_of(f.form)} {_short_result(f)}" for f in cell.figures if f.form not in (cell.best, "plan")]
         rows.append(
             {
@@ -69,7 +69,7 @@ def form_lines(regimes: Regimes) -> list[str]:
     for form in regimes.forms:
         text = f"{title_of(form.name)} ({plain(form.recipe)}): {form.label}"
         if form.ppl_increase_upper is not None:
-            text += f", perplexity surely less than {format_percent(form.ppl_increase_upper, signed=True)}"
+            text += f", perplexity at most {format_percent(form.ppl_increase_upper, signed=True)}"
         if form.longest is not None:
             text += f", measured for up to {form.longest} tokens and used no further"
         if form.weights_bytes:
@@ -94,7 +94,7 @@ def sentences(regimes: Regimes | None) -> list[str]:
             + ("." if c.runs == c.best else "; it runs where a request grants its numbers or its memory.")
         )
     if measured and not changed:
-        said.append("In no regime of the grid another form beats the plan's own recipe beyond noise.")
+        said.append("No alternative beats the plan's own recipe beyond noise at any batch size and length of the grid.")
     n, n_late = len(regimes.cells), len(regimes.cells) - len(measured)
     if n_late:
         said.append(f"{n_late} of {n} regimes were not reached: there the plan's own runs.")
@@ -109,7 +109,7 @@ def crossover(regimes: Regimes, fmt: str = "svg") -> bytes:
         axes = figure.add_subplot()
         if not cells:
             say_empty(figure, axes, f"No map: {plain(regimes.cause or 'nothing was measured')}.")
-            return save(figure, fmt, "Best form by regime: nothing measured")
+            return save(figure, fmt, "Best choice by regime: nothing measured")
         names = [f.name for f in regimes.forms]
         for cell in cells:
             x, y = lengths.index(cell.length), batches.index(cell.batch_size)
@@ -135,4 +135,4 @@ def crossover(regimes: Regimes, fmt: str = "svg") -> bytes:
         axes.tick_params(length=0)
         for side in ("left", "bottom"):
             axes.spines[side].set_visible(False)
-        return save(figure, fmt, "Best form by batch size and length; ties are grey")
+        return save(figure, fmt, "Fastest choice by batch size and length; ties are grey")

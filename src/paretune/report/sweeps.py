@@ -23,7 +23,7 @@ from paretune.report.canvas import (
 _LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (RED, "D"), (GREY, "v"), (INK, "P"))
 CAPTION = (
     "Speed-up over the baseline at the same place: above 1 is faster. Bars are the intervals over all planned looks "
-    "(95 %); a point whose bar crosses 1 is not told from the baseline."
+    "(95 %); a point whose bar crosses 1 cannot be told from the baseline."
 )
 
 

@@ -85,7 +85,7 @@ def top_of(result: Result) -> dict[str, Any]:
             said[0] if said else "The outcome was not recorded.",
         )
     faster = [peer for peer in result.get("peers") or [] if peer.get("verdict") == "faster"]
-    if any(peer.get("keeps_bound") is not False for peer in faster):  # what breaks the bound is no rival
+    if any(peer.get("keeps_bound") is not False for peer in faster):  # what breaks the bound is not a rival
         badge, tone = f"{badge}; another engine is faster", "warn"
     seen = {headline.strip(". ").lower()}
     sentences = []

@@ -1,4 +1,4 @@
-"""Studies 000 and 001 again: standard, Flash, ALiBi and sparse attention in one model, and the hybrids they left open.
+"""The published attention studies again: standard, Flash, ALiBi and sparse attention in one model, and hybrids.
 
 Quality of fine-tuned summaries, speed, memory, training time, robustness, longer inputs, streaming: one command.
 """
@@ -236,10 +236,10 @@ def _options(plan: Plan, n_examples: int, device: str) -> TrainOptions:
 def _pairs(
     plan: Plan, path: Path | None, article_column: str | None, summary_column: str | None, seed: int
 ) -> tuple[PairSet, PairSet]:
-    """Training and held-out pairs: of a file as study 001 split its own, or of the project's pieces."""
+    """Training and held-out pairs: of a file as the published study split its own, or of the project's pieces."""
     if path is None:
         if article_column or summary_column:
-            raise UsageError("columns are named and there is no pairs file", "Pass --pairs FILE")
+            raise UsageError("column names were given without a file of pairs", "Pass --pairs FILE")
         return own_training_pairs(min(plan.n_train, MAX_OWN_PAIRS)), own_pairs("confirm").take(plan.n_heldout)
     found = read_pairs(path, article_column, summary_column)
     train, held = found.split(min(plan.n_heldout, max(1, len(found) // 4)), seed)
@@ -283,7 +283,7 @@ def _speed(
     threads: int | None,
     say: Say,
 ) -> BenchResult:
-    """The mechanisms side by side in interleaved blocks, at the length of study 001 where the model has it."""
+    """The mechanisms side by side in interleaved blocks, at the published length where the model has it."""
     n_new = min(32, config.n_positions // 4)
     n_in = min(MAX_LEN, config.n_positions - n_new)
     configs = [(m.name, m.recipe()) for m in chosen]

@@ -1,4 +1,4 @@
-"""Studies 000 and 001 as published, and the mechanisms that stand beside them.
+"""The attention studies as published, and the mechanisms that stand beside them.
 
 Published: "Reducing Inference Time in GPT Models" (GPT-2 small, an A100, 1000 training and 200 validation articles of
 at most 512 tokens, batch 1). Another machine, other data: ratios and orders are compared, never seconds or scores.

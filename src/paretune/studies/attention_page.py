@@ -127,7 +127,9 @@ def lead_of(result: Result) -> list[str]:
             "windows of the context."
         )
     if refused:
-        said.append(f"Beyond the context refuse: {', '.join(sorted(refused))} (learned positions end there).")
+        said.append(
+            f"These refuse texts beyond their context: {', '.join(sorted(refused))} (learned positions end there)."
+        )
     return said
 
 
@@ -377,7 +379,7 @@ def write(out: Path, result: Result) -> None:
             ],
         ),
         html.section("The same with intervals", rows=tables["quality"], columns=INTERVALS),
-        html.section("What the published tables got wrong", data.WHERE_IT_WENT_WRONG),
+        html.section("What is wrong in the published tables", data.WHERE_IT_WENT_WRONG),
         html.section(
             "Inference time (Table II)",
             [

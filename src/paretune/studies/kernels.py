@@ -1,4 +1,4 @@
-"""Study 002 again: GPT-2 in fp32, in 16 bits, compiled, and both; its time by part, step and kernel, and why.
+"""The published kernel study again: GPT-2 in fp32, 16 bits, compiled, and both; time by part and kernel, and why.
 
 Published: "Beating PyTorch: Optimizing GPT-2 Small Inference" (GPT-2 small on an NVIDIA T4, 100 new tokens). Its
 numbers are of another machine: ratios and shares are compared, never seconds.
@@ -62,7 +62,8 @@ PUBLISHED_SHARES = {
     "expansion": 0.292,
 }
 WHY_TRITON = (
-    "Triton and not CUTLASS: study 002 planned fused CUTLASS layers. CUTLASS is a library of C++ templates: each fused "
+    "Triton and not CUTLASS: the published study planned fused CUTLASS layers. CUTLASS is a library of C++ templates: "
+    "each fused "
     "layer is a template instance that nvcc compiles for minutes, for one architecture at a time, and that cannot be "
     "run without that GPU. The products themselves are not what a step of a small model loses its time with: at batch "
     "1 they are bound by bytes, where a library's kernel is as good as a fused one, and what can be saved is the "
@@ -101,7 +102,7 @@ def run(
     """Measures everything and writes report.html, results.json, results.csv, pictures and traces.
 
     Raises:
-        ParetuneError: the folder cannot be written (before any measurement), or the memory is not enough.
+        ParetuneError: the folder cannot be written (before any measurement), or out of memory.
     """
     folder, config, model_name = common.open_model(model)
     out = files.ensure_folder(output_dir)

@@ -1,4 +1,4 @@
-"""Study 003 again: fp32, 16 bits, INT8, FlashAttention and 4-bit NF4, for GPT-2 and the shape of Mistral-7B.
+"""The published precision study again: 16 bits, INT8, FlashAttention and NF4, for GPT-2 and a Mistral-7B shape.
 
 Published: "Large Language Model Inference Optimization" (an A100, batch 1, 100 tokens). Its advice named crossovers,
 "from batch 8 on", "512 tokens", "below 1B parameters", that it had not measured: here they are sweeps.
@@ -136,7 +136,7 @@ def run(
     """Measures the configurations once, then over batch, length and size, and writes the results.
 
     Raises:
-        ParetuneError: the folder cannot be written, or the memory is not enough for the model.
+        ParetuneError: the folder cannot be written, or out of memory for the model.
     """
     folder, config, name = common.open_model(model)
     out = files.ensure_folder(output_dir)
@@ -204,7 +204,7 @@ def run(
         found[:] = [p for p in found if p["config"] not in (BASELINE, f"{BASELINE} again")]
     shape = ModelConfig.from_hf(MISTRAL_7B)
     cell, seven = Cell(n_in, min(NEW_TOKENS, shape.n_positions - n_in), 1), []
-    reason = "left out of the quick form" if quick else does_not_fit(shape, cell, 2.0)
+    reason = "left out of the quick study" if quick else does_not_fit(shape, cell, 2.0)
     if reason is None:
         with tempfile.TemporaryDirectory(prefix="paretune-study-") as scratch:
             say("Mistral-7B: drawing random weights")
@@ -305,7 +305,7 @@ def advice(methods: Sequence[Row], points: Mapping[str, Sequence[Row]], quick: b
         ratio = format_ratio(best["speedup"], best["speedup_low"], best["speedup_high"])
         said.append(f"For one user take {best['config']}: {ratio} over fp32 with attention by the formula.")
     elif open_ := [m["config"] for m in known if m["verdict"] == "undecided"]:
-        longer = ", or the full form," if quick else ""
+        longer = ", or the full study," if quick else ""
         said.append(
             f"For one user nothing is shown to be faster; undecided: {', '.join(open_)}. A quieter machine{longer} may "
             "decide them."
@@ -446,7 +446,7 @@ def _write(out: Path, result: Mapping[str, Any], threads: int) -> None:
             sections.append(html.section(title, said, result["sweeps"][sweep], columns, drawn))
     said = [
         "The shape of Mistral-7B with random weights. Predicted columns are arithmetic: bytes of the weights, and the "
-        "read bandwidth measured here over the bytes that a step has to read. They are no measurement."
+        "read bandwidth measured here over the bytes that a step has to read. They are not measurements."
     ]
     sections.append(html.section("Mistral-7B", said, result[SEVEN_B], _MISTRAL))
     tables = {k: result[k] for k in ("methods", "sizes", SEVEN_B, "crossovers")}

@@ -1,4 +1,4 @@
-"""Study 004, part 1 again: perplexity, memory and model size with and without quantisation, at batch 4 and 12.
+"""The published quantisation study again: perplexity, memory and size in each format, at batch 4 and 12.
 
 Published: "Default Project: Optimizations on Large Language Models" (GPT-2 Medium, WikiText-103, W8A16 rows). Its
 perplexities with and without quantisation differ less than from batch to batch: here the comparison is paired, on the
@@ -215,7 +215,7 @@ def summary(rows: list[Row], sizes: list[Row]) -> list[str]:
             continue
         row = next((r for r in rows if r["format"] == size["format"] and r.get("ppl_increase") is not None), None)
         if row is not None:
-            word = "no loss that this text shows" if row["ppl_increase"] <= 0 else "a loss"
+            word = "no loss on this text" if row["ppl_increase"] <= 0 else "a loss"
             share = format_percent(size["share"])
             said.append(f"{size['format']}: {share} of the fp32 bytes; perplexity {_loss(row)} ({word}).")
         if size["format"] == ROUNDED and size.get("parts"):

@@ -118,7 +118,7 @@ def split_heldout(
         n = sum(_rank(name) < fraction for name in names)
         chosen = set(ranked[: min(max(n, 1), len(names) - 1)])
     if names and len(chosen) == len(names):
-        raise UsageError("all texts are held out, none is left to train on", "Hold out fewer, or add texts")
+        raise UsageError("all texts are held out, which leaves none to train on", "Hold out fewer, or add texts")
     return [d for d in documents if d.name not in chosen], [d for d in documents if d.name in chosen]
 
 
@@ -191,7 +191,9 @@ def _read(document: Document) -> bytes:
     try:
         raw = document.path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise ParetuneError(f"cannot read {document.path}: {error.strerror}", "Check the file and its rights") from None
+        raise ParetuneError(
+            f"cannot read {document.path}: {error.strerror}", "Check the file and its permissions"
+        ) from None
     if not raw.strip():
         raise ParetuneError(f"{document.path} is empty", "Remove it, or pass other texts with --text")
     try:
@@ -368,7 +370,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads((folder / "state.json").read_text("utf-8"))
         for name, expected in state["sha256"].items():
             if sha256(folder / name) != expected:
-                raise damaged(folder, f"{name} is not as it was written")
+                raise damaged(folder, f"{name} differs from what was written")
         version = state["schema_version"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"{type(error).__name__}: {error}") from None

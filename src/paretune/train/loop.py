@@ -104,7 +104,7 @@ def fit(
     checkpoint.dtype_of(save_dtype)  # a wrong name fails now, not after hours
     source.check(model, options)
     if options.patience and not source.heldout_names:
-        raise UsageError("--patience has no held-out data to go by", "Hold some out, or leave --patience out")
+        raise UsageError("--patience needs held-out data", "Hold some out, or leave --patience out")
     if teacher is not None:
         teacher.check(model)
     ensure_folder(out_dir)

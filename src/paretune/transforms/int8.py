@@ -19,7 +19,7 @@ from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
 @dataclass(frozen=True)
 class Int8(Quantize):
-    """Each row of a matrix becomes int8 with one scale, `max |row| / 127` (study 004, part 1).
+    """Each row of a matrix becomes int8 with one scale, `max |row| / 127` (the published W8A16).
 
     Args:
         embeddings: also the embeddings and the head (a tied pair stays one matrix).

@@ -88,7 +88,7 @@ def _n_values(chosen: Chosen) -> int:
 
 
 def _looked_up(model: Module) -> set[int]:
-    """Weights of embeddings that are no linear layer's too."""
+    """Weights of embeddings that are not a linear layer's too."""
     products = {id(m.weight) for m in model.modules() if isinstance(m, Linear)}
     return {id(m.weight) for m in model.modules() if isinstance(m, Embedding)} - products
 

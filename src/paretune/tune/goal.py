@@ -25,7 +25,7 @@ def parse_percent(text: str) -> float:
     try:
         value = float(number) / (100 if percent else 1)
     except ValueError:
-        raise UsageError(f"{text!r} is no percentage", "Write it as 1% or 0.01") from None
+        raise UsageError(f"{text!r} is not a percentage", "Write it as 1% or 0.01") from None
     if not math.isfinite(value) or value < 0:
         raise UsageError(f"{text!r} is not a bound", "It has to be 0 or more")
     return value
@@ -42,10 +42,10 @@ def parse_duration(text: str) -> float:
     else:
         parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
         if not parts or "".join(a + b for a, b in parts) != text:
-            raise UsageError(f"{text!r} is no duration", "Write it as 90s, 5m or 1h30m")
+            raise UsageError(f"{text!r} is not a duration", "Write it as 90s, 5m or 1h30m")
         seconds = sum(float(a) * _UNITS[b] for a, b in parts)
     if not 0 < seconds < math.inf:
-        raise UsageError(f"{text!r} is no duration", "It has to be above zero")
+        raise UsageError(f"{text!r} is not a duration", "It has to be above zero")
     return seconds
 
 

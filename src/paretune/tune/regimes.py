@@ -109,7 +109,7 @@ def forms_of(out: Outcome) -> tuple[dict[str, Form], list[tuple[str, str]]]:
             continue
         reason = Attention(form).compiles_for_each_length or other.requires(device)
         if not recipe.runner_class.is_reference:
-            reason = f"the {recipe.engine.runner} runner has one form of attention"
+            reason = f"the {recipe.engine.runner} runner has only one attention"
         if reason:
             left_out.append((f"{form} attention", reason))
         else:
@@ -159,7 +159,7 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     if plan.runner_class.fixed_batch:
         return replace(about, cause="a compiled graph is made for one batch size: there is no choice by regime")
     if len(forms) == 1:
-        return replace(about, cause="there is one form of this plan here: nothing to choose from")
+        return replace(about, cause="this plan has no alternative here: nothing to choose from")
     known = journal.find("regimes", reference=plan.hash)
     if known:
         return from_json(Regimes, known["result"], "the journal")

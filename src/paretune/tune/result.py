@@ -248,7 +248,7 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
         else:
             q = confirmed["quality"] if confirmed else out.qualities[out.winner].to_json()
             said.append(
-                f"Perplexity changes by {q['ppl_increase'] * 100:+.2f} %, surely less than "
+                f"Perplexity changes by {q['ppl_increase'] * 100:+.2f} %, at most "
                 f"{q['ppl_increase_upper'] * 100:+.2f} %; you allowed {goal.max_ppl_increase * 100:g} %."
             )
         w, b = winner.facts["weights_bytes"], base.facts["weights_bytes"]
@@ -278,7 +278,7 @@ def sentences(out: Outcome, result: dict[str, Any]) -> list[str]:
                 "proved: allow more with --budget."
             )
     if out.kind == "none":
-        said.append(f"No recipe reaches the asked speed-up of {goal.min_speedup:g} within the quality bound.")
+        said.append(f"No recipe reaches the requested speed-up of {goal.min_speedup:g} within the quality bound.")
     return (
         said
         + out.notes

@@ -423,7 +423,7 @@ class Search:
             equal = [i for i in better if out.ratio(i).value * MIN_BYTES_GAIN > out.ratio(best).value]
         else:
             equal = [i for i in better if i == best or not _surely_better(blocks, best, i)]
-        wanted = out.goal.min_speedup or 0.0  # a simpler recipe that misses it is no equal of one that reaches it
+        wanted = out.goal.min_speedup or 0.0  # a simpler recipe that misses it is not the equal of one that reaches it
         if out.ratio(best).value >= wanted:
             equal = [i for i in equal if out.ratio(i).value >= wanted]
         simplest = min(equal, key=lambda i: (out.race.trials[i].recipe.complexity, -out.ratio(i).value))

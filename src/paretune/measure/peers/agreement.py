@@ -114,7 +114,7 @@ def compare(reference: Reference, logits: np.ndarray, greedy: Sequence[int], bit
     """Lays a peer's logits `[N, V]` and greedy tokens beside ours.
 
     Raises:
-        ValueError: another shape, or values that are no numbers.
+        ValueError: another shape, or values that are not numbers.
     """
     ours = reference.logits
     if logits.shape != ours.shape:

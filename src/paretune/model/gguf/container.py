@@ -74,7 +74,7 @@ class Reader:
         path: a file of version 2 or 3, little endian.
 
     Raises:
-        CheckpointError: it is no such file, or damaged.
+        CheckpointError: it is not such a file, or is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +91,7 @@ class Reader:
 
     def _header(self, f: IO[bytes]) -> tuple[dict[str, Any], dict[str, Entry]]:
         if f.read(4) != MAGIC:
-            raise CheckpointError(f"{self.path} is no GGUF file", "Pass a model folder or a GGUF file")
+            raise CheckpointError(f"{self.path} is not a GGUF file", "Pass a model folder or a GGUF file")
         (version,) = struct.unpack("<I", f.read(4))
         if version not in (2, 3):
             raise CheckpointError(f"{self.path} is GGUF version {version}", "Versions 2 and 3 are read")

@@ -124,7 +124,9 @@ def to_metadata(config: ModelConfig, name: str) -> tuple[dict[str, Any], list[st
     return out | own, notes
 
 
-def to_hf(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: Tensor | None, where: str):
+def to_hf(
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: Tensor | None, where: str
+) -> dict[str, Any]:
     """A Hugging Face config from the entries of a file.
 
     Args:

@@ -49,10 +49,10 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
     if start is None:
         return sdpa.attention(q, k_new, v_new, layer_cache, spec)
     if reason := fits(spec.pattern):
-        raise UsageError(reason, "Use a recipe with the form flex or sdpa")
+        raise UsageError(reason, "Use a recipe with attention(flex) or sdpa")
     window = (prefix_and_window(spec.pattern) or (0, 0))[1]
     if q.dtype not in (torch.float16, torch.bfloat16):
-        raise UsageError(f"flash-attn has no {q.dtype} form", "Add the transform `precision` to the recipe")
+        raise UsageError(f"flash-attn does not support {q.dtype}", "Add the transform `precision` to the recipe")
     from flash_attn import flash_attn_func
 
     k, v = k_new, v_new

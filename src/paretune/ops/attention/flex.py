@@ -58,7 +58,7 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
         k, v = layer_cache.append(k_new, v_new, spec.pattern)[:2]
     wants_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if wants_gradients and (reason := trains(q.device.type)):
-        raise UsageError(reason, "Train with a recipe of the form sdpa, or on a GPU")
+        raise UsageError(reason, "Train with a recipe that has sdpa attention, or on a GPU")
     # Tokens are added at the end up to a whole block, so that nearby lengths share a compiled form. Exact: patterns are
     # causal, so no real query sees them, and what they give is cut off.
     K = q.size(2)
@@ -85,7 +85,7 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
             raise UsageError(
                 f"FlexAttention is compiled for each shape, and {MOST_SHAPES} in one process is the limit; "
                 f"a batch of {q.size(0)} with {K} tokens would be one more",
-                "Use a recipe with the form sdpa or native",
+                "Use a recipe with attention(native) or sdpa",
             ) from error
     return out[:, :, :K]
 

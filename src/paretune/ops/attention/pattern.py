@@ -264,9 +264,9 @@ class Random(Pattern):
         _at_least_one("number of random blocks", self.n)
         _at_least_one("block", self.size)
         if self.size % QUERY_BLOCK:
-            raise UsageError(f"random blocks of {self.size} keys", f"Use a multiple of {QUERY_BLOCK}")
+            raise UsageError(f"random blocks have {self.size} keys", f"Use a multiple of {QUERY_BLOCK}")
         if not 0 <= self.seed < 2**20:
-            raise UsageError(f"the seed of random blocks is {self.seed}", "Use 0 to 1048575")
+            raise UsageError(f"the seed of random blocks is {self.seed}, not below 2**20", "Use 0 to 1048575")
 
     def far(self, query: Tensor, key: Tensor) -> Tensor:
         of_query, of_key = query // self.size, key // self.size
@@ -326,16 +326,6 @@ class Union(Pattern):
 CAUSAL = Causal()
 
 
-def longformer(prefix: int, window: int) -> Pattern:
-    """Global prefix tokens and a window (causal form of Longformer)."""
-    return Union((Prefix(prefix), Window(window)))
-
-
-def bigbird(prefix: int, window: int, n_random: int, block: int = QUERY_BLOCK, seed: int = 0) -> Pattern:
-    """Global prefix tokens, a window and random blocks (causal form of BigBird)."""
-    return Union((Prefix(prefix), Window(window), Random(n_random, block, seed)))
-
-
 _FORMS: dict[str, tuple[str, Callable[..., Pattern]]] = {
     "causal": (r"", lambda: CAUSAL),
     "window": (r":(\d+)", Window),
@@ -359,7 +349,7 @@ def parse(text: str) -> Pattern:
         match = re.fullmatch(form[0], word.strip().removeprefix(name)) if form else None
         if form is None or match is None:
             raise UsageError(
-                f"attention pattern {text!r}: {word.strip()!r} is not understood",
+                f"attention pattern {text!r}: {word.strip()!r} cannot be read",
                 "Write causal, window:256, blocks:64, strided:128, prefix:16, random:3x64@0, or several with +",
             )
         parts.append(form[1](*(int(g) for g in match.groups() if g is not None)))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +136,7 @@ class PackedWeight(Weight):
         for name, tensor in form.kept.items():
             self.register_buffer(f"kept_{name}", tensor)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` changes what rows and products come out in; packed bytes and scales stay.
         self._compute_dtype = fn(torch.empty(0, dtype=self._compute_dtype)).dtype
         return self

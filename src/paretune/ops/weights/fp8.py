@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,7 @@ class Fp8(Weight):
         # An empty tensor that carries the compute dtype into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=values.device))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` changes the compute dtype; the stored numbers only follow the device.
         values, scale = self.values, self.scale
         super()._apply(fn, recurse)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class Int8Rows(Weight):
         # An empty tensor that carries the compute dtype into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` changes the compute dtype; the scales stay fp32, on the device of their rows.
         scale = self.scale
         super()._apply(fn, recurse)

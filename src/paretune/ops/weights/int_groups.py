@@ -5,7 +5,8 @@ The last group of a row is shorter where groups do not divide its width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class IntGroups(Weight):
         # An empty tensor that carries the compute dtype into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` changes the compute dtype; scales stay fp16, on the device of their rows.
         scale, minimum = self.scale, self.minimum
         super()._apply(fn, recurse)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -51,11 +52,11 @@ class MixedInt8(Weight):
         self.register_buffer("scale", scale)
         self.register_buffer("columns", columns)
         self.register_buffer("side", side)
-        # What is no tensor travels into a checkpoint as one.
+        # Plain numbers travel into a checkpoint as tensors.
         self.register_buffer("limit", torch.tensor([threshold], dtype=torch.float32))
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` changes the compute dtype; scales, outlier columns and threshold stay what they are.
         kept = {name: getattr(self, name) for name in ("scale", "side", "limit")}
         super()._apply(fn, recurse)

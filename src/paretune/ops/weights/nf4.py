@@ -11,7 +11,8 @@ read alone. The two are the same where 64 divides the width; elsewhere the last 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,7 @@ class NF4(Weight):
         # An empty tensor that carries the compute dtype into a checkpoint and back.
         self.register_buffer("compute", torch.empty(0, dtype=compute_dtype, device=q.device))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(bfloat16)` changes the compute dtype; the scales stay fp32, on the device of their rows.
         scale_of_scales, offset = self.scale_of_scales, self.offset
         super()._apply(fn, recurse)

@@ -95,7 +95,7 @@ class GPT2(LanguageModel):
         if config.tied_head:
             self.lm_head.weight = self.wte.weight
 
-    def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
+    def forward(self, tokens: Tensor, cache: Any = None, logits: Literal["last", "all"] = "all") -> Tensor:
         """Logits of the next token; see the base."""
         T = tokens.size(1)
         positions = torch.arange(T, device=tokens.device) if cache is None else cache.positions

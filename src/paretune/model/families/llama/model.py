@@ -9,7 +9,8 @@ Legend: B batch, T time (tokens), C width (n_embd), H query heads, Hkv key/value
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,7 @@ class Llama(LanguageModel):
         # [D / 2], fp32. A model that was converted to ALiBi may have none.
         self._rope = rope_frequencies(config) if config.has_positions else None
 
-    def forward(self, tokens: Tensor, cache=None, logits: Literal["last", "all"] = "all") -> Tensor:
+    def forward(self, tokens: Tensor, cache: Any = None, logits: Literal["last", "all"] = "all") -> Tensor:
         """Logits of the next token; see the base."""
         T = tokens.size(1)
         positions = torch.arange(T, device=tokens.device)[None] if cache is None else cache.positions
@@ -167,7 +168,7 @@ class Llama(LanguageModel):
             program.linear(mlp.down_proj, "inner", "x", add=True, part="projection+residual_2", block=i)
         program.linear(self.lm_head, "x", LOGITS, norm=self.norm, last_only=True, part="final_norm+head")
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Not a buffer, because `model.to(bfloat16)` must not round it; it still follows the model's device.
         super()._apply(fn, recurse)
         if self._rope is not None:
