@@ -279,7 +279,7 @@ def test_the_drawing_was_read():
         "engine.runners": 3,
         "recipe": 4,
         "engine": 5,
-        "records": 6,
+        "records": 1,
         "evaluate": 7,
         "api": 11,
         "cli": 12,
