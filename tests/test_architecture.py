@@ -27,12 +27,11 @@ LAYERS = {
     for layer, units in enumerate(
         [
             ["clock", "process", "stats", "native_build", "registry", "option", "files", "assets"],
-            ["ops"],
+            ["ops", "records"],
             ["model", "hardware"],
             ["transforms", "engine.runners", "engine.cache", "engine.cache_formats", "engine.sampling"],
             ["recipe"],
             ["engine"],
-            ["records"],
             ["measure", "evaluate"],
             ["train"],
             ["report"],

@@ -24,6 +24,7 @@ from paretune.evaluate.perplexity import Perplexity, perplexity
 from paretune.model.tokenizer import Tokenizer
 from paretune.recipe import Recipe
 from paretune.records.bench import BenchResult
+from paretune.records.tune import TuneResult
 
 DEFAULT_BENCH = ("baseline", "bf16", "int8")
 DEFAULT_CONTEXT = 1024  # tokens; GPT-2's published protocol
@@ -265,7 +266,7 @@ def tune(
     force: bool = False,
     quiet: bool = False,
     **goal: Any,
-) -> dict[str, Any]:
+) -> TuneResult:
     """Finds the fastest recipe within a quality bound and writes a plan into `output_dir`.
 
     Args:
@@ -275,7 +276,7 @@ def tune(
         goal: fields of `tune.goal.Goal`: objective, max_ppl_increase, budget_sec, ...
 
     Returns:
-        what `paretune tune --json` prints.
+        what `paretune tune --json` prints, as a record (`records.record.to_json` makes it plain data).
 
     Raises:
         UsageError: an unknown field, or a folder that holds an earlier run.

@@ -17,6 +17,7 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate import fidelity
 from paretune.evaluate.fidelity import PhaseScores, Scores, compare, score, windows_of
 from paretune.evaluate.perplexity import kl_divergence
+from paretune.records.record import to_json
 
 V = 29
 
@@ -267,8 +268,8 @@ def test_too_little_text_cannot_pass_a_bound() -> None:
     one = score(ToyRunner(), windows(1, 16))
     alone = compare(one, one, 1.0)
     assert alone.ppl_increase == 0.0 and not alone.within_bound
-    json.dumps(alone.to_json(), allow_nan=False)
-    assert alone.to_json()["ppl_increase_upper"] is None  # one block says nothing about its spread
+    json.dumps(to_json(alone), allow_nan=False)
+    assert to_json(alone)["ppl_increase_upper"] is None  # one block says nothing about its spread
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -280,7 +281,7 @@ def test_a_variant_that_gives_nan_never_passes(value: float, limit: float | None
     got = compare(a, b, limit)
     assert not got.within_bound and got.phase == "decode" and "the variant gives NaN" in got.reason
     assert got.decode.n_not_finite > 0 and got.prefill.ppl_increase == 0.0
-    plain = got.to_json()
+    plain = to_json(got)
     json.dumps(plain, allow_nan=False)
     assert plain["ppl_increase_upper"] is None and plain["decode"]["perplexity"] is None
     with pytest.raises(ParetuneError, match="the baseline gives NaN"):
@@ -348,7 +349,7 @@ def test_minus_infinity_is_a_probability_of_zero() -> None:
 
 def test_json_has_the_keys_of_a_result() -> None:
     a, b = noisy_pair(delta=0.01, spread=0.01)
-    plain: dict[str, Any] = json.loads(json.dumps(compare(a, b, 0.1).to_json(), allow_nan=False))
+    plain: dict[str, Any] = json.loads(json.dumps(to_json(compare(a, b, 0.1)), allow_nan=False))
     wanted = "protocol perplexity baseline_perplexity ppl_increase ppl_increase_upper kl_mean top1_agreement"
     wanted += " n_windows phase within_bound too_little_text identical prefill decode reason"
     assert set(wanted.split()) <= set(plain)

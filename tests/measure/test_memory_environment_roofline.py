@@ -13,6 +13,8 @@ import torch
 from paretune import clock, process
 from paretune.measure import environment, memory, roofline
 from paretune.ops.attention.pattern import parse
+from paretune.records.record import from_json, to_json
+from paretune.records.trial import MemoryParts
 
 
 class Tied(torch.nn.Module):
@@ -53,10 +55,10 @@ def test_rss_grows_and_the_peak_stays():
 
 
 def test_memory_parts_come_back_from_json():
-    parts = memory.MemoryParts.take(100, kv_cache_bytes=50)
+    parts = memory.take(100, kv_cache_bytes=50)
     assert parts.weights_bytes == 100 and parts.activation_peak_bytes is None
     assert parts.device_allocated_bytes is None and parts.rss_bytes > 0
-    assert memory.MemoryParts.from_json(json.loads(json.dumps(parts.to_json()))) == parts
+    assert from_json(MemoryParts, json.loads(json.dumps(to_json(parts)))) == parts
 
 
 def test_header_has_what_a_result_file_carries():

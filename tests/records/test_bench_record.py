@@ -50,9 +50,9 @@ def test_a_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("decode_verdict", "best", r"rows\[1\]\.decode_\*\.verdict is \"best\""),
+        ("decode_verdict", "best", r"rows\[1\]\.decode_verdict is \"best\""),
         ("weights_bytes", -1, r"rows\[1\]\.weights_bytes is -1, not 0 or more"),
-        ("agreement_top1_share", 1.2, r"rows\[1\]\.agreement_\*\.top1_share is 1.2, not between 0 and 1"),
+        ("agreement_top1_share", 1.2, r"rows\[1\]\.agreement_top1_share is 1.2, not between 0 and 1"),
         ("status", "done", r"rows\[1\]\.status is \"done\""),
     ],
 )

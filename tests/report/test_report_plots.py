@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from report_fixture import make_result, quality, speedup, trial
+from report_fixture import barest, changed, make_result, quality, speedup, trial, trials
 
 from paretune.report import canvas, plots
-from paretune.report.tables import trial_rows
+from paretune.report.trials import trial_rows
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -27,7 +28,7 @@ def test_pictures_of_a_result(name: str) -> None:
     assert svg == draw(make_result()), "the same result gives the same bytes"
     assert draw(make_result(), fmt="png").startswith(PNG)
     assert b"<script" not in svg and b"<!DOCTYPE" not in svg and b"<style" not in svg
-    for empty in ({}, {"trials": [trial("a", "a", "failed")]}, {"bandwidth": {"sweep": []}}):
+    for empty in (barest(), make_result(trials=[])):
         assert ElementTree.fromstring(draw(empty)).tag.endswith("svg")
     with pytest.raises(ValueError, match="gif"):
         draw(make_result(), fmt="gif")
@@ -43,26 +44,22 @@ def test_pareto_labels_what_was_measured() -> None:
 
 
 def test_a_name_cannot_break_the_picture() -> None:
-    result = make_result()
-    result["trials"][2]["name"] = "<b>&$x^2$ \\frac"
+    result = changed(make_result(), "t2", name="<b>&$x^2$ \\frac")
     assert "<b>&$x^2$ \\frac" in texts(plots.pareto(result))
 
 
 def test_frontier() -> None:
     points = plots.pareto_points(make_result())
-    assert [r["id"] for r in plots.frontier(points)] == ["t1", "t2", "t6"]
+    assert [r.id for r in plots.frontier(points)] == ["t1", "t2", "t6"]
 
 
 def test_labels_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thirty candidates in a small space: what is labelled can be read."""
-    result = make_result()
+    more = []
     for i in range(30):
         value = 1.0 + 0.02 * i
-        extra = {
-            "speedup": speedup(value, value - 0.02, value + 0.02, "faster"),
-            "quality": quality(0.004 * abs(math.sin(i)), 0.006, True),
-        }
-        result["trials"].append(trial(f"x{i}", f"candidate {i} + sdpa", **extra))
+        speed, loss = speedup(value, value - 0.02, value + 0.02, "faster"), 0.004 * abs(math.sin(i))
+        more.append(trial(f"x{i}", f"candidate {i} + sdpa", speedup=speed, quality=quality(loss, 0.006, True)))
     boxes: list[canvas.Box] = []
     original = canvas.place_labels
 
@@ -77,26 +74,27 @@ def test_labels_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
         return n
 
     monkeypatch.setattr(plots, "place_labels", spy)
-    plots.pareto(result)
+    plots.pareto(make_result(trials=trials() + more))
     assert len(boxes) >= 10
     for i, a in enumerate(boxes):
         for b in boxes[i + 1 :]:
             assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
 
 
-@pytest.mark.parametrize("limit", [None, 0.0, 0.01, 0.5])
+@pytest.mark.parametrize("limit", [0.0, 0.01, 0.5])
 @pytest.mark.parametrize("loss", [-0.01, 0.0, 0.003, 40.0])
-def test_any_scale_can_be_drawn(limit: float | None, loss: float) -> None:
+def test_any_scale_can_be_drawn(limit: float, loss: float) -> None:
     result = make_result()
-    result["goal"]["max_ppl_increase"] = limit
-    result["trials"][2]["quality"].update(ppl_increase=loss, ppl_increase_upper=loss + 0.001)
-    result["trials"][3]["speedup"].update(value=20.0, high=22.0)
+    result = dataclasses.replace(result, goal=dataclasses.replace(result.goal, max_ppl_increase=limit))
+    result = changed(result, "t2", quality=quality(loss, loss + 0.001, True))
+    result = changed(result, "t3", speedup=speedup(20.0, 1.37, 22.0, "faster"))
     assert texts(plots.pareto(result))
 
 
 def test_latency_bars_say_what_is_not_measured() -> None:
     found = texts(plots.latency_bars(make_result()))
-    assert "not measured" in found and "2.22 ms" in found and "int8 + sdpa, compile (chosen)" in found
+    assert "2.22 ms" in found and "int8 + sdpa, compile (chosen)" in found
+    assert "No candidate has a measured time." in texts(plots.latency_bars(barest()))
 
 
 def test_loss_curve() -> None:
@@ -115,8 +113,7 @@ def test_ids_of_two_pictures_differ() -> None:
 
 
 def test_rows_without_quality_are_not_drawn() -> None:
-    result = make_result()
-    result["trials"][3]["quality"] = None
-    assert "t3" not in {r["id"] for r in plots.pareto_points(result)}
+    result = changed(make_result(), "t3", quality=None)
+    assert "t3" not in {r.id for r in plots.pareto_points(result)}
     assert "1 without a measured speed or quality" in plots.pareto_caption(result)
-    assert len(trial_rows(result)) == len(result["trials"])
+    assert len(trial_rows(result)) == len(result.trials)

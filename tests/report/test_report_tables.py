@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import re
 
 import pytest
-from report_fixture import make_result
+from report_fixture import make_result, trial
 
 from paretune.report import tables
-from paretune.report.tables import TRIAL_COLUMNS, Column, to_csv, to_markdown, to_text, trial_rows
+from paretune.report.tables import Column, to_csv, to_markdown, to_text
+from paretune.report.trials import SHORT_COLUMNS, TRIAL_COLUMNS, trial_rows
 
 
 @pytest.mark.parametrize(
@@ -54,37 +56,37 @@ def test_other_formats() -> None:
 
 def test_order_of_rows() -> None:
     rows = trial_rows(make_result())
-    assert rows[0]["id"] == "t2" and rows[0]["role"] == "chosen"
-    status = [r["status"] for r in rows]
+    assert rows[0].id == "t2" and rows[0].role == "chosen"
+    status = [r.status for r in rows]
     assert status == ["measured"] * 8 + ["failed", "invalid", "failed"] + ["not_reached"] * 2
-    speeds = [r["speedup"] for r in rows[1:8]]
-    assert speeds == sorted(speeds, reverse=True)
-    assert {r["id"] for r in rows} == {t["id"] for t in make_result()["trials"]}
+    speeds = [r.speedup for r in rows[1:8]]
+    assert speeds == sorted(speeds, reverse=True)  # type: ignore[type-var]
+    assert {r.id for r in rows} == {t.id for t in make_result().trials}
 
 
 def test_judgement_and_cause() -> None:
-    rows = {r["id"]: r for r in trial_rows(make_result())}
-    assert rows["t0"]["judgement"] == "baseline"
-    assert rows["t5"]["judgement"] == "no difference beyond noise"
-    assert rows["t6"]["judgement"] == "over the quality limit" and "4.4 %" in rows["t6"]["cause"]
-    assert rows["t8"]["cause"].startswith("out of memory")
-    assert rows["t11"]["cause"] == "the time budget ended before its turn"
-    failed = {"id": "x", "name": "x", "status": "failed"}
-    assert trial_rows({"trials": [failed]})[0]["cause"] == "the cause was not recorded"
+    rows = {r.id: r for r in trial_rows(make_result())}
+    assert rows["t0"].judgement == "baseline" and rows["t0"].speedup == 1.0
+    assert rows["t5"].judgement == "no clear difference"
+    assert rows["t6"].judgement == "over the quality limit" and "4.4%" in rows["t6"].cause
+    assert rows["t8"].cause.startswith("out of memory")
+    assert rows["t11"].cause == "the budget was used up before it was its turn"
 
 
 def test_over_the_limit_is_not_called_bounded() -> None:
-    row = next(r for r in trial_rows(make_result()) if r["id"] == "t6")
+    row = next(r for r in trial_rows(make_result()) if r.id == "t6")
     guarantee = next(c for c in TRIAL_COLUMNS if c.key == "guarantee")
     assert guarantee.text(row) == "none"
 
 
 def test_csv_round_trip() -> None:
     rows = trial_rows(make_result())
-    back = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    keys = [f.name for f in dataclasses.fields(rows[0])]
+    back = list(csv.DictReader(io.StringIO(to_csv(rows, keys))))
     assert len(back) == len(rows)
     for row, read in zip(rows, back, strict=True):
-        for key, value in row.items():
+        for key in keys:
+            value = getattr(row, key)
             if value is None:
                 assert read[key] == ""
             elif isinstance(value, float):
@@ -114,11 +116,11 @@ def test_text_is_aligned_and_whole(width: int | None) -> None:
             assert line[end : end + 2].strip() == ""
     squeezed = " ".join(text.split())
     if width is None:
-        assert all(r["name"] in squeezed and r["cause"] in squeezed for r in rows)
+        assert all(r.name in squeezed and r.cause in squeezed for r in rows)
 
 
 def test_short_columns_fit_a_terminal() -> None:
-    text = to_text(trial_rows(make_result()), tables.SHORT_COLUMNS, width=110)
+    text = to_text(trial_rows(make_result()), SHORT_COLUMNS, width=110)
     assert max(map(len, text.splitlines())) <= 110
 
 
@@ -141,6 +143,6 @@ def test_rows_of_other_verbs() -> None:
 
 
 def test_control_characters_are_harmless() -> None:
-    rows = trial_rows({"trials": [{"id": "a", "name": "\x1b[31mred\nline", "status": "failed"}]})
-    assert rows[0]["name"] == "[31mred line"
+    rows = trial_rows(make_result(trials=[trial("a", "\x1b[31mred\nline", "failed")]))
+    assert rows[0].name == "[31mred line"
     assert "\x1b" not in to_text(rows, TRIAL_COLUMNS)

@@ -239,7 +239,8 @@ class FakeProcess:
         if self.recipe in self.machine.why_error:
             raise SubjectError(self.machine.why_error[self.recipe])
         text = f"{self.recipe} was taken apart in {request['phase']}"
-        return {"explanations": [{"cause": "Python", "text": text, "share": 0.5}], "sec": self._seconds()}
+        found = {"cause": "Python", "share": 0.5, "sentence": text, "try_next": "another", "gain": None, "text": text}
+        return {"explanations": [found], "sec": self._seconds()}
 
 
 def scores_of(windows: np.ndarray, text_name: str, shift: float, recipe: str) -> Scores:

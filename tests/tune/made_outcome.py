@@ -14,6 +14,7 @@ from points import BASE, Choice, candidate
 from paretune.hardware import Ceilings
 from paretune.measure.interleave import Blocks, Sample
 from paretune.model import checkpoint
+from paretune.records.trial import MemoryParts, SideTimes, TrialFacts
 from paretune.tune import space as spaces
 from paretune.tune.estimate import Estimator
 from paretune.tune.goal import Goal
@@ -64,10 +65,24 @@ def outcome(
     random = np.random.default_rng(7)
     samples = []
     trials = {}
-    memory = {"weights_bytes": 28 << 20, "kv_cache_bytes": 1 << 20, "activation_peak_bytes": 1 << 20}
+    memory = MemoryParts(28 << 20, 1 << 20, 1 << 20, 300 << 20, 400 << 20)
 
     def add(id, recipe, sec, failure=None):
-        facts = {"memory": dict(memory), "weights_bytes": memory["weights_bytes"], "side_sec": {}, "notes": []}
+        facts = TrialFacts(
+            load_sec=0.5,
+            compile_sec=0.0,
+            proof=[],
+            notes=[],
+            runner={},
+            bytes_by_dtype={},
+            weights_bytes=memory.weights_bytes,
+            step_weights_bytes=memory.weights_bytes,
+            compute_dtype="float32",
+            kv_cache_bytes=1 << 20,
+            kv_bytes_per_token=1e4,
+            memory=memory,
+            side_sec=SideTimes(ttft=0.04, tpot=sec or 0.01),
+        )
         trials[id] = SimpleNamespace(
             id=id,
             recipe=recipe,
@@ -89,7 +104,9 @@ def outcome(
     for choice, cause in (failures or {}).items():
         one = candidate(*choice)
         add(one.id, one.recipe, None, cause)
-    race = SimpleNamespace(trials=trials, measured=lambda: Blocks(samples), journal=None)
+    race = SimpleNamespace(
+        trials=trials, measured=lambda: Blocks(samples), journal=SimpleNamespace(elapsed_sec=60.0, samples=samples)
+    )
     return Outcome(Goal(**goal), "pocket", Path("pocket"), config, space, race, CEILINGS)
 
 

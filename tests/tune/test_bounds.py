@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from made_outcome import candidate, estimator, outcome
 
@@ -126,7 +128,8 @@ def test_bytes_are_compared_where_the_goal_is_size():
     int4 = ("sdpa", None, "int4", "native", None)
     out = outcome({int4: 0.001}, objective="size")
     id = candidate(*int4).id
-    out.race.trials[id].facts["memory"]["weights_bytes"] = 5 << 20
+    state = out.race.trials[id]
+    state.facts = replace(state.facts, memory=replace(state.facts.memory, weights_bytes=5 << 20))
     out.qualities[id] = _Within()
     assert out.leader() == id
     assert "MB or more" in reason(out, *INT8)

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from paretune.errors import UsageError
+from paretune.records.record import to_json
 from paretune.tune.goal import OBJECTIVES, Goal, parse_duration, parse_percent
 
 
@@ -67,7 +68,7 @@ def test_goal_sample_kind(objective):
     goal = Goal(objective=objective)
     assert goal.sample_kind == (objective if objective in ("tpot", "ttft", "throughput") else "tpot")
     assert goal.in_bytes == (objective in ("memory", "size"))
-    assert Goal(**goal.to_json()) == goal
+    assert Goal(**to_json(goal)) == goal
 
 
 def test_goal_unknown_objective_lists_the_known():

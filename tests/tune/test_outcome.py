@@ -72,16 +72,18 @@ def test_a_candidate_that_cannot_win_says_why():
 
 
 def test_the_headline_never_says_that_nothing_was_faster_where_something_was():
-    from paretune.tune.result import _not_taken, sentences
+    from paretune.report.verdict import not_taken
+    from paretune.tune.result import result_of
 
     out = made()
     del out.qualities[candidate(*INT8).id]
     out.refused[candidate(*NATIVE).id] = "0.99 times as fast, 0.97 to 1.01: undecided"
     out.winner, out.kind = None, "baseline"
-    said = sentences(out, {"space": {"n_measured": 5}})
+    result = result_of(out)
+    said = result.verdict
     text = " ".join(said)
     assert "Nothing" not in text and "although others were faster" in said[0]
     assert "was 12.5" in text.replace("12.4", "12.5") and "over the quality limit" in text
     assert "10.0" in text and "quality not judged" in text
     assert "did not hold: 0.99 times as fast" in text
-    assert len(_not_taken(out)) == 3
+    assert len(not_taken(result)) == 3

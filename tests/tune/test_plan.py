@@ -54,8 +54,8 @@ def test_a_plan_comes_back_whole(monkeypatch, tmp_path, pocket_folder):
         assert isinstance(plan, Plan)
         assert plan.recipe == recipe_of(INT8)
         assert plan.folder == folder and plan.model_folder == pocket_folder
-        assert plan.data["outcome"] == "winner" and plan.data["confirmation"]["n_processes"] >= 1
-        assert plan.data["schema_version"] == 1 and plan.data["model"]["source"] == "pocket"
+        assert plan.file.outcome == "winner" and plan.file.confirmation.n_processes >= 1
+        assert plan.file.schema_version == 1 and plan.file.model.source == "pocket"
     assert not (folder / "model").exists(), "converting pocket is instant"
 
 
@@ -163,4 +163,4 @@ def test_a_stored_checkpoint_of_an_earlier_run_does_not_stay(monkeypatch, tmp_pa
         make(monkeypatch, folder)
     assert (folder / "model").is_dir()
     make(monkeypatch, folder)
-    assert not (folder / "model").exists() and read_plan(folder).data["model"]["folder"] is None
+    assert not (folder / "model").exists() and read_plan(folder).file.model.folder is None

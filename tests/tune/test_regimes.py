@@ -16,8 +16,6 @@ from paretune.errors import ParetuneError, UsageError
 from paretune.measure import bench as measure
 from paretune.measure import bench_group, session
 from paretune.recipe import Recipe, preset
-from paretune.records.record import from_json
-from paretune.records.regimes import Regimes
 from paretune.report import regimes as report
 from paretune.report.html import render_report
 from paretune.tune import regimes
@@ -111,11 +109,11 @@ def tune(monkeypatch, tmp_path):
 
 
 def found(result):
-    return from_json(Regimes, result["regimes"])
+    return result.regimes
 
 
 def cell(result, batch_size, length):
-    return next(c for c in result["regimes"]["cells"] if (c["batch_size"], c["length"]) == (batch_size, length))
+    return next(c for c in result.regimes.cells if (c.batch_size, c.length) == (batch_size, length))
 
 
 def test_the_grid_becomes_a_table_that_the_plan_runs_by(tune, tmp_path):
@@ -130,16 +128,16 @@ def test_the_grid_becomes_a_table_that_the_plan_runs_by(tune, tmp_path):
     shapes = {(b, n + 32) for _, b, n in process.shapes}
     assert shapes == {(1, 128), (1, 1024), (8, 128), (8, 1024)}
     assert len(process.shapes) == 5 * 4
-    assert cell(result, 1, 128)["best"] == EAGER and not cell(result, 1, 128)["is_tie"]
-    assert cell(result, 8, 1024)["best"] == NATIVE
-    assert cell(result, 8, 128)["best"] == PLAN and not cell(result, 8, 128)["is_tie"], "all others are slower"
-    assert cell(result, 1, 1024)["best"] == BASE, "it is drawn, though it needs a second copy"
-    assert cell(result, 1, 1024)["runs"] == PLAN and cell(result, 8, 1024)["runs"] == NATIVE
+    assert cell(result, 1, 128).best == EAGER and not cell(result, 1, 128).is_tie
+    assert cell(result, 8, 1024).best == NATIVE
+    assert cell(result, 8, 128).best == PLAN and not cell(result, 8, 128).is_tie, "all others are slower"
+    assert cell(result, 1, 1024).best == BASE, "it is drawn, though it needs a second copy"
+    assert cell(result, 1, 1024).runs == PLAN and cell(result, 8, 1024).runs == NATIVE
     plan = read_plan(tmp_path / "plan")
-    assert plan.data["dispatch"] == result["regimes"]["table"]
+    assert plan.file.dispatch == result.regimes.table
     table = plan.table
     assert table is not None and table.forms[PLAN].recipe == plan.recipe and table.forms[PLAN].label == "bounded"
-    assert table.forms[EAGER].ppl_increase_upper == result["confirmation"]["quality"]["ppl_increase_upper"]
+    assert table.forms[EAGER].ppl_increase_upper == result.confirmation.quality.ppl_increase_upper
     assert table.forms[BASE].label == "lossless" and table.forms[BASE].weights_bytes == 28 * MB
     assert table.choose(1, 100).form == EAGER and table.choose(8, 2000).form == NATIVE
     assert table.choose(1, 1024).form == PLAN, "another number format: only if it is asked for"
@@ -147,10 +145,10 @@ def test_the_grid_becomes_a_table_that_the_plan_runs_by(tune, tmp_path):
     # Bytes are those that were measured: cache and activations.
     first = table.cells[1][1][0]
     assert (first.form, first.n_bytes) == (NATIVE, 2 * MB * 8 * 1024 // 64)
-    assert any("At batch 8 and 1024 tokens native" in s and "1.50 times" in s for s in result["verdict"])
+    assert any("At batch 8 and 1024 tokens native" in s and "1.50 times" in s for s in result.verdict)
     lines = (tmp_path / "plan" / regimes.SAMPLES).read_text("utf-8").splitlines()
     assert len(lines) >= 4 * 5 * 8 and json.loads(lines[0])["kind"] == "tpot", "what the goal asks for"
-    left = dict(result["regimes"]["left_out"])
+    left = dict(result.regimes.left_out)
     assert "compiled anew for each length" in left["flex attention"] and "CUDA" in left["flash_attn attention"]
 
 
@@ -158,8 +156,8 @@ def test_what_cannot_be_told_apart_is_a_tie_and_the_simpler_stands_first(tune):
     near = {(EAGER, 1, 128): 1.5, (NATIVE, 1, 128): 1.5}
     result = tune({**near, **{(n, 1, 1024): 0.5 for n in (EAGER, NATIVE, BASE)}}, regimes="1x128,1024")
     tie, sure = cell(result, 1, 128), cell(result, 1, 1024)
-    assert tie["is_tie"] and tie["best"] in (EAGER, NATIVE) and [e["form"] for e in tie["ranked"]][2] == PLAN
-    assert not sure["is_tie"] and sure["best"] == PLAN
+    assert tie.is_tie and tie.best in (EAGER, NATIVE) and [e.form for e in tie.ranked][2] == PLAN
+    assert not sure.is_tie and sure.best == PLAN
     picture = report.crossover(found(result)).decode()
     assert "(tie)" in picture and picture.count("plan's own") == 1
     assert report.GREY in picture
@@ -167,11 +165,11 @@ def test_what_cannot_be_told_apart_is_a_tie_and_the_simpler_stands_first(tune):
 
 def test_forms_that_fail_or_are_not_reached_are_rows_and_not_in_the_table(tune, tmp_path):
     result = tune({(NATIVE, 1, 128): 1.4}, failing={EAGER: "out of memory"}, regimes="1,8x128,512")
-    cells = result["regimes"]["cells"]
-    assert {f["status"] for c in cells for f in c["figures"] if f["form"] == EAGER} == {"failed"}
+    cells = result.regimes.cells
+    assert {f.status for c in cells for f in c.figures if f.form == EAGER} == {"failed"}
     assert sum(n == EAGER for n, _ in tune.process.loads) == 1, "what failed is not started again"
-    assert all(EAGER not in [e["form"] for e in c["ranked"]] for c in cells)
-    assert {c["status"] for c in cells} == {"measured"}
+    assert all(EAGER not in [e.form for e in c.ranked] for c in cells)
+    assert {c.status for c in cells} == {"measured"}
     late = [replace(found(result).cells[0], status="not_reached", best=PLAN)]
     assert "not reached" in " ".join(report.sentences(replace(found(result), cells=late)))
     assert "out of memory" in report.rows_of(found(result))[0]["others"]
@@ -183,15 +181,15 @@ def test_forms_that_fail_or_are_not_reached_are_rows_and_not_in_the_table(tune, 
 def test_a_resumed_run_does_not_measure_again(tune):
     first = tune({(EAGER, 1, 128): 1.3}, regimes="1x128")
     again = tune(regimes="1x128", resume=True)
-    assert again["regimes"] == first["regimes"] and not tune.process.loads
+    assert again.regimes == first.regimes and not tune.process.loads
 
 
 def test_without_a_winner_the_baseline_has_its_forms(tune):
     result = tune({("eager, eager", 1, 128): 1.4}, wins=False, regimes="1x128")
-    assert result["winner_id"] is None
-    forms = {f["name"]: f for f in result["regimes"]["forms"]}
-    assert set(forms) == {PLAN, "eager, eager", "native, eager"} and forms[PLAN]["label"] == "lossless"
-    assert cell(result, 1, 128)["best"] == "eager, eager"
+    assert result.winner_id is None
+    forms = {f.name: f for f in result.regimes.forms}
+    assert set(forms) == {PLAN, "eager, eager", "native, eager"} and forms[PLAN].label == "lossless"
+    assert cell(result, 1, 128).best == "eager, eager"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ParetuneError("no room", "Make room")], ids=["ctrl-c", "error"])
@@ -203,8 +201,8 @@ def test_whatever_happens_beside_it_there_is_a_plan(tune, monkeypatch, tmp_path,
     result = tune()
     plan = read_plan(tmp_path / "plan")
     assert plan.table is None and plan.recipe.name == PLAN_NAME
-    assert result["regimes"]["interrupted"] == isinstance(error, KeyboardInterrupt)
-    assert any("No choice by regime" in s for s in plan.data["verdict"])
+    assert result.regimes.interrupted == isinstance(error, KeyboardInterrupt)
+    assert any("No choice by regime" in s for s in plan.file.verdict)
     assert "No map" in render_report(result)
 
 
@@ -213,13 +211,13 @@ def outcome(recipe, monkeypatch, **goal):
     from types import SimpleNamespace
 
     def state(r):
-        return SimpleNamespace(recipe=r, facts={"weights_bytes": 7 * MB}, failure=None)
+        return SimpleNamespace(recipe=r, facts=SimpleNamespace(weights_bytes=7 * MB), failure=None)
 
-    quality = {"ppl_increase_upper": 0.004}
+    quality = SimpleNamespace(ppl_increase_upper=0.004)
     trials = {"baseline": state(spaces.baseline()), "w": state(recipe)}
     return SimpleNamespace(
         winner="w", goal=Goal(regimes="auto", **goal), race=SimpleNamespace(trials=trials), qualities={},
-        confirmation={"quality": quality}, quality_len=512, kind="winner",
+        confirmation=SimpleNamespace(quality=quality), quality_len=512, kind="winner",
     )  # fmt: skip
 
 
@@ -234,7 +232,7 @@ def test_the_native_runner_has_one_form_of_attention_and_gated_windows_beside_it
     )  # fmt: skip
     worse = preset("native_alibi")
     for id, recipe, within in (("a", window, True), ("b", worse, False)):
-        out.race.trials[id] = SimpleNamespace(recipe=recipe, facts={"weights_bytes": 5}, failure=None)
+        out.race.trials[id] = SimpleNamespace(recipe=recipe, facts=SimpleNamespace(weights_bytes=5), failure=None)
         out.qualities[id] = SimpleNamespace(within_bound=within, ppl_increase_upper=0.008, reason="over the bound")
     forms, left_out = regimes.forms_of(out)
     assert list(forms) == [PLAN, "sdpa, eager", window.name]

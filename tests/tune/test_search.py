@@ -12,6 +12,9 @@ from points import recipe_of
 
 from paretune.errors import NoRecipeError, ParetuneError, TooNoisyError
 from paretune.measure.interleave import SubjectError
+from paretune.records.record import from_json, to_json
+from paretune.records.trial import MemoryParts
+from paretune.records.tune import TuneResult
 from paretune.tune import result as results
 from paretune.tune import space as spaces
 from paretune.tune.goal import Goal
@@ -43,7 +46,7 @@ def six(monkeypatch):
 
 
 def written(out, folder, *, draws=False):
-    """`results.write`, and every file of it read back strictly.
+    """`results.write`, and every file of it read back strictly; what `report.json` and `plan.json` hold.
 
     Args:
         draws: with the real report and its pictures, which take half a second.
@@ -61,7 +64,8 @@ def written(out, folder, *, draws=False):
     lines = (folder / "trials.jsonl").read_text("utf-8").splitlines()
     trials = [json.loads(line, parse_constant=no_constant) for line in lines]
     page = (folder / "report.html").read_text("utf-8")
-    assert read["trials"] == trials and read["verdict"] == result["verdict"] == plan["verdict"]
+    assert read["trials"] == trials and read["verdict"] == result.verdict == plan["verdict"]
+    assert read == to_json(from_json(TuneResult, read)) == to_json(result)
     assert read["schema_version"] and read["versions"] and read["hardware"]["id"] and read["command"]
     # Every candidate is a row, in the file and on the page.
     ids = [t["id"] for t in trials]
@@ -73,15 +77,15 @@ def written(out, folder, *, draws=False):
         assert trial["name"] in page or len(trials) > 20
     left = [p.name for p in folder.rglob("*") if "tmp" in p.name or p.name.endswith((".old", ".part"))]
     assert not left, left
-    return result, plan
+    return read, plan
 
 
 def write_words(result, path):
     """The words of the report without its pictures."""
     from paretune.files import write_text
-    from paretune.report import tables, words
+    from paretune.report import trials, words
 
-    write_text(path, json.dumps([words.top_of(result), words.certainty_of(result), tables.trial_rows(result)]))
+    write_text(path, repr([words.top_of(result), words.certainty_of(result), trials.trial_rows(result)]))
 
 
 def exit_of(result):
@@ -89,7 +93,7 @@ def exit_of(result):
     from paretune.cli.tune import _raise_for
 
     try:
-        _raise_for(result)
+        _raise_for(from_json(TuneResult, result))
     except KeyboardInterrupt:
         return 130, ""
     except ParetuneError as error:
@@ -108,8 +112,8 @@ def test_a_faster_recipe_within_the_bound_wins_and_is_confirmed_afresh(monkeypat
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.006, name(BF16): 0.008}))
     out = run(machine, tmp_path / "plan")
     assert (out.kind, out.winner) == ("winner", id_of(INT8))
-    speed = out.confirmation["speedup"]
-    assert speed["low"] < 0.010 / 0.006 < speed["high"] and speed["verdict"] == "faster"
+    speed = out.confirmation.speedup
+    assert speed.low < 0.010 / 0.006 < speed.high and speed.verdict == "faster"
     fresh = [(t, s) for t, r, s in machine.started if is_confirmation(t)]
     assert len(fresh) == 4 and len({t for t, _ in fresh}) == 4
     # Fresh prompts: no seed of the search, the same for the two sides of a pair.
@@ -117,7 +121,7 @@ def test_a_faster_recipe_within_the_bound_wins_and_is_confirmed_afresh(monkeypat
     assert {s for t, _, s in machine.started if not is_confirmation(t)} == {0}
     result, plan = written(out, tmp_path / "plan", draws=True)
     assert plan["recipe"] == recipe_of(INT8).to_dict() and plan["outcome"] == "winner"
-    assert f"{speed['value']:.2f} times as fast" in result["verdict"][0]
+    assert f"{speed.value:.2f} times as fast" in result["verdict"][0]
     assert exit_of(result) == (0, "")
     # What is told is the confirmation, not the search.
     assert result["confirmation"]["quality"]["protocol"] == "pieces/confirm/fake"
@@ -179,10 +183,10 @@ def test_the_fastest_breaks_the_bound_so_the_second_wins(monkeypatch, tmp_path, 
         and "the limit is +1.00%" in quality["reason"]
     )
     assert row(result, BF16)["quality"]["within_bound"]
-    from paretune.report.tables import trial_rows
+    from paretune.report.trials import trial_rows
 
-    shown = next(r for r in trial_rows(result) if r["id"] == id_of(INT8))
-    assert shown["within_bound"] is False and shown["judgement"] != "chosen"
+    shown = next(r for r in trial_rows(from_json(TuneResult, result)) if r.id == id_of(INT8))
+    assert shown.within_bound is False and shown.judgement != "chosen"
 
 
 def test_the_bound_holds_for_the_upper_end_not_the_estimate(monkeypatch, tmp_path, six):
@@ -251,7 +255,7 @@ def test_the_next_best_has_its_turn_when_the_first_does_not_hold(monkeypatch, tm
     machine = install(monkeypatch, Machine(cost=cost))
     out = run(machine, tmp_path / "plan")
     assert (out.kind, out.winner) == ("winner", id_of(BF16))
-    assert 1.38 < out.confirmation["speedup"]["value"] < 1.48
+    assert 1.38 < out.confirmation.speedup.value < 1.48
 
 
 def test_an_answer_that_was_there_stays_when_the_winner_does_not_hold(monkeypatch, tmp_path):
@@ -267,7 +271,7 @@ def test_an_answer_that_was_there_stays_when_the_winner_does_not_hold(monkeypatc
     monkeypatch.setattr("paretune.tune.confirm.Confirmer._left", lambda self, share: 0.0)
     out = run(machine, tmp_path / "plan")
     assert (out.kind, out.winner) == ("winner", id_of(plain)) and id_of(int8) in out.refused
-    assert 1.9 < out.confirmation["speedup"]["value"] < 2.1 and out.confirmation["quality"] is None
+    assert 1.9 < out.confirmation.speedup.value < 2.1 and out.confirmation.quality is None
     result, plan = written(out, tmp_path / "plan")
     assert plan["recipe"] == recipe_of(plain).to_dict() and exit_of(result) == (0, "")
 
@@ -279,7 +283,7 @@ def test_finals_that_decide_nothing_leave_the_answer_from_before(monkeypatch, tm
     machine = install(monkeypatch, Machine(cost={names[plain]: 0.005}))
     monkeypatch.setattr("paretune.tune.search.Search._finals", lambda self, index, finalists: None)
     out = run(machine, tmp_path / "plan")
-    assert (out.kind, out.winner) == ("winner", id_of(plain)) and out.confirmation["speedup"]["verdict"] == "faster"
+    assert (out.kind, out.winner) == ("winner", id_of(plain)) and out.confirmation.speedup.verdict == "faster"
 
 
 def test_no_false_winner_among_equals(monkeypatch, tmp_path):
@@ -468,7 +472,7 @@ def test_too_noisy_is_said_with_min_speedup_too(monkeypatch, tmp_path, six):
     """Nobody knows whether a recipe reaches it: 5, not "no recipe reaches it" (3)."""
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.008}, noise=1.2))
     out = run(machine, tmp_path / "plan", min_speedup=1.5)
-    assert exit_of(results.result_of(out))[0] == 5
+    assert exit_of(to_json(results.result_of(out)))[0] == 5
 
 
 def test_a_speedup_that_nothing_reaches(monkeypatch, tmp_path, six):
@@ -500,7 +504,7 @@ def test_the_line_of_exit_3_is_the_reason_and_not_some_note(monkeypatch, tmp_pat
     machine = install(monkeypatch, Machine(cost=cost))
     out = run(machine, tmp_path / "plan", min_speedup=1.5)
     assert out.notes and out.kind == "none"
-    code, line = exit_of(results.result_of(out))
+    code, line = exit_of(to_json(results.result_of(out)))
     assert code == 3 and "speed-up" in line
 
 
@@ -544,7 +548,7 @@ def test_a_short_budget_is_never_called_noise(monkeypatch, tmp_path, six, budget
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.005}))
     out = run(machine, tmp_path / "plan", budget_sec=float(budget))
     assert not out.too_noisy
-    result = results.result_of(out)
+    result = to_json(results.result_of(out))
     assert not any("noisy" in s or "inf" in s for s in result["verdict"]), result["verdict"]
     json.dumps(result, allow_nan=False)
     if out.winner is None:
@@ -593,7 +597,7 @@ def test_equal_bytes_keep_the_baseline(monkeypatch, tmp_path, six, objective):
 def test_a_row_is_called_bounded_only_where_the_bound_holds(monkeypatch, tmp_path, six):
     """Labels: bounded means measured within the bound."""
     machine = install(monkeypatch, Machine(cost={name(INT8): 0.005, name(BF16): 0.008}, increase={name(INT8): 0.05}))
-    result = results.result_of(run(machine, tmp_path / "plan"))
+    result = to_json(results.result_of(run(machine, tmp_path / "plan")))
     assert row(result, BF16)["label"] == "bounded"
     assert row(result, EAGER)["label"] == row(result, COMPILE)["label"] == "lossless"
     assert row(result, INT8)["label"] != "bounded"
@@ -711,7 +715,7 @@ def test_a_finished_run_resumed_measures_nothing_again(monkeypatch, tmp_path, si
     n, n_started = len(machine.taken), len(machine.started)
     again = run(machine, folder, resume=True)
     assert (again.kind, again.winner) == (first.kind, first.winner)
-    assert again.confirmation["speedup"] == first.confirmation["speedup"]
+    assert again.confirmation.speedup == first.confirmation.speedup
     assert len(machine.taken) == n
     # What is known needs no process: starting those that compile would eat the rest of the budget.
     assert len(machine.started) == n_started, machine.started[n_started:]
@@ -956,8 +960,8 @@ def test_pages_that_trials_share_take_no_room(monkeypatch, shared, fits):
     """A peak of 400 MB, of which 300 are the fork server's: 1,200 MB free hold six (a wave) and not two."""
     from paretune.tune.search import Search
 
-    memory = {"rss_peak_bytes": 400 << 20} | ({} if shared is None else {"shared_bytes": shared})
-    baseline = SimpleNamespace(facts={"memory": memory, "weights_bytes": 0})
+    memory = MemoryParts(0, None, None, 400 << 20, 400 << 20, shared_bytes=shared)
+    baseline = SimpleNamespace(facts=SimpleNamespace(memory=memory, weights_bytes=0))
     search = SimpleNamespace(out=SimpleNamespace(race=SimpleNamespace(trials={BASELINE: baseline})))
     monkeypatch.setattr("paretune.hardware.available_memory_bytes", lambda: 1200 << 20)
     assert Search._room(search) == fits

@@ -19,6 +19,7 @@ from paretune.measure import bench as measure
 from paretune.measure import bench_group
 from paretune.records.bench import PHASES, Agreement
 from paretune.records.peers import PeerQuality
+from paretune.records.record import to_json
 from paretune.report.html import render_report
 from paretune.tune import peer_quality, peers
 from paretune.tune.goal import Goal
@@ -53,7 +54,7 @@ class FakeBench:
             else:
                 row = made.row(engine.name, "peer", tpot_sec=0.002, agreement=AGREEMENT, **about)
                 if not self.our_cause:
-                    setattr(row, phase, made.phase(*self.speed[engine.name]))
+                    row = replace(row, **{phase: made.phase(*self.speed[engine.name])})
             rows.append(row)
         return made.result(rows, aa=[made.resolution(0.4 if self.noisy else 0.013)], too_noisy=self.noisy)
 
@@ -117,7 +118,7 @@ def tune(monkeypatch, tmp_path):
 
 
 def said(result):
-    return " ".join(result["verdict"])
+    return " ".join(result.verdict)
 
 
 def test_what_is_asked_of_bench_and_the_shape_of_the_answer(tune, tmp_path):
@@ -130,7 +131,7 @@ def test_what_is_asked_of_bench_and_the_shape_of_the_answer(tune, tmp_path):
     assert call["threads"] == 2 and call["device"] == "cpu" and not call["loading_counts"]
     assert [e.name for e in call["engines"]] == [ENGINE]
     written = json.loads((tmp_path / "plan" / "report.json").read_text("utf-8"))
-    assert written["peers"] == result["peers"] and written["goal"]["engines"] == [ENGINE]
+    assert written["peers"] == [to_json(row) for row in result.peers] and written["goal"]["engines"] == [ENGINE]
     (row,) = written["peers"]
     assert row["keeps_bound"] is True and row["ppl_increase_upper"] == 0.0029 and row["quality_reason"] == "measured"
     assert row["engine"] == ENGINE and row["format"] == "Q8_0" and row["cause"] is None
@@ -140,7 +141,7 @@ def test_what_is_asked_of_bench_and_the_shape_of_the_answer(tune, tmp_path):
     assert measured["reference"] == tune.winner and measured["aa_half_width"] == 0.013
     assert measured["reference_sec"] == 0.004 and measured["baseline_sec"] == 0.008
     plan = read_plan(tmp_path / "plan")
-    assert plan.recipe.name == f"{tune.winner} x2" and plan.data["verdict"] == result["verdict"]
+    assert plan.recipe.name == f"{tune.winner} x2" and plan.file.verdict == result.verdict
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_each_verdict_has_its_sentence(tune, speed, words):
     page = render_report(result)
     assert "Beside other engines" in page and ENGINE in page
     assert ("another engine is faster" in page) == (speed[3] == "faster")
-    json.dumps(result, allow_nan=False)
+    json.dumps(to_json(result), allow_nan=False)
 
 
 def test_a_peer_that_cannot_be_measured_is_a_row_with_its_cause(tune):
@@ -176,12 +177,12 @@ def test_a_peer_that_cannot_be_measured_is_a_row_with_its_cause(tune):
     bench = FakeBench({ENGINE: (0.5, 0.4, 0.6, "slower")}, {other: "onnxruntime is not installed"})
     quality = FakeQuality()
     result = tune(bench, engines=f"{ENGINE},{other}", quality=quality)
-    first, second = result["peers"]
+    first, second = map(to_json, result.peers)
     assert first["verdict"] == "slower"
     assert second == second | {"status": "failed", "cause": "onnxruntime is not installed", "verdict": None,
                                "ratio": None, "agreement": None, "keeps_bound": None}  # fmt: skip
     assert quality.calls[0]["engines"] == [ENGINE], "what was not timed is not scored"
-    assert "onnxruntime:int8 was not compared: onnxruntime is not installed." in result["verdict"]
+    assert "onnxruntime:int8 was not compared: onnxruntime is not installed." in result.verdict
     page = render_report(result)
     assert "onnxruntime is not installed" in page and "failed" in page
 
@@ -192,7 +193,7 @@ def test_where_no_peer_is_installed_nothing_is_started(tune, monkeypatch, tmp_pa
     assert "not installed" in gone[ENGINE] and "paretune peers install llama.cpp" in gone[ENGINE]
     assert "\n" not in gone[ENGINE] and peers.missing(Goal()) == {}
     result = tune(FakeBench(error=AssertionError("bench was called")), gone=gone)
-    assert result["peers"][0]["status"] == "failed" and result["peers"][0]["cause"] == gone[ENGINE]
+    assert result.peers[0].status == "failed" and result.peers[0].cause == gone[ENGINE]
     assert "llama.cpp:Q8_0 was not compared: llama.cpp is not installed" in said(result)
     assert "Nothing was measured beside other engines" in render_report(result)
 
@@ -209,13 +210,13 @@ def test_where_no_peer_is_installed_nothing_is_started(tune, monkeypatch, tmp_pa
 )
 def test_what_a_faster_engine_does_to_perplexity_is_said(tune, quality, keeps, words, badge):
     result = tune(FakeBench({ENGINE: (1.25, 1.2, 1.3, "faster")}), quality=quality)
-    assert result["peers"][0]["keeps_bound"] is keeps
+    assert result.peers[0].quality.keeps_bound is keeps
     for word in words:
         assert word in said(result), said(result)
     page = render_report(result)
     assert ("another engine is faster" in page) == badge, "what breaks the bound is not a rival"
     assert "Keeps the bound" in page and {True: "yes", False: "no", None: "not known"}[keeps] in page
-    json.dumps(result, allow_nan=False)
+    json.dumps(to_json(result), allow_nan=False)
 
 
 def test_peers_are_scored_on_the_windows_of_the_confirmation_beside_its_baseline(tune, tmp_path):
@@ -234,22 +235,22 @@ def test_peers_are_scored_on_the_windows_of_the_confirmation_beside_its_baseline
 def test_scoring_that_was_interrupted_keeps_the_times_and_goes_on(tune):
     slower = {ENGINE: (0.5, 0.4, 0.6, "slower")}
     first = tune(FakeBench(slower), quality=FakeQuality(error=KeyboardInterrupt()))
-    assert first["peers_measured"]["interrupted"] and first["peers"][0]["verdict"] == "slower"
+    assert first.peers_measured.interrupted and first.peers[0].verdict == "slower"
     assert "is not known: scoring was interrupted." in said(first)
     again = FakeQuality()
     second = tune(FakeBench(error=AssertionError("timed twice")), resume=True, quality=again)
-    assert len(again.calls) == 1 and second["peers"][0]["keeps_bound"] is True
-    assert not second["peers_measured"]["interrupted"]
+    assert len(again.calls) == 1 and second.peers[0].quality.keeps_bound is True
+    assert not second.peers_measured.interrupted
     third = tune(
         FakeBench(error=AssertionError("timed twice")), resume=True, quality=FakeQuality(error=AssertionError())
     )
-    assert third["peers"] == second["peers"]
+    assert third.peers == second.peers
 
 
 def test_nothing_won_and_a_peer_is_faster(tune):
     bench = FakeBench({ENGINE: (1.5, 1.4, 1.6, "faster")})
     result = tune(bench, wins=False)
-    assert result["outcome"] == "baseline"
+    assert result.outcome == "baseline"
     assert [n for n, _ in bench.calls[0]["configs"]] == ["baseline"]
     assert "won: " in said(result) and "best of our own recipes, sdpa, eager" in said(result)
     page = render_report(result)
@@ -274,8 +275,8 @@ def test_objectives_in_bytes_say_that_peers_are_compared_in_time_only(tune, obje
 )
 def test_a_comparison_that_fails_keeps_the_plan(tune, tmp_path, bench, cause):
     result = tune(bench)
-    assert result["outcome"] == "winner" and cause in result["peers"][0]["cause"]
-    assert result["peers"][0]["verdict"] is None
+    assert result.outcome == "winner" and cause in result.peers[0].cause
+    assert result.peers[0].verdict is None
     assert read_plan(tmp_path / "plan").recipe.name == tune.winner
 
 
@@ -287,8 +288,8 @@ def test_ctrl_c_during_the_comparison_keeps_the_plan(tune, tmp_path):
         raise KeyboardInterrupt
 
     result = tune(bench)
-    assert result["outcome"] == "winner" and result["peers_measured"]["interrupted"]
-    assert "llama.cpp:Q8_0 was not compared: the comparison was interrupted." in result["verdict"]
+    assert result.outcome == "winner" and result.peers_measured.interrupted
+    assert "llama.cpp:Q8_0 was not compared: the comparison was interrupted." in result.verdict
     assert read_plan(folder).recipe.name == tune.winner
 
     from paretune.cli.tune import _raise_for
@@ -304,7 +305,7 @@ def test_a_noisy_machine_is_told(tune):
 
 def test_without_engines_nothing_is_measured(tune):
     result = tune(FakeBench(error=AssertionError("bench was called")), engines=())
-    assert result["peers"] == [] and result["peers_measured"] is None
+    assert result.peers == [] and result.peers_measured is None
     assert "Beside other engines" not in render_report(result)
 
 
@@ -317,14 +318,14 @@ def test_a_resumed_run_has_the_same_engines_and_measures_only_what_is_open(tune,
         tune(FakeBench(slower), resume=True, engines=("openvino:int8",))
     again = FakeBench(slower)
     second = tune(again, resume=True, engines=[ENGINE])  # installed since
-    assert len(again.calls) == 1 and second["peers"][0]["verdict"] == "slower"
-    assert second["elapsed_sec"] == pytest.approx(first["elapsed_sec"], abs=0.01), "the comparison is not of the budget"
+    assert len(again.calls) == 1 and second.peers[0].verdict == "slower"
+    assert second.elapsed_sec == pytest.approx(first.elapsed_sec, abs=0.01), "the comparison is not of the budget"
     third = tune(FakeBench(error=AssertionError("measured twice")), resume=True)
-    assert third["peers"] == second["peers"] and third["winner_id"] == first["winner_id"]
+    assert third.peers == second.peers and third.winner_id == first.winner_id
 
 
 def test_the_engines_of_a_goal():
-    assert Goal().engines == () and Goal().to_json()["engines"] == []
+    assert Goal().engines == () and to_json(Goal())["engines"] == []
     assert Goal(engines="paretune").engines == ()
     assert Goal(engines="paretune, llama.cpp:q8_0,llama.cpp:Q8_0").engines == (ENGINE,)
     assert Goal(engines=["openvino"]).engines == ("openvino:fp32", "openvino:int8", "openvino:int4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,7 +142,7 @@ def bench(
             keeps_interrupted=True,
         )
     if checkpoint.is_named(model):
-        result.model.name = model
+        result = replace(result, model=replace(result.model, name=model))
     from paretune.report import bench as report  # draws: not before something is measured
 
     if out is not None:

@@ -86,6 +86,7 @@ def eval_text(
     from paretune.measure import environment
     from paretune.model import checkpoint
     from paretune.model.tokenizer import Tokenizer
+    from paretune.records.record import to_json
 
     folder, recipe = sides[-1]
     context, stride = _shape(folder, flags)
@@ -134,7 +135,7 @@ def eval_text(
     verdict = None
     if len(scores) == 2:
         verdict = fidelity.compare(scores[0], scores[1], flags.max_ppl_increase)
-        result["fidelity"] = verdict.to_json()
+        result["fidelity"] = to_json(verdict)
     if out is not None:
         write_json(out / "eval.json", result)
         write_text(out / "eval.md", _page(result))

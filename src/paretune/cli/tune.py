@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from paretune.cli.model_help import MODEL
+
+if TYPE_CHECKING:
+    from paretune.records.tune import TuneResult
+    from paretune.tune.goal import Goal
 
 
 def tune(
@@ -85,13 +89,15 @@ def tune(
     if json_output:
         import json
 
-        print(json.dumps(result, indent=2))
+        from paretune.records.record import to_json
+
+        print(json.dumps(to_json(result), indent=2))
     else:
         print(_summary(result, output_dir))
     _raise_for(result)
 
 
-def _show_space(model: str, goal: Any) -> None:
+def _show_space(model: str, goal: Goal) -> None:
     from paretune import hardware
     from paretune.measure.workload import Workload
     from paretune.model import checkpoint
@@ -125,52 +131,43 @@ def _show_space(model: str, goal: Any) -> None:
     print(f"Nothing was measured. Budget of a real run: {goal.budget_sec:.0f} s and about 20 s around it.")
 
 
-def _summary(result: dict[str, Any], folder: Path) -> str:
-    from paretune.report import tables
+def _summary(result: TuneResult, folder: Path) -> str:
+    from dataclasses import replace
 
-    tried = [t for t in result["trials"] if t["status"] not in ("not_reached", "excluded")]
-    rows = tables.trial_rows({**result, "trials": tried})
-    space = result["space"]
+    from paretune.report import regimes, tables, trials
+
+    tried = [t for t in result.trials if t.status not in ("not_reached", "excluded")]
+    rows = trials.trial_rows(replace(result, trials=tried))
+    by_regime = regimes.rows_of(result.regimes) if result.regimes else []
+    space = result.space
     lines = [
         "",
-        *result["verdict"],
+        *result.verdict,
         "",
-        tables.to_text(rows, tables.SHORT_COLUMNS),
+        tables.to_text(rows, trials.SHORT_COLUMNS),
         "",
-        *_regime_lines(result),
-        f"{space['n_measured']} of {space['n_legal']} legal recipes were measured, {space['n_failed']} failed, "
-        f"{space['n_excluded']} cannot win by the figures (see the report), {space['n_not_reached']} were not reached.",
+        *([tables.to_text(by_regime, regimes.COLUMNS, width=110), ""] if by_regime else []),
+        f"{space.n_measured} of {space.n_legal} legal recipes were measured, {space.n_failed} failed, "
+        f"{space.n_excluded} cannot win by the figures (see the report), {space.n_not_reached} were not reached.",
         f"Report: {folder / 'report.html'}",
         f'Run it: paretune generate {folder} --prompt "..."',
     ]
     return "\n".join(lines)
 
 
-def _regime_lines(result: dict[str, Any]) -> list[str]:
-    from paretune.records.record import from_json
-    from paretune.records.regimes import Regimes
-    from paretune.report import regimes, tables
-
-    found = result.get("regimes")
-    rows = regimes.rows_of(from_json(Regimes, found)) if found else []
-    return [tables.to_text(rows, regimes.COLUMNS, width=110), ""] if rows else []
-
-
-def _raise_for(result: dict[str, Any]) -> None:
+def _raise_for(result: TuneResult) -> None:
     """The exit code of an outcome; what was found is written already."""
     from paretune.errors import NoRecipeError, TooNoisyError
 
-    if result["outcome"] == "interrupted" or any(
-        (result.get(key) or {}).get("interrupted") for key in ("peers_measured", "regimes")
-    ):
+    later = (result.peers_measured, result.regimes)
+    if result.outcome == "interrupted" or any(part is not None and part.interrupted for part in later):
         raise KeyboardInterrupt
-    if result["outcome"] == "none":
-        wanted = result["goal"].get("min_speedup")
+    if result.outcome == "none":
         raise NoRecipeError(
-            f"no recipe reaches the requested speed-up of {wanted:g} within the quality bound",
+            f"no recipe reaches the requested speed-up of {result.goal.min_speedup:g} within the quality bound",
             "The best so far is written; lower --min-speedup",
         )
-    if result["winner_id"] is None and result["too_noisy"]:
+    if result.winner_id is None and result.too_noisy:
         raise TooNoisyError(
             "this machine is too noisy now to judge", "Close other programs and run it again; the baseline is kept"
         )

@@ -9,19 +9,18 @@ report.html    the same for people
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from paretune import hardware
 from paretune.engine.dispatch import Table
 from paretune.errors import UsageError
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
+from paretune.records import record
+from paretune.records.plan import PlanFile
 
 PLAN_FILE = "plan.json"
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -32,25 +31,24 @@ class Plan:
         folder: where it lies.
         model_folder: the checkpoint to load: the converted one inside the plan, or the original.
         recipe: how to change and run it.
-        data: the whole `plan.json`.
+        file: the whole `plan.json`.
         table: forms by regime, where `tune --regimes` measured them.
     """
 
     folder: Path
     model_folder: Path
     recipe: Recipe
-    data: dict[str, Any]
+    file: PlanFile
     table: Table | None = None
 
     @property
     def source(self) -> Path:
         """The checkpoint as it was before `tune`."""
-        return checkpoint.resolve(str(self.data["model"]["source"]))
+        return checkpoint.resolve(self.file.model.source)
 
     def warnings(self) -> list[str]:
         """What to say before the plan runs here: that it was measured on another machine, say."""
-        made_on = (self.data.get("hardware") or {}).get("id")
-        if made_on and made_on != hardware.fingerprint_id(hardware.fingerprint()):
+        if self.file.hardware.id != hardware.fingerprint_id(hardware.fingerprint()):
             return ["this plan was measured on another machine: its speed is a guess here, run `paretune tune` again"]
         return []
 
@@ -69,22 +67,17 @@ def read_plan(path: str | Path) -> Plan:
     """
     path = Path(path).expanduser()
     file = path if path.is_file() else path / PLAN_FILE
+    if not file.exists():
+        raise UsageError(f"{path} holds no {PLAN_FILE}", "Pass a folder that `paretune tune` wrote")
+    data = record.read(PlanFile, file)
     try:
-        data = json.loads(file.read_text("utf-8"))
-        recipe, model = Recipe.from_dict(data["recipe"]), data["model"]
-        source, inside = model["source"], model["folder"]
-        if data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"schema version {data.get('schema_version')}, this version reads {SCHEMA_VERSION}")
-        if not (isinstance(source, str) and isinstance(inside, str | None)):
-            raise TypeError("the model is not named")
-        table = None if data.get("dispatch") is None else Table.from_dict(data["dispatch"])
-    except FileNotFoundError:
-        raise UsageError(f"{path} holds no {PLAN_FILE}", "Pass a folder that `paretune tune` wrote") from None
+        recipe = Recipe.from_dict(data.recipe)
+        table = None if data.dispatch is None else Table.from_dict(data.dispatch)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{file} is damaged ({error})", "Run `paretune tune` again") from None
-    folder = file.parent
+        raise UsageError(f"{file} is damaged ({error})", PlanFile.CURE) from None
+    folder, inside = file.parent, data.model.folder
     if inside:
         if not (folder / inside).is_dir():
-            raise UsageError(f"the stored model {folder / inside} is gone", "Run `paretune tune` again")
+            raise UsageError(f"the stored model {folder / inside} is gone", PlanFile.CURE)
         return Plan(folder, folder / inside, recipe, data, table)
-    return Plan(folder, checkpoint.resolve(source), recipe, data, table)
+    return Plan(folder, checkpoint.resolve(data.model.source), recipe, data, table)

@@ -10,7 +10,7 @@ import io
 import math
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from paretune import files, stats
 from paretune.errors import ParetuneError, UsageError
 from paretune.evaluate import perplexity as ppl
 from paretune.evaluate.perplexity import BLOCK_TOKENS, MIN_BLOCKS, TOO_LITTLE_TEXT, Progress, Runner
+from paretune.records.evaluation import Fidelity, PhaseFidelity
 
 PHASES = ("prefill", "decode")
 _KEPT_BYTES = 128 * 2**20  # a phase's log-probabilities kept for the KL
@@ -249,69 +250,6 @@ def score(
         text_hash=text_hash_of(windows),
         **{phase: recorder.scores() for phase, recorder in recorders.items()},
     )
-
-
-@dataclass(frozen=True)
-class PhaseFidelity:
-    """One phase of a comparison. Increases are fractions (0.01 is 1 %), KL(baseline || variant) in nats.
-
-    A variant whose losses are not all finite has a perplexity of NaN and an upper bound of infinity.
-    """
-
-    n_tokens: int
-    n_blocks: int
-    baseline_perplexity: float
-    perplexity: float
-    ppl_increase: float
-    ppl_increase_upper: float
-    n_top1_agree: int
-    top1_agreement: float
-    n_kl: int
-    kl_mean: float | None
-    n_not_finite: int
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Variant against baseline.
-
-    Attributes:
-        perplexity, baseline_perplexity: over the scored tokens of both phases.
-        phase: the worse phase, the one with the higher upper bound. It is gated: passing it passes both.
-        ppl_increase, ppl_increase_upper: of that phase; the upper one is the one-sided 95 % bound.
-        kl_mean, kl_p99, top1_agreement: over both phases; None where nothing (or too little) was kept.
-        within_bound: `ppl_increase_upper <= max_ppl_increase`, on enough text and with finite losses. Without
-            a bound: True unless a loss is not finite.
-        too_little_text: under 40 blocks in a phase; no bound can be passed then.
-        identical: all losses are bit-equal.
-        reason: one line that says why `within_bound` is what it is.
-    """
-
-    protocol: str
-    perplexity: float
-    baseline_perplexity: float
-    ppl_increase: float
-    ppl_increase_upper: float
-    max_ppl_increase: float | None
-    kl_mean: float | None
-    kl_p99: float | None
-    top1_agreement: float
-    n_windows: int
-    phase: str
-    within_bound: bool
-    too_little_text: bool
-    identical: bool
-    reason: str
-    prefill: PhaseFidelity
-    decode: PhaseFidelity
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, one dict for each phase in it; numbers that are not finite are None."""
-
-        def plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            return {k: ppl.finite_or_none(v) if isinstance(v, float) else v for k, v in pairs}
-
-        return asdict(self, dict_factory=plain)
 
 
 def compare(baseline: Scores, variant: Scores, max_ppl_increase: float | None = None) -> Fidelity:

@@ -261,10 +261,7 @@ class Group:
             # Each interval by itself at 95 %: nothing is decided by it, so it pays for no further looks.
             passes = {kind: replace(result, level=stats.LEVEL) for kind, result in self.passes.items()}
             trials = {name: replace(trial, passes=passes) for name, trial in self.trials.items()}
-            rows = self.rows("it goes on", trials)
-            for _, phase in (pair for row in rows for pair in row.phases):
-                phase.verdict = None
-            of.on_first(rows)
+            of.on_first([row.without_verdicts() for row in self.rows("it goes on", trials)])
         # Not before: they take seconds, and every row waits for them.
         of.known_ceilings()
         self._ask_notes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -197,16 +197,19 @@ def _phase(trial: Trial, baseline: Trial, twin: str, kind: str) -> Phase:
         verdict=None,
     )
     if trial.name == baseline.name:
-        out.speedup, out.verdict = 1.0 if len(values) else None, "baseline"
-    elif len(values) and len(blocks.values(baseline.name)):
-        ratio = estimate_of(blocks.ratio(baseline.name, trial.name, done.level))
-        out.speedup, out.speedup_high = ratio.value, ratio.high
-        out.speedup_low = ratio.low or None  # 0 is "no information" here
-        out.verdict = done.verdict(baseline.name, twin, trial.name)
-        states = blocks.by_state(baseline.name, trial.name, done.level)
-        if states:
-            out.by_state = States(estimate_of(states[0]), estimate_of(states[1]))
-    return out
+        return replace(out, speedup=1.0 if len(values) else None, verdict="baseline")
+    if not (len(values) and len(blocks.values(baseline.name))):
+        return out
+    ratio = estimate_of(blocks.ratio(baseline.name, trial.name, done.level))
+    states = blocks.by_state(baseline.name, trial.name, done.level)
+    return replace(
+        out,
+        speedup=ratio.value,
+        speedup_low=ratio.low or None,  # 0 is "no information" here
+        speedup_high=ratio.high,
+        verdict=done.verdict(baseline.name, twin, trial.name),
+        by_state=States(estimate_of(states[0]), estimate_of(states[1])) if states else None,
+    )
 
 
 def estimate_of(interval: stats.Interval) -> Estimate:

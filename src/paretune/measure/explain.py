@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from paretune.measure.explain_base import Explanation, Result
+from paretune.measure.explain_base import Result
 from paretune.measure.explain_bounds import BOUNDS
 from paretune.measure.explain_mistakes import MISTAKES
+from paretune.records.explanation import Explanation
 
 CAUSES = (
     "busy machine",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from paretune.engine.runners.base import Runner
@@ -11,39 +10,12 @@ from paretune.hardware import Ceilings
 from paretune.measure.profile_parts import SUM_KEYS
 from paretune.measure.roofline import quantity
 from paretune.recipe import EngineOptions
+from paretune.records.explanation import Explanation
 from paretune.registry import RUNNERS
 
 LARGE = 0.4  # of the step: a cause that is called its bound
 ABOVE_CEILING = 1.15  # a ceiling that is surpassed by more was not the machine's
 NOTABLE = 0.15
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One cause.
-
-    Args:
-        cause: its name (`CAUSES`).
-        share: of the step's time that it accounts for, or 0 where that is not known.
-        sentence: what was found, with the figures.
-        try_next: what to do in this tool.
-        gain: predicted speed-up of the step at most, 1.5 for 1.5 times as fast; None: not predictable from here.
-    """
-
-    cause: str
-    share: float
-    sentence: str
-    try_next: str
-    gain: float | None = None
-
-    @property
-    def text(self) -> str:
-        """Everything in one line."""
-        gain = "" if self.gain is None else f" Predicted gain: at most {self.gain:.2f}x."
-        return f"{self.sentence}. To try: {self.try_next}.{gain}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "text": self.text}
 
 
 Result = Mapping[str, Any]

@@ -8,7 +8,6 @@ from paretune.measure.explain_base import (
     ABOVE_CEILING,
     LARGE,
     NOTABLE,
-    Explanation,
     Result,
     Rule,
     ceilings_of,
@@ -22,6 +21,7 @@ from paretune.measure.explain_base import (
 )
 from paretune.measure.roofline import NEAR_CEILING, percent, quantity
 from paretune.recipe import Recipe
+from paretune.records.explanation import Explanation
 
 OVERHEAD = ("dispatch", "allocation")
 # Bytes a weight where a result does not say how its weights are stored.

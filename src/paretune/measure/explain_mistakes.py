@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from paretune.measure import busy
 from paretune.measure.explain_base import (
-    Explanation,
     Result,
     Rule,
     ceilings_of,
@@ -16,6 +15,7 @@ from paretune.measure.explain_base import (
     leaves_of,
 )
 from paretune.measure.roofline import percent, quantity
+from paretune.records.explanation import Explanation
 
 MANY_ZEROS = 0.3  # of the weights
 MUCH_CONVERTED = 0.25  # of the bytes of the weights that products read

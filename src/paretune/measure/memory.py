@@ -6,10 +6,10 @@ All figures are bytes. `None` says that a figure was not measured or does not ex
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from paretune.process import peak_rss_bytes, rss_bytes, shared_bytes
+from paretune.records.trial import MemoryParts
 
 if TYPE_CHECKING:
     import torch
@@ -51,50 +51,16 @@ def storage_bytes(module: torch.nn.Module) -> dict[str, int]:
     return {**sums, "total": sum(sums.values()), "n_storages": len(seen)}
 
 
-@dataclasses.dataclass(frozen=True)
-class MemoryParts:
-    """The memory of one trial in bytes.
-
-    Attributes:
-        weights_bytes: parameters and buffers by storage (`storage_bytes`).
-        kv_cache_bytes: the cache as allocated, not as filled.
-        activation_peak_bytes: the most that the rest of a forward pass held at once.
-        rss_bytes, rss_peak_bytes: the process, with the interpreter and the libraries: what the recipe takes alone.
-        shared_bytes: of these, pages that other processes hold too: for all trials together they count once.
-        device_allocated_bytes: GPU: in tensors, at the peak.
-        device_reserved_bytes: GPU: held by PyTorch's allocator, at the peak.
-        device_used_bytes: GPU: device-wide, other processes and the driver included.
-    """
-
-    weights_bytes: int
-    kv_cache_bytes: int | None
-    activation_peak_bytes: int | None
-    rss_bytes: int
-    rss_peak_bytes: int
-    device_allocated_bytes: int | None = None
-    device_reserved_bytes: int | None = None
-    device_used_bytes: int | None = None
-    shared_bytes: int | None = None
-
-    @classmethod
-    def take(
-        cls,
-        weights_bytes: int,
-        kv_cache_bytes: int | None = None,
-        activation_peak_bytes: int | None = None,
-        device: str = "cpu",
-    ) -> MemoryParts:
-        """The parts that the caller knows beside what the process and the GPU hold now."""
-        process = (rss_bytes(), peak_rss_bytes())
-        parts = (weights_bytes, kv_cache_bytes, activation_peak_bytes)
-        return cls(*parts, *process, **device_memory(device), shared_bytes=shared_bytes())
-
-    def to_json(self) -> dict[str, int | None]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, int | None]) -> MemoryParts:
-        return cls(**value)  # type: ignore[arg-type]
+def take(
+    weights_bytes: int,
+    kv_cache_bytes: int | None = None,
+    activation_peak_bytes: int | None = None,
+    device: str = "cpu",
+) -> MemoryParts:
+    """The parts that the caller knows beside what the process and the GPU hold now."""
+    process = (rss_bytes(), peak_rss_bytes())
+    parts = (weights_bytes, kv_cache_bytes, activation_peak_bytes)
+    return MemoryParts(*parts, *process, **device_memory(device), shared_bytes=shared_bytes())
 
 
 def device_memory(device: str = "cpu") -> dict[str, int]:

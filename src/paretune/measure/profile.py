@@ -31,6 +31,7 @@ from paretune.measure.profile_trace import record
 from paretune.measure.workload import step_weights_bytes
 from paretune.model import checkpoint
 from paretune.recipe import Recipe
+from paretune.records.record import to_json
 
 SHORT_DTYPES = {long: short for short, long in hardware.TORCH_NAMES.items()}
 KERNELS, QUICK_KERNELS = (0.3, 50), (0.1, 20)  # least seconds and most steps under the profiler
@@ -147,7 +148,7 @@ def examine(
     }
     result["facts"] = profile_facts.facts(loaded, step, result, breaks)
     known = {"recipe": loaded.recipe.to_dict(), "ceilings": ceilings.to_json()}
-    result["explanations"] = [e.to_json() for e in explain.explain(result | known)]
+    result["explanations"] = [to_json(e) for e in explain.explain(result | known)]
     return result
 
 

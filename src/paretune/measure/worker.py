@@ -176,20 +176,21 @@ class Trial:
     def memory(self, request: dict[str, Any]) -> dict[str, Any]:
         """Bytes in parts; activations are the peak of a request above the resting size."""
         from paretune.measure import memory
+        from paretune.records.record import to_json
 
         process.give_back_free_memory()  # what earlier requests freed would make activations seem to take nothing
         is_reset = process.reset_peak_rss()
         resting = process.rss_bytes()
         self.prompt_sec = self.bench.request_peak()
         peak = process.peak_rss_bytes()
-        parts = memory.MemoryParts.take(
+        parts = memory.take(
             weights_bytes=self.weights_bytes,
             kv_cache_bytes=self.bench.cache.nbytes,
             # Without the reset the peak is the one of loading: then nothing is known of the activations.
             activation_peak_bytes=max(0, peak - resting) + self.loaded.runner.buffer_bytes if is_reset else None,
             device=str(self.loaded.runner.device),
         )
-        return parts.to_json()
+        return to_json(parts)
 
     def handlers(self) -> dict[str, Handler]:
         own = (self.ready, self.start, self.load, self.shape, self.warm, self.sample, self.memory)

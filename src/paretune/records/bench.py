@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from paretune.records.header import Ceilings, Estimate, Header
@@ -15,7 +15,7 @@ PhaseName = Literal["prefill", "decode", "throughput"]
 PHASES: dict[str, PhaseName] = {"ttft": "prefill", "tpot": "decode", "throughput": "throughput"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class States(Record):
     """A ratio in each bandwidth state of the host."""
 
@@ -23,7 +23,7 @@ class States(Record):
     high: Estimate
 
 
-@dataclass
+@dataclass(frozen=True)
 class Phase(Record):
     """What was measured of one phase: slices, their spread, and the ratio to the baseline.
 
@@ -49,7 +49,7 @@ class Phase(Record):
         return cls(0, None, None, 0, None, None, None, None)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Agreement(Record):
     """How far another engine computes the same model as our fp32 eager.
 
@@ -69,7 +69,7 @@ class Agreement(Record):
     n_positions: int
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchRow(Record):
     """One configuration in one cell. None: not measured.
 
@@ -137,8 +137,13 @@ class BenchRow(Record):
         """Those that were asked for, with their names."""
         return [(name, phase) for name in PHASES.values() if (phase := self.phase(name)) is not None]
 
+    def without_verdicts(self) -> BenchRow:
+        """The row while it is measured: nothing is decided yet."""
+        undecided: dict[str, Phase] = {name: replace(phase, verdict=None) for name, phase in self.phases}
+        return replace(self, **undecided)  # type: ignore[arg-type]
 
-@dataclass
+
+@dataclass(frozen=True)
 class Resolution(Record):
     """What the baseline differs from itself by, for one kind of slice. `half_width`: None: too few blocks."""
 
@@ -150,7 +155,7 @@ class Resolution(Record):
     verdict: Verdict
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchSample(Record):
     """One timed slice (`interleave.Sample`) and where it belongs."""
 
@@ -166,7 +171,7 @@ class BenchSample(Record):
     n_repeated: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class WarmUp(Record):
     """The timings of a warm-up: seconds per unit of work."""
 
@@ -177,7 +182,7 @@ class WarmUp(Record):
     timings_sec: list[float]
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchModel(Record):
     """The model that was measured."""
 
@@ -186,7 +191,7 @@ class BenchModel(Record):
     n_parameters: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchThreads(Record):
     """Threads of the measuring process, read back."""
 
@@ -208,7 +213,7 @@ class Cell(Record):
         return f"{self.input_len}+{self.output_len} x{self.batch_size}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class BenchSettings(Record):
     """How it was measured. `level`: of each interval, so that all looks together are at 95 %."""
 
@@ -220,7 +225,7 @@ class BenchSettings(Record):
     budget_sec: float | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Probe(Record):
     """The probe of the bandwidth around each slice. `note`: why it is not the native one."""
 
@@ -228,7 +233,7 @@ class Probe(Record):
     note: str
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchResult(Header):
     """What `bench` gives.
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from paretune.records.record import LEFT_OUT, Record
 
 
-@dataclass
+@dataclass(frozen=True)
 class Gpu(Record):
     """A GPU. `capability`: major.minor."""
 
@@ -17,7 +17,7 @@ class Gpu(Record):
     memory_bytes: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Machine(Record):
     """The fingerprint of the machine; `id` is its hash."""
 
@@ -32,7 +32,7 @@ class Machine(Record):
     gpus: list[Gpu] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Threads(Record):
     """PyTorch's threads inside an operator and between operators, read back."""
 
@@ -40,7 +40,7 @@ class Threads(Record):
     inter_op: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Environment(Record):
     """The state of the machine. `load_average`: processes, over 1, 5 and 15 minutes; None: not readable."""
 
@@ -51,7 +51,7 @@ class Environment(Record):
     governor: str | None
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Header(Record):
     """The first keys of a result file.
 
@@ -73,7 +73,7 @@ class Header(Record):
     environment: Environment
 
 
-@dataclass
+@dataclass(frozen=True)
 class Estimate(Record):
     """An estimate from `n` values and its interval; None: there is no bound."""
 
@@ -83,7 +83,7 @@ class Estimate(Record):
     n: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bandwidth(Record):
     """One size of a sweep of read bandwidth. `threads`: 0 on a GPU. `state`: of the host's memory meanwhile."""
 
@@ -97,7 +97,7 @@ class Bandwidth(Record):
     state: str | None = field(default=None, metadata=LEFT_OUT)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ceilings(Record):
     """The limits of the machine, measured. Matrix rates are FLOP/s by number format; `fma_rate` is in registers."""
 

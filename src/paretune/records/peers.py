@@ -9,7 +9,7 @@ from paretune.records.record import Record, flat
 from paretune.stats import Verdict
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ratio(Record):
     """A ratio and its interval; None: there is none."""
 
@@ -18,7 +18,7 @@ class Ratio(Record):
     high: float | None
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PeerQuality(Record):
     """What an engine does to the text of the confirmation.
 
@@ -43,7 +43,7 @@ class PeerQuality(Record):
         return cls(quality_reason=reason)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PeerRow(Record):
     """One engine beside the winner.
 
@@ -69,7 +69,7 @@ class PeerRow(Record):
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PeersMeasured(Record):
     """How the engines were compared. `reference`: the name of the recipe that the plan runs."""
 
@@ -86,7 +86,7 @@ class PeersMeasured(Record):
     definitions: dict[str, str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Comparison(Record):
     """The engines of a goal, one row each, and how they were measured."""
 

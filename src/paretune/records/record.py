@@ -44,6 +44,11 @@ LEFT_OUT = {"left_out": True}  # None where it is not known, and then without a 
 SIGNED = {"signed": True}  # seconds or bytes that may be negative: a difference
 
 
+def null_is(value: float | None) -> dict[str, Any]:
+    """Metadata of a number that need not be finite: it is then written as a null, which is read as `value`."""
+    return {"null": value}
+
+
 def flat(prefix: str, nulls: bool = False) -> dict[str, Any]:
     """Metadata of a record whose keys stand among those of its owner, each behind `prefix`; None: it is not known.
 
@@ -71,6 +76,8 @@ def to_json(record: Record) -> dict[str, Any]:
             if value is None and f.metadata["nulls"]:
                 inner = dict.fromkeys(_keys(_record_of(hints[f.name])))
             out |= {f"{prefix}{key}": part for key, part in inner.items()}
+        elif "null" in f.metadata:
+            out[f.name] = value if value is not None and math.isfinite(value) else None
         elif not (value is None and f.metadata.get("left_out")):
             out[f.name] = _plain(value)
     return out
@@ -124,13 +131,22 @@ def from_json(kind: type[T], data: Any, path: str = "the result") -> T:
     """
     try:
         if kind.SCHEMA and isinstance(data, Mapping) and data.get("schema_version") != kind.SCHEMA:
-            raise _Wrong(f"schema version {data.get('schema_version')}, this version reads {kind.SCHEMA}")
+            raise UsageError(f"{path} {_writer(data)}; this version reads schema version {kind.SCHEMA}", kind.CURE)
         return _record(kind, data, "")
     except _Wrong as wrong:
         raise UsageError(f"{path} is damaged ({wrong})", kind.CURE) from None
 
 
-def _record(kind: type[T], data: Any, where: str) -> T:
+def _writer(data: Mapping[str, Any]) -> str:
+    """Which version wrote a file of another schema."""
+    versions = data.get("versions")
+    name = versions.get("paretune") if isinstance(versions, Mapping) else None
+    by = f"paretune {name}" if isinstance(name, str) else "another version of paretune"
+    return f"was written by {by}, with schema version {_short(data.get('schema_version'))}"
+
+
+def _record(kind: type[T], data: Any, where: str, before: str = "") -> T:
+    """`before`: what the keys begin with in a file, of a record that stands among the keys of its owner."""
     if not isinstance(data, Mapping):
         raise _Wrong(f"{where or 'the whole'} is {_short(data)}, not an object")
     left, values, hints = dict(data), {}, _hints(kind)
@@ -141,13 +157,13 @@ def _record(kind: type[T], data: Any, where: str) -> T:
             inner = _record_of(hints[f.name])
             part = {key: left.pop(f"{prefix}{key}") for key in _keys(inner) if f"{prefix}{key}" in left}
             is_known = any(value is not None for value in part.values())
-            values[f.name] = _record(inner, part, f"{dot}{prefix}*") if is_known else None
+            values[f.name] = _record(inner, part, where, f"{before}{prefix}") if is_known else None
         elif f.name in left:
-            values[f.name] = _value(hints[f.name], left.pop(f.name), f"{dot}{f.name}", f)
+            values[f.name] = _value(hints[f.name], left.pop(f.name), f"{dot}{before}{f.name}", f)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise _Wrong(f"{dot}{f.name} is missing")
+            raise _Wrong(f"{dot}{before}{f.name} is missing")
     if left:
-        raise _Wrong(f"{dot}{next(iter(left))} is not a field that this version knows")
+        raise _Wrong(f"{dot}{before}{next(iter(left))} is not a field that this version knows")
     return kind(**values)
 
 
@@ -155,6 +171,8 @@ def _value(hint: Any, value: Any, where: str, f: dataclasses.Field[Any]) -> Any:
     """`value` as `hint` says, checked."""
     if hint is Any:
         return value
+    if value is None and "null" in f.metadata:
+        return f.metadata["null"]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
@@ -169,6 +187,9 @@ def _value(hint: Any, value: Any, where: str, f: dataclasses.Field[Any]) -> Any:
     if origin in (list, Sequence):
         _must(isinstance(value, list), where, value, "a list")
         return [_value(args[0], part, f"{where}[{i}]", f) for i, part in enumerate(value)]
+    if origin is tuple:
+        _must(isinstance(value, list), where, value, "a list")
+        return tuple(_value(args[0], part, f"{where}[{i}]", f) for i, part in enumerate(value))
     if origin in (dict, Mapping):
         _must(isinstance(value, Mapping), where, value, "an object")
         return {key: _value(args[1], part, f"{where}.{key}", f) for key, part in value.items()}

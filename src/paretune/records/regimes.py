@@ -9,7 +9,7 @@ from paretune.records.record import Json, Record
 from paretune.stats import Verdict
 
 
-@dataclass
+@dataclass(frozen=True)
 class RegimeForm(Record):
     """One way to run a plan. `recipe`: its title; the rest as of `engine.dispatch.Form`."""
 
@@ -21,7 +21,7 @@ class RegimeForm(Record):
     weights_bytes: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Figure(Record):
     """One form in one regime: its median seconds, its speed over the plan's own, and what it takes.
 
@@ -41,7 +41,7 @@ class Figure(Record):
     n_bytes: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ranked(Record):
     """A form in the order of a regime; `n_bytes` of cache and activations were taken there."""
 
@@ -49,7 +49,7 @@ class Ranked(Record):
     n_bytes: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class RegimeCell(Record):
     """One regime.
 
@@ -72,7 +72,7 @@ class RegimeCell(Record):
         return next(f for f in self.figures if f.form == form)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Regimes(Record):
     """The map.
 

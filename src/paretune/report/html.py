@@ -13,31 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from paretune import files
-from paretune.records.record import from_json
+from paretune.records.explanation import Explanation
+from paretune.records.record import to_json
 from paretune.records.regimes import Regimes
+from paretune.records.tune import TuneResult
 from paretune.report import plots, regimes, words
-from paretune.report.tables import (
-    DEFINITIONS,
-    EXCLUDED_COLUMNS,
-    PEER_COLUMNS,
-    TRIAL_COLUMNS,
-    Column,
-    Row,
-    columns_of,
-    definitions_of,
-    peer_rows,
-    trial_rows,
-)
+from paretune.report.tables import DEFINITIONS, Column, Row, columns_of, definitions_of
+from paretune.report.trials import EXCLUDED_COLUMNS, PEER_COLUMNS, TRIAL_COLUMNS, TrialRow, peer_lines, trial_rows
 from paretune.report.units import (
     NOT_MEASURED,
-    dig,
     format_count,
     format_number,
     format_percent,
     format_rate,
     format_sec,
     format_value,
-    number,
     plain,
 )
 
@@ -83,20 +73,20 @@ def _cell(text: str, kind: str, label: str, under: str = "", span: int = 1) -> d
     return {"text": text, "kind": kind, "label": label, "under": under, "span": span}
 
 
-def _trial_grid(rows: Sequence[Row]) -> dict[str, Any]:
+def _trial_grid(rows: Sequence[TrialRow]) -> dict[str, Any]:
     """The table of trials: the cause stands in the row where the numbers would be, never off the screen."""
     chosen = columns_of(rows, [c for c in TRIAL_COLUMNS if c.key != "cause"])
     grid = _grid(rows, chosen)
     for row, line in zip(rows, grid["lines"], strict=True):
         name, result, *values = line["cells"]
         result["kind"] = "result"
-        if row["status"] == "measured":
-            result["under"] = row["cause"]
+        if row.status == "measured":
+            result["under"] = row.cause
             for cell, column in zip(values, chosen[2:], strict=True):
                 if column.key == "ppl_increase":
                     cell["kind"] = "loss"
         else:
-            whole = _cell(f"{NOT_MEASURED}: {row['cause']}", "cause", "Cause", span=len(values))
+            whole = _cell(f"{NOT_MEASURED}: {row.cause}", "cause", "Cause", span=len(values))
             line["cells"] = [name, result, whole]
     return grid
 
@@ -134,78 +124,76 @@ def _pairs(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return out
 
 
-def _why(result: words.Result) -> list[dict[str, Any]]:
+def _why(result: TuneResult) -> list[dict[str, Any]]:
     """What the winner and the baseline are bound by, and the proof that the changes took effect."""
     blocks = []
-    winner, baseline = words.find_trial(result, "winner_id"), words.find_trial(result, "baseline_id")
+    winner, baseline = result.winner, result.baseline
     for role, trial in (("", winner), ("the baseline", baseline)):
         if trial is None or (role and trial is winner):
             continue
-        share = number(trial.get("mbu"))
+        found, name = trial.measured, plain(trial.name)
         mbu = None
-        if share is not None:
+        if found and found.mbu is not None:
             mbu = (
-                f"Each output token reads the weights and the cache at {format_percent(share)} of the read "
+                f"Each output token reads the weights and the cache at {format_percent(found.mbu)} of the read "
                 "bandwidth that this machine delivers; near 100 % only fewer bytes can make it faster."
             )
-        name = words.name_of(trial)
         blocks.append(
             {
                 "name": name if not role or name.lower() == "baseline" else f"{name} ({role})",
-                "bound_by": plain(trial["bound_by"]).rstrip(".") if trial.get("bound_by") else None,
+                "bound_by": plain(found.bound_by).rstrip(".") if found and found.bound_by else None,
                 "mbu": mbu,
-                "explanations": _sentences(trial),
-                "proof": [plain(s) for s in trial.get("proof") or []],
+                "explanations": _sentences(found.explanations) if found else [],
+                "proof": [plain(s) for s in found.proof] if found else [],
             }
         )
     return blocks
 
 
-def _sentences(trial: words.Trial) -> list[str]:
+def _sentences(explanations: Sequence[Explanation]) -> list[str]:
     """The explanations; where no rule fired, the roofline's own sentence stands above already."""
-    found = [e for e in trial.get("explanations") or [] if e.get("cause") != "no single cause"]
-    return [plain(e["text"]) for e in found if e.get("text")]
+    return [plain(e.text) for e in explanations if e.cause != "no single cause"]
 
 
-def _details(result: words.Result) -> list[dict[str, Any]]:
+def _details(result: TuneResult) -> list[dict[str, Any]]:
     """Everything else that is known of a measured trial."""
     out = []
-    for trial in result.get("trials") or []:
-        if trial.get("status") != "measured":
+    for trial in result.trials:
+        found = trial.measured
+        if found is None:
             continue
-        pairs = _pairs(trial.get("memory") or {})
-        quality = trial.get("quality") or {}
+        pairs, quality = _pairs(to_json(found.memory)), found.quality
+        if quality is not None:
+            pairs += [
+                ("perplexity", format_number(quality.perplexity)),
+                ("perplexity of the baseline", format_number(quality.baseline_perplexity)),
+                ("mean KL divergence from the baseline", format_number(quality.kl_mean)),
+                ("same most likely token as the baseline", format_percent(quality.top1_agreement)),
+            ]
         pairs += [
-            ("perplexity", format_number(quality.get("perplexity"))),
-            ("perplexity of the baseline", format_number(quality.get("baseline_perplexity"))),
-            ("mean KL divergence from the baseline", format_number(quality.get("kl_mean"))),
-            ("same most likely token as the baseline", format_percent(quality.get("top1_agreement"))),
-            ("time to load", format_sec(trial.get("load_sec"))),
-            ("time to compile", format_sec(trial.get("compile_sec"))),
-            ("pays back after (output tokens)", format_number(trial.get("break_even_tokens"))),
-            ("bound by", plain(trial.get("bound_by") or NOT_MEASURED)),
-            ("checked", "; ".join(plain(s) for s in trial.get("proof") or []) or "nothing to check"),
-            ("recipe", json.dumps(trial.get("recipe"), sort_keys=True, default=str)),
+            ("time to load", format_sec(found.load_sec)),
+            ("time to compile", format_sec(found.compile_sec)),
+            ("pays back after (output tokens)", format_number(found.break_even_tokens)),
+            ("bound by", plain(found.bound_by or NOT_MEASURED)),
+            ("checked", "; ".join(plain(s) for s in found.proof) or "nothing to check"),
+            ("recipe", json.dumps(trial.recipe, sort_keys=True, default=str)),
         ]
         # What a reader can do nothing with is left out: the table already says which parts were not measured.
         kept = [(key, text) for key, text in pairs if text != NOT_MEASURED]
-        out.append({"name": words.name_of(trial), "pairs": kept})
+        out.append({"name": plain(trial.name), "pairs": kept})
     return out
 
 
-def _machine(result: words.Result) -> list[tuple[str, str]]:
-    pairs = _pairs(result.get("hardware") or {})
-    rates = result.get("matrix_rates") or {}
+def _machine(result: TuneResult) -> list[tuple[str, str]]:
+    pairs = _pairs(to_json(result.hardware))
     pairs += [
         (f"matrix products in {plain(dtype)}, measured", format_rate(rate, "FLOP/s"))
-        for dtype, rate in rates.items()
-        if number(rate) is not None
+        for dtype, rate in result.matrix_rates.items()
     ]
-    sweep = dig(result, "bandwidth", "sweep") or []
-    largest = max(sweep, key=lambda p: (number(p.get("bytes")) or 0, number(p.get("n_threads")) or 0), default=None)
+    largest = max(result.bandwidth.sweep, key=lambda p: (p.bytes, p.n_threads), default=None)
     if largest:
-        size = format_value("bytes", largest.get("bytes"))
-        pairs.append((f"read bandwidth at {size}, measured", format_rate(largest.get("bytes_per_sec"))))
+        size = format_value("bytes", largest.bytes)
+        pairs.append((f"read bandwidth at {size}, measured", format_rate(largest.bytes_per_sec)))
     return pairs
 
 
@@ -220,42 +208,39 @@ def _regimes(found: Regimes) -> dict[str, Any]:
     }
 
 
-def _context(result: words.Result) -> dict[str, Any]:
+def _context(result: TuneResult) -> dict[str, Any]:
     """All that the template prints, already in words."""
     rows = trial_rows(result)
-    late = [r for r in rows if r["status"] == "not_reached"]
-    excluded = [r for r in rows if r["status"] == "excluded"]
-    peers = peer_rows(result)
-    by_regime = result.get("regimes")
+    late = [r for r in rows if r.status == "not_reached"]
+    excluded = [r for r in rows if r.status == "excluded"]
+    peers = peer_lines(result)
     fold = len(late) > _MAX_LATE
-    shown = [r for r in rows if r["status"] != "excluded" and not (fold and r["status"] == "not_reached")]
-    model = dict(result.get("model") or {})
-    model_name = plain(model.get("name") or "the model")
-    if number(model.get("n_parameters")) is not None:
-        model["n_parameters"] = format_count(model["n_parameters"])
+    shown = [r for r in rows if r.status != "excluded" and not (fold and r.status == "not_reached")]
+    model_name = plain(result.model.name)
+    model = to_json(result.model) | {"n_parameters": format_count(result.model.n_parameters)}
     origin = [
-        ("command", plain(result.get("command") or "not recorded")),
-        ("seed", plain(result.get("seed"))),
-        ("raw samples", plain(result.get("samples_file") or "not kept")),
+        ("command", plain(result.command)),
+        ("seed", plain(result.seed)),
+        ("raw samples", plain(result.samples_file)),
     ]
-    origin += [(f"version of {plain(k)}", plain(v)) for k, v in (result.get("versions") or {}).items()]
+    origin += [(f"version of {plain(k)}", plain(v)) for k, v in result.versions.items()]
     return {
         "title": f"Paretune: {model_name}",
         "model_name": model_name,
-        "created": plain(result.get("created") or "").replace("T", " ").replace("+00:00", " UTC"),
+        "created": plain(result.created).replace("T", " ").replace("+00:00", " UTC"),
         "top": words.top_of(result),
         "goal": words.goal_sentence(result),
         "cards": words.cards_of(result),
         "certainty": words.certainty_of(result),
         "pareto": _markup(plots.pareto(result)),
         "pareto_caption": plots.pareto_caption(result),
-        "table_note": _CONFIRMED_NOTE if dig(result, "confirmation", "speedup") else "",
+        "table_note": _CONFIRMED_NOTE if result.confirmation else "",
         "grid": _trial_grid(shown),
         "late": {**_trial_grid(late), "definitions": {}} if fold else None,
         "excluded": _grid(excluded, EXCLUDED_COLUMNS) if excluded else None,
         "peers": _grid(peers, PEER_COLUMNS) if peers else None,
         "peers_text": words.peers_sentences(result) if peers else [],
-        "regimes": _regimes(from_json(Regimes, by_regime)) if by_regime else None,
+        "regimes": _regimes(result.regimes) if result.regimes else None,
         "why": _why(result),
         "latency": _markup(plots.latency_bars(result)),
         "latency_caption": _LATENCY_CAPTION,
@@ -266,18 +251,18 @@ def _context(result: words.Result) -> dict[str, Any]:
         "bandwidth": _markup(plots.bandwidth_curve(result)),
         "bandwidth_caption": _BANDWIDTH_CAPTION,
         "model": _pairs(model),
-        "again": plain(result.get("again") or result.get("command") or ""),
+        "again": plain(result.again),
         "origin": origin,
         "definitions": DEFINITIONS,
     }
 
 
-def render_report(result: Mapping[str, Any]) -> str:
+def render_report(result: TuneResult) -> str:
     """The report on `tune` as text."""
     return _environment().get_template("tune.html.j2").render(_context(result))
 
 
-def write_report(result: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_report(result: TuneResult, path: str | os.PathLike[str]) -> None:
     """Writes the report on a result of `tune` as one self-contained HTML file.
 
     Raises:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from paretune.records.tune import TuneResult
 from paretune.report.canvas import (
     BLUE,
     GREEN,
@@ -27,8 +28,8 @@ from paretune.report.canvas import (
     short,
     style,
 )
-from paretune.report.tables import Row, trial_rows
-from paretune.report.units import dig, format_bytes, format_percent, format_rate, format_sec, number
+from paretune.report.trials import TrialRow, trial_rows
+from paretune.report.units import format_bytes, format_percent, format_rate, format_sec, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,35 +42,34 @@ _MAX_BARS = 24
 # --- quality against speed ------------------------------------------------------------------------------
 
 
-def _loss_of(row: Row) -> float | None:
-    """The place on the quality axis: the baseline and what is proven lossless are at zero unless measured."""
-    if row["ppl_increase"] is None and (row["role"] == "baseline" or row["guarantee"] == "lossless"):
-        return 0.0
-    return row["ppl_increase"]
-
-
-def pareto_points(result: Mapping[str, Any]) -> list[Row]:
+def pareto_points(result: TuneResult) -> list[TrialRow]:
     """The rows that can be drawn: measured speed and known quality."""
-    rows = [r for r in trial_rows(result) if r["status"] == "measured" and r["speedup"] is not None]
-    return [{**r, "loss": _loss_of(r)} for r in rows if _loss_of(r) is not None]
+    rows = [r for r in trial_rows(result) if r.status == "measured" and r.speedup is not None]
+    return [r for r in rows if r.loss is not None]
 
 
-def frontier(points: Sequence[Row], speed: str = "speedup") -> list[Row]:
-    """The points that no other one beats in both quality and `speed`, from best quality to highest speed."""
+def _place(row: TrialRow) -> tuple[float, float]:
+    """Loss and speed-up of one of `pareto_points`."""
+    assert row.loss is not None and row.speedup is not None
+    return row.loss, row.speedup
+
+
+def frontier(points: Sequence[TrialRow]) -> list[TrialRow]:
+    """The points that no other one beats in both quality and speed, from best quality to highest speed."""
     best, out = -math.inf, []
-    for row in sorted(points, key=lambda r: (r["loss"], -r[speed])):
-        if row[speed] > best:
-            best = row[speed]
+    for row in sorted(points, key=lambda r: (_place(r)[0], -_place(r)[1])):
+        if _place(row)[1] > best:
+            best = _place(row)[1]
             out.append(row)
     return out
 
 
-def pareto_caption(result: Mapping[str, Any]) -> str:
+def pareto_caption(result: TuneResult) -> str:
     """What the picture shows and what it leaves out, in words."""
     n_drawn, rows = len(pareto_points(result)), trial_rows(result)
-    n_failed = sum(r["status"] in ("failed", "invalid") for r in rows)
-    n_late = sum(r["status"] == "not_reached" for r in rows)
-    n_excluded = sum(r["status"] == "excluded" for r in rows)
+    n_failed = sum(r.status in ("failed", "invalid") for r in rows)
+    n_late = sum(r.status == "not_reached" for r in rows)
+    n_excluded = sum(r.status == "excluded" for r in rows)
     left = [f"{n_failed} that failed"] if n_failed else []
     left += [f"{n_excluded} that cannot win by the figures"] if n_excluded else []
     left += [f"{n_late} that were not reached"] if n_late else []
@@ -84,14 +84,14 @@ def pareto_caption(result: Mapping[str, Any]) -> str:
     return text + (f" Not drawn: {', '.join(left)} (they are in the table)." if left else "")
 
 
-def _kind(row: Row) -> tuple[str, str, str]:
+def _kind(row: TrialRow) -> tuple[str, str, str]:
     """(legend, colour, marker) of a point."""
-    if row["role"] == "baseline":
+    if row.role == "baseline":
         return "baseline", INK, "s"
-    if row["role"] in ("chosen", "best so far"):
-        return row["role"], GREEN, "o"
-    word = str(row["judgement"])
-    if row["within_bound"] is False or word == "over the quality limit":
+    if row.role in ("chosen", "best so far"):
+        return row.role, GREEN, "o"
+    word = str(row.judgement)
+    if row.within_bound is False or word == "over the quality limit":
         return "over the quality limit", RED, "^"
     if word == "did not hold":
         return "did not hold when confirmed", RED, "v"
@@ -100,7 +100,7 @@ def _kind(row: Row) -> tuple[str, str, str]:
     return "slower or no clear difference", GREY, "D"
 
 
-def pareto(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
+def pareto(result: TuneResult, fmt: str = "svg") -> bytes:
     """Quality loss (x) against speed-up (y), with intervals, the frontier, the baseline and the limit."""
     with style("pareto"):
         figure = new_figure(5.2)
@@ -109,18 +109,18 @@ def pareto(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
         if not points:
             say_empty(figure, axes, "No candidate has both a measured speed and a measured quality.")
             return save(figure, fmt, "Quality loss against speed-up: nothing measured")
-        _draw_pareto(figure, axes, points, number(dig(result, "goal", "max_ppl_increase")))
+        _draw_pareto(figure, axes, points, result.goal.max_ppl_increase)
         return save(figure, fmt, "Quality loss against speed-up of every measured candidate")
 
 
-def _scale_pareto(axes: Axes, points: Sequence[Row], limit: float | None) -> None:
+def _scale_pareto(axes: Axes, points: Sequence[TrialRow], limit: float) -> None:
     """Axes on which both the limit and the far-away points can be seen."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    xs = [x for r in points for x in (r["loss"], r["ppl_increase_upper"]) if x is not None]
-    xs += [limit] if limit is not None else []
-    ys = [y for r in points for y in (r["speedup"], r["speedup_low"], r["speedup_high"]) if y is not None and y > 0]
-    step = limit if limit else max([abs(x) for x in xs] or [0]) or 0.01
+    xs = [x for r in points for x in (r.loss, r.ppl_increase_upper) if x is not None]
+    xs.append(limit)
+    ys = [y for r in points for y in (r.speedup, r.speedup_low, r.speedup_high) if y is not None and y > 0]
+    step = limit or max(abs(x) for x in xs) or 0.01
     right, left = max(*xs, step), min(*xs, 0.0)
     if right > 6 * step:
         # Even steps up to the limit, powers of ten beyond: a broken model must not squeeze the others flat.
@@ -144,33 +144,32 @@ def _scale_pareto(axes: Axes, points: Sequence[Row], limit: float | None) -> Non
     axes.yaxis.set_major_formatter(formatter(lambda v: f"{v:.3g}x"))
 
 
-def _draw_pareto(figure: Figure, axes: Axes, points: Sequence[Row], limit: float | None) -> None:
+def _draw_pareto(figure: Figure, axes: Axes, points: Sequence[TrialRow], limit: float) -> None:
     _scale_pareto(axes, points, limit)
     axes.grid(True)
     axes.set_xlabel("Quality loss: increase of perplexity over the baseline (left is better)")
     axes.set_ylabel("Speed-up over the baseline (up is faster)")
     axes.axhline(1.0, color=GREY, lw=1)
     axes.axvline(0.0, color=GREY, lw=1)
-    if limit is not None:
-        axes.axvline(limit, color=RED, lw=1.4, ls="--")
-        axes.axvspan(limit, axes.get_xlim()[1], color=RED, alpha=0.06, lw=0)
+    axes.axvline(limit, color=RED, lw=1.4, ls="--")
+    axes.axvspan(limit, axes.get_xlim()[1], color=RED, alpha=0.06, lw=0)
     front = frontier(points)
-    axes.plot([r["loss"] for r in front], [r["speedup"] for r in front], color=GREEN, lw=1.5, alpha=0.7)
-    largest = max([r["weights_bytes"] or 0 for r in points]) or 1.0
+    axes.plot(*zip(*map(_place, front), strict=True), color=GREEN, lw=1.5, alpha=0.7)
+    largest = max([r.weights_bytes or 0 for r in points]) or 1.0
     radii = []
     for row in points:
         legend, colour, marker = _kind(row)
-        x, y = row["loss"], row["speedup"]
-        area = 40 + 150 * (row["weights_bytes"] or 0.3 * largest) / largest
+        x, y = _place(row)
+        area = 40 + 150 * (row.weights_bytes or 0.3 * largest) / largest
         radii.append(math.sqrt(area) / 2)
-        upper = row["ppl_increase_upper"]
+        upper = row.ppl_increase_upper
         if upper is not None and upper > x:
             axes.plot([x, upper], [y, y], color=colour, lw=1.1, alpha=0.8)
-        if row["speedup_low"] is not None and row["speedup_high"] is not None:
-            axes.plot([x, x], [row["speedup_low"], row["speedup_high"]], color=colour, lw=1.1, alpha=0.8)
+        if row.speedup_low is not None and row.speedup_high is not None:
+            axes.plot([x, x], [row.speedup_low, row.speedup_high], color=colour, lw=1.1, alpha=0.8)
         # An open square lets the candidates that change nothing show through; a ring marks the chosen one.
-        face = "none" if row["role"] == "baseline" else colour
-        edge, width = (INK, 1.8) if row["role"] else (colour, 0.5)
+        face = "none" if row.role == "baseline" else colour
+        edge, width = (INK, 1.8) if row.role else (colour, 0.5)
         style_of: dict[str, Any] = {"marker": marker, "facecolor": face, "edgecolor": edge, "lw": width}
         axes.scatter([x], [y], s=area, alpha=0.85, label=legend, zorder=3, **style_of)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -186,56 +185,55 @@ def _draw_pareto(figure: Figure, axes: Axes, points: Sequence[Row], limit: float
 
 
 def _label_pareto(
-    axes: Axes, points: Sequence[Row], front: Sequence[Row], radii: Sequence[float], limit: float | None
+    axes: Axes, points: Sequence[TrialRow], front: Sequence[TrialRow], radii: Sequence[float], limit: float
 ) -> None:
     to_pixels = axes.transData.transform
     frame = axes.get_window_extent()
     hard: list[Box] = []
     soft: list[Box] = []
     for row, radius in zip(points, radii, strict=True):
-        x, y = to_pixels((row["loss"], row["speedup"]))
+        x, y = to_pixels(_place(row))
         hard.append((x - radius, y - radius, x + radius, y + radius))
-        if row["ppl_increase_upper"] is not None:
-            hard.append((x, y - 1, to_pixels((row["ppl_increase_upper"], row["speedup"]))[0], y + 1))
-        if row["speedup_low"] is not None and row["speedup_high"] is not None:
-            low, high = (to_pixels((row["loss"], row[k]))[1] for k in ("speedup_low", "speedup_high"))
+        if row.ppl_increase_upper is not None:
+            hard.append((x, y - 1, to_pixels((row.ppl_increase_upper, _place(row)[1]))[0], y + 1))
+        if row.speedup_low is not None and row.speedup_high is not None:
+            low, high = (to_pixels((_place(row)[0], end))[1] for end in (row.speedup_low, row.speedup_high))
             hard.append((x - 1, low, x + 1, high))
     _, y = to_pixels((0.0, 1.0))
     soft.append((frame.x0, y - 1, frame.x1, y + 1))
-    corners = [to_pixels((r["loss"], r["speedup"])) for r in front]
+    corners = [to_pixels(_place(r)) for r in front]
     for (x0, y0), (x1, y1) in pairwise(corners):
         for i in range(n_steps := max(2, int(math.hypot(x1 - x0, y1 - y0) / 4))):
             x, y = x0 + (x1 - x0) * i / n_steps, y0 + (y1 - y0) * i / n_steps
             soft.append((x - 2, y - 2, x + 2, y + 2))
-    if limit is not None:
-        x = to_pixels((limit, 1.0))[0]
-        look: dict[str, Any] = {"va": "top", "color": RED, "fontsize": 10}
-        text = axes.annotate(f"limit {format_percent(limit)}", (x + 5, frame.y1 - 2), xycoords="figure points", **look)
-        extent = text.get_window_extent(axes.figure.canvas.get_renderer())  # type: ignore[attr-defined]
-        hard.append((extent.x0, extent.y0, extent.x1, extent.y1))
-        soft.append((x - 1, frame.y0, x + 1, frame.y1))
+    x = to_pixels((limit, 1.0))[0]
+    look: dict[str, Any] = {"va": "top", "color": RED, "fontsize": 10}
+    text = axes.annotate(f"limit {format_percent(limit)}", (x + 5, frame.y1 - 2), xycoords="figure points", **look)
+    extent = text.get_window_extent(axes.figure.canvas.get_renderer())  # type: ignore[attr-defined]
+    hard.append((extent.x0, extent.y0, extent.x1, extent.y1))
+    soft.append((x - 1, frame.y0, x + 1, frame.y1))
     front_ids = {id(r) for r in front}
     order = sorted(
         range(len(points)),
-        key=lambda i: (points[i]["role"] == "", id(points[i]) not in front_ids, -points[i]["speedup"]),
+        key=lambda i: (points[i].role == "", id(points[i]) not in front_ids, -_place(points[i])[1]),
     )
     entries = []
     for i in order:
         row = points[i]
-        x, y = to_pixels((row["loss"], row["speedup"]))
-        name = "baseline" if row["role"] == "baseline" else short(row["name"], 34)
-        entries.append((float(x), float(y), radii[i], name, row["role"] in ("chosen", "best so far")))
+        x, y = to_pixels(_place(row))
+        name = "baseline" if row.role == "baseline" else short(row.name, 34)
+        entries.append((float(x), float(y), radii[i], name, row.role in ("chosen", "best so far")))
     place_labels(axes, entries, hard, soft)
 
 
 # --- bars and curves --------------------------------------------------------------------------------------
 
 
-def latency_bars(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
+def latency_bars(result: TuneResult, fmt: str = "svg") -> bytes:
     """Time per output token and time to first token of every measured candidate, fastest first."""
-    rows = [r for r in trial_rows(result) if r["tpot_sec"] is not None or r["ttft_sec"] is not None]
-    rows.sort(key=lambda r: (r["tpot_sec"] is None, r["tpot_sec"] or r["ttft_sec"] or 0.0))
-    kept = [r for i, r in enumerate(rows) if i < _MAX_BARS or r["role"]]
+    rows = [r for r in trial_rows(result) if r.tpot_sec is not None or r.ttft_sec is not None]
+    rows.sort(key=lambda r: (r.tpot_sec is None, r.tpot_sec or r.ttft_sec or 0.0))
+    kept = [r for i, r in enumerate(rows) if i < _MAX_BARS or r.role]
     with style("latency"):
         figure = new_figure(1.1 + 0.42 * max(2, len(kept)))
         panels = figure.subplots(1, 2, sharey=True)
@@ -243,19 +241,19 @@ def latency_bars(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
             say_empty(figure, panels[0], "No candidate has a measured time.")
             panels[1].set_axis_off()
             return save(figure, fmt, "Times: nothing measured")
-        for axes, key, title in (
-            (panels[0], "tpot_sec", "Time per output token (TPOT)"),
-            (panels[1], "ttft_sec", "Time to first token (TTFT)"),
+        for axes, values, title in (
+            (panels[0], [r.tpot_sec for r in kept], "Time per output token (TPOT)"),
+            (panels[1], [r.ttft_sec for r in kept], "Time to first token (TTFT)"),
         ):
-            longest = max([r[key] or 0.0 for r in kept]) or 1.0
-            for i, row in enumerate(kept):
-                value, colour = row[key], _kind(row)[1]
+            longest = max(value or 0.0 for value in values) or 1.0
+            for i, (row, value) in enumerate(zip(kept, values, strict=True)):
+                colour = _kind(row)[1]
                 axes.barh(i, value or 0.0, height=0.32, color=GREY if colour == INK else colour)
-                name = short(row["name"], 40)
-                if row["role"] == "chosen" or row["within_bound"] is False or row["judgement"] == "did not hold":
-                    name += f" ({row['judgement']})"
+                name = short(row.name, 40)
+                if row.role == "chosen" or row.within_bound is False or row.judgement == "did not hold":
+                    name += f" ({row.judgement})"
                 if axes is panels[0]:
-                    axes.text(0, i - 0.2, name, va="bottom", fontsize=10, fontweight="bold" if row["role"] else None)
+                    axes.text(0, i - 0.2, name, va="bottom", fontsize=10, fontweight="bold" if row.role else None)
                 axes.text((value or 0.0) + 0.015 * longest, i, format_sec(value), va="center", fontsize=10)
             axes.set_xlim(0, 1.25 * longest)
             axes.set_ylim(len(kept) - 0.5, -0.8)
@@ -299,15 +297,14 @@ def _round(text: str) -> str:
     return re.sub(r"\.0+ ", " ", text)
 
 
-def bandwidth_curve(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
+def bandwidth_curve(result: TuneResult, fmt: str = "svg") -> bytes:
     """Measured read bandwidth over the size of the data, and where baseline and winner stand on it."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    by_threads: dict[Any, list[tuple[float, float]]] = {}
-    for point in dig(result, "bandwidth", "sweep") or []:
-        size, rate = number(point.get("bytes")), number(point.get("bytes_per_sec"))
-        if size and rate:
-            by_threads.setdefault(point.get("n_threads"), []).append((size, rate))
+    by_threads: dict[int, list[tuple[int, float]]] = {}
+    for point in result.bandwidth.sweep:
+        if point.bytes and point.bytes_per_sec:
+            by_threads.setdefault(point.n_threads, []).append((point.bytes, point.bytes_per_sec))
     with style("bandwidth"):
         figure = new_figure(3.6)
         axes = figure.add_subplot()
@@ -315,13 +312,13 @@ def bandwidth_curve(result: Mapping[str, Any], fmt: str = "svg") -> bytes:
             say_empty(figure, axes, "The read bandwidth was not measured.")
             return save(figure, fmt, "Read bandwidth: not measured")
         axes.set_xscale("log")
-        for i, (n_threads, line) in enumerate(sorted(by_threads.items(), key=lambda item: number(item[0]) or 0)):
+        for i, (n_threads, line) in enumerate(sorted(by_threads.items())):
             colour, marker = _LINE_STYLES[i % len(_LINE_STYLES)]
             line.sort()
             legend = "one thread" if n_threads == 1 else f"{n_threads} threads" if n_threads else "all threads"
             axes.plot(*zip(*line, strict=True), color=colour, marker=marker, ms=5, label=legend)
         axes.set_ylim(0, 1.18 * max(rate for line in by_threads.values() for _, rate in line))
-        marks = {r["role"]: r["weights_bytes"] for r in trial_rows(result) if r["role"] and r["weights_bytes"]}
+        marks = {r.role: r.weights_bytes for r in trial_rows(result) if r.role and r.weights_bytes}
         for role, size in marks.items():
             label = "weights of the baseline" if role == "baseline" else "weights of the chosen one"
             axes.axvline(size, color=INK if role == "baseline" else GREEN, lw=1.4, ls="--", label=label)

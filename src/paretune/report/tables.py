@@ -18,7 +18,6 @@ from typing import Any
 from paretune.report.units import (
     DEFINITIONS,
     NOT_MEASURED,
-    dig,
     format_bytes,
     format_count,
     format_number,
@@ -34,15 +33,12 @@ from paretune.report.units import (
 __all__ = [
     "DEFINITIONS",
     "NOT_MEASURED",
-    "PEER_COLUMNS",
-    "SHORT_COLUMNS",
-    "TRIAL_COLUMNS",
+    "STATUS_WORDS",
     "Column",
     "Row",
     "as_column",
     "columns_of",
     "definitions_of",
-    "dig",
     "format_bytes",
     "format_count",
     "format_number",
@@ -52,18 +48,15 @@ __all__ = [
     "format_sec",
     "format_value",
     "number",
-    "peer_rows",
     "plain",
     "to_csv",
     "to_markdown",
     "to_text",
-    "trial_rows",
-    "winner_role",
 ]
 
 Row = Any  # a dict, or a record whose fields a column names: "decode.n" is a field of a field
 
-_STATUS_WORDS = {
+STATUS_WORDS = {
     "faster": "faster",
     "slower": "slower",
     "indistinguishable": "no difference beyond noise",
@@ -150,206 +143,6 @@ def columns_of(rows: Sequence[Row], columns: Sequence[Column | str] | None = Non
     return out
 
 
-# --- the rows of `tune` -----------------------------------------------------------------------------------
-
-
-def _judgement(trial: Mapping[str, Any], role: str) -> str:
-    """What became of a trial, in words."""
-    if role == "baseline":
-        return "baseline"
-    if word := dig(trial, "standing", "word"):
-        return plain(word)
-    status = trial.get("status")  # a file of an earlier version
-    if status != "measured":
-        return {"failed": "failed", "invalid": "invalid", "not_reached": "not reached"}.get(str(status), plain(status))
-    if role in ("chosen", "best so far"):
-        return role
-    if dig(trial, "quality", "within_bound") is False:
-        return "over the quality limit"
-    return _STATUS_WORDS.get(str(dig(trial, "speedup", "verdict")), NOT_MEASURED)
-
-
-def _cause(trial: Mapping[str, Any], limit: Any) -> str:
-    """Why a trial was not taken, in words; empty for one that measured well."""
-    if trial.get("reason") or dig(trial, "standing", "why"):
-        return plain(trial.get("reason") or trial["standing"]["why"])
-    status = trial.get("status")
-    if status == "not_reached":
-        return "the time budget ended before its turn"
-    if status != "measured":
-        return "the cause was not recorded"
-    if dig(trial, "quality", "within_bound") is False:
-        upper = dig(trial, "quality", "ppl_increase_upper")
-        return f"perplexity may rise by up to {format_percent(upper)}; the limit is {format_percent(limit)}"
-    return ""
-
-
-def winner_role(result: Mapping[str, Any]) -> str:
-    """What the trial named by `winner_id` is: chosen, or the best so far of an unfinished search."""
-    return "chosen" if result.get("outcome") == "winner" else "best so far"
-
-
-def trial_rows(result: Mapping[str, Any]) -> list[Row]:
-    """One flat row per trial: the winner, then by speed-up, then what failed, was excluded, was not reached."""
-    limit = dig(result, "goal", "max_ppl_increase")
-    rows: list[Row] = []
-    for trial in result.get("trials") or []:
-        role = ""
-        if trial.get("id") is not None and trial.get("id") == result.get("baseline_id"):
-            role = "baseline"
-        elif trial.get("id") is not None and trial.get("id") == result.get("winner_id"):
-            role = winner_role(result)
-        speedup, quality, memory = (trial.get(k) or {} for k in ("speedup", "quality", "memory"))
-        is_reference = role == "baseline" and trial.get("status") == "measured"
-        rows.append(
-            {
-                "id": trial.get("id"),
-                "name": plain(trial.get("name") or trial.get("id") or "unnamed"),
-                "role": role,
-                "status": trial.get("status"),
-                "judgement": _judgement(trial, role),
-                # The baseline is the unit of this scale, whether or not the producer wrote it down.
-                "speedup": number(speedup.get("value")) if speedup else (1.0 if is_reference else None),
-                "speedup_low": number(speedup.get("low")),
-                "speedup_high": number(speedup.get("high")),
-                "n_blocks": speedup.get("n_blocks"),
-                "tpot_sec": number(trial.get("tpot_sec")),
-                "ttft_sec": number(trial.get("ttft_sec")),
-                "weights_bytes": number(memory.get("weights_bytes")),
-                "kv_cache_bytes": number(memory.get("kv_cache_bytes")),
-                "activation_peak_bytes": number(memory.get("activation_peak_bytes")),
-                "rss_peak_bytes": number(memory.get("rss_peak_bytes")),
-                "perplexity": number(quality.get("perplexity")),
-                "ppl_increase": number(quality.get("ppl_increase")),
-                "ppl_increase_upper": number(quality.get("ppl_increase_upper")),
-                "kl_mean": number(quality.get("kl_mean")),
-                "top1_agreement": number(quality.get("top1_agreement")),
-                "within_bound": quality.get("within_bound"),
-                "guarantee": trial.get("label"),
-                "load_sec": number(trial.get("load_sec")),
-                "compile_sec": number(trial.get("compile_sec")),
-                "break_even_tokens": number(trial.get("break_even_tokens")),
-                "mbu": number(trial.get("mbu")),
-                "cause": _cause(trial, limit),
-            }
-        )
-    order = {"measured": 1, "failed": 2, "invalid": 2, "excluded": 3, "not_reached": 4}
-
-    def key(row: Row) -> tuple[int, float, str]:
-        rank = 0 if row["role"] in ("chosen", "best so far") else order.get(str(row["status"]), 2)
-        return rank, -(row["speedup"] or 0.0), row["name"]
-
-    return sorted(rows, key=key)
-
-
-def _speed_cell(row: Row) -> str:
-    if row.get("role") == "baseline" and row.get("speedup") is not None:
-        return f"{format_ratio(row['speedup'])} (reference)"
-    return format_ratio(row.get("speedup"), row.get("speedup_low"), row.get("speedup_high"))
-
-
-def _quality_cell(row: Row) -> str:
-    if row.get("role") == "baseline":
-        return "none (reference)"
-    if row.get("ppl_increase") is None:
-        return "none (lossless)" if row.get("guarantee") == "lossless" else NOT_MEASURED
-    middle, upper = (format_percent(row.get(k), signed=True) for k in ("ppl_increase", "ppl_increase_upper"))
-    return middle if row.get("ppl_increase_upper") is None or upper == middle else f"{middle}, at most {upper}"
-
-
-def _guarantee_cell(row: Row) -> str:
-    if row.get("guarantee") == "bounded" and row.get("within_bound") is False:
-        return "none"  # "bounded" would promise what the measurement refuted
-    return row.get("guarantee") or "-"
-
-
-TRIAL_COLUMNS: tuple[Column, ...] = (
-    Column("name", "Candidate", numeric=False, term="Baseline"),
-    Column("judgement", "Result", numeric=False),
-    Column("speedup", "Speed-up", _speed_cell, term="Speed-up"),
-    Column("tpot_sec", "TPOT", term="TPOT"),
-    Column("ttft_sec", "TTFT", term="TTFT"),
-    Column("weights_bytes", "Weights", term="Weights"),
-    Column("rss_peak_bytes", "Peak memory", term="Peak memory"),
-    Column("ppl_increase", "Quality loss", _quality_cell, term="Quality loss"),
-    Column("guarantee", "Guarantee", _guarantee_cell, numeric=False, term="Guarantee"),
-    Column("cause", "Cause", lambda r: r.get("cause") or "-", numeric=False),
-)
-
-EXCLUDED_COLUMNS: tuple[Column, ...] = (TRIAL_COLUMNS[0], Column("cause", "Why it cannot win", numeric=False))
-
-# What fits on a terminal; the file beside it and the report hold the rest.
-SHORT_COLUMNS: tuple[Column, ...] = (
-    *(c for c in TRIAL_COLUMNS if c.key in ("name", "judgement", "speedup", "tpot_sec")),
-    Column("ppl_increase_upper", "Loss at most", term="Quality loss"),
-    TRIAL_COLUMNS[-1],
-)
-
-
-# --- the peers of `tune` ----------------------------------------------------------------------------------
-
-
-def peer_rows(result: Mapping[str, Any]) -> list[Row]:
-    """What the plan runs, the baseline, then one row a peer; none where no peer was asked for."""
-    measured, peers = result.get("peers_measured") or {}, result.get("peers") or []
-    if not peers:
-        return []
-    ours, base = number(measured.get("reference_sec")), number(measured.get("baseline_sec"))
-    rows: list[Row] = [
-        {"engine": f"{plain(measured.get('reference'))} (ours)", "judgement": "the plan", "seconds": ours, "cause": ""}
-    ]
-    if base is not None and base != ours:
-        rows.append({"engine": "baseline (ours)", "judgement": "-", "seconds": base, "cause": ""})
-        rows[-1]["ratio"] = base / ours if ours else None
-    for peer in peers:
-        ratio, agreement = peer.get("ratio") or {}, peer.get("agreement") or {}
-        status = "not reached" if peer.get("status") == "not_reached" else plain(peer.get("status"))
-        rows.append(
-            {
-                "engine": plain(peer.get("engine")),
-                "version": peer.get("version"),
-                "judgement": _STATUS_WORDS.get(str(peer.get("verdict")), status),
-                "seconds": number(peer.get("seconds")),
-                **{f"ratio{end}": number(ratio.get(key)) for end, key in _ENDS},
-                "top1_share": number(agreement.get("top1_share")),
-                "logits_rel_rms": number(agreement.get("logits_rel_rms")),
-                "perplexity": number(peer.get("perplexity")),
-                "ppl_increase_upper": number(peer.get("ppl_increase_upper")),
-                "keeps_bound": {True: "yes", False: "no", None: "not known"}.get(peer.get("keeps_bound"), "-"),
-                "cause": plain(peer.get("cause") or ""),
-            }
-        )
-    return rows
-
-
-_ENDS = (("", "value"), ("_low", "low"), ("_high", "high"))
-
-
-def _share_cell(key: str) -> Callable[[Row], str]:
-    return lambda row: "-" if row.get(key) is None else format_percent(row[key])
-
-
-def _peer_ratio_cell(row: Row) -> str:
-    return "-" if row.get("ratio") is None else format_ratio(*(row.get(f"ratio{end}") for end, _ in _ENDS))
-
-
-PEER_COLUMNS: tuple[Column, ...] = (
-    Column("engine", "Engine", numeric=False),
-    Column("judgement", "Against the plan", numeric=False),
-    Column("ratio", "Plan's speed over it", _peer_ratio_cell),
-    Column("seconds", "Time", lambda row: "-" if row.get("seconds") is None else format_sec(row["seconds"])),
-    Column("top1_share", "Same top token", _share_cell("top1_share")),
-    Column("logits_rel_rms", "Logit error", _share_cell("logits_rel_rms")),
-    Column(
-        "perplexity", "Perplexity", lambda row: "-" if row.get("perplexity") is None else f"{row['perplexity']:.4g}"
-    ),
-    Column("ppl_increase_upper", "Loss at most", _share_cell("ppl_increase_upper")),
-    Column("keeps_bound", "Keeps the bound", lambda row: plain(row.get("keeps_bound") or "-"), numeric=False),
-    Column("version", "Version", lambda row: plain(row.get("version") or "-"), numeric=False),
-    Column("cause", "Cause", lambda row: row.get("cause") or "-", numeric=False),
-)
-
-
 # --- tables -----------------------------------------------------------------------------------------------
 
 
@@ -380,7 +173,8 @@ def to_csv(rows: Sequence[Row], columns: Sequence[Column | str] | None = None) -
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(keys)
-    writer.writerows([["" if row.get(k) is None else row[k] for k in keys] for row in rows])
+    values = [[value_of(row, key) for key in keys] for row in rows]
+    writer.writerows([["" if value is None else value for value in line] for line in values])
     return out.getvalue()
 
 

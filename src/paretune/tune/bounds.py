@@ -67,7 +67,7 @@ class Bounds:
         state = self.out.race.trials[self.leader]
         if self.out.goal.objective != "size" or state.facts is None:
             return None  # activations are known only after a run
-        theirs = state.facts["memory"]["weights_bytes"]
+        theirs = state.facts.memory.weights_bytes
         ours = BYTES_SLACK * self.estimator.weights_bytes(candidate.recipe)
         if ours * MIN_BYTES_GAIN < theirs:
             return None

@@ -9,8 +9,11 @@ import numpy as np
 import torch
 
 from paretune import stats
-from paretune.evaluate.fidelity import Fidelity, Scores, compare
+from paretune.evaluate.fidelity import Scores, compare
+from paretune.records.evaluation import Fidelity
 from paretune.records.judge import TOO_NOISY, judge
+from paretune.records.trial import TrialFacts
+from paretune.records.tune import Confirmation, MedianTimes, Speedup
 from paretune.tune.gate import Gate
 from paretune.tune.outcome import Outcome
 from paretune.tune.race import BASELINE
@@ -55,8 +58,8 @@ class Confirmer:
             name = out.race.trials[winner].recipe.name
             if confirmation is not None:
                 wanted = out.goal.min_speedup or 0
-                value = confirmation["speedup"]["value"]
-                if out.confirmation is None or value > out.confirmation["speedup"]["value"]:
+                value = confirmation.speedup.value or 0.0
+                if out.confirmation is None or value > (out.confirmation.speedup.value or 0.0):
                     out.winner, out.confirmation = winner, confirmation
                 out.kind = "winner" if value >= wanted else "none"
                 if out.kind == "winner":
@@ -88,7 +91,7 @@ class Confirmer:
             known = [i for i in known if not out.race.trials[i].recipe.changes_numbers]
         return max(known, key=lambda i: out.ratio(i).value, default=None)
 
-    def _confirmed(self, winner: str) -> tuple[dict[str, Any] | None, str]:
+    def _confirmed(self, winner: str) -> tuple[Confirmation | None, str]:
         """The figures of the confirmation, or why it does not hold."""
         out = self.out
         race, goal = out.race, out.goal
@@ -133,26 +136,23 @@ class Confirmer:
         facts, base_facts = sides[ours], sides[base]
         assert facts is not None and base_facts is not None
         median = {k: float(np.median(v)) for k, v in values.items()}
-        result: dict[str, Any] = {
-            "speedup": {
-                "value": speed.value,
-                "low": speed.low,
-                "high": speed.high,
-                "n_blocks": speed.n,
-                "verdict": verdict,
-            },
-            # None: held to the reference's own tokens in this process too, so there is no loss to measure.
-            "quality": None if quality is None else quality.to_json(),
-            "n_processes": len(pairs),
-            "median_sec": median,
-            "note": f"{len(pairs)} fresh {'pair' if len(pairs) == 1 else 'pairs'} of processes, fresh prompts"
+
+        def sec(side: str, of: TrialFacts, kind: str) -> float:
+            return median[side] if goal.sample_kind == kind else of.side_sec.of(kind)
+
+        confirmation = Confirmation(
+            speedup=Speedup(speed.value, speed.low, speed.high, speed.n, verdict),
+            quality=quality,
+            n_processes=len(pairs),
+            median_sec=MedianTimes(**median),
+            note=f"{len(pairs)} fresh {'pair' if len(pairs) == 1 else 'pairs'} of processes, fresh prompts"
             + ("" if quality is None else ", text that the search did not see"),
-        }
-        for kind in ("ttft", "tpot"):
-            timed = goal.sample_kind == kind
-            result[f"{kind}_sec"] = median["ours"] if timed else facts["side_sec"][kind]
-            result[f"baseline_{kind}_sec"] = median["base"] if timed else base_facts["side_sec"][kind]
-        return result, ""
+            ttft_sec=sec("ours", facts, "ttft"),
+            baseline_ttft_sec=sec("base", base_facts, "ttft"),
+            tpot_sec=sec("ours", facts, "tpot"),
+            baseline_tpot_sec=sec("base", base_facts, "tpot"),
+        )
+        return confirmation, ""
 
     def _round_sec(self, winner: str) -> float:
         """What one more round takes, from the samples of the first."""

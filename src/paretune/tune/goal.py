@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import get_args
 
 from paretune.errors import UsageError
 from paretune.measure.peers.catalogue import OURS, engines_of
+from paretune.records.tune import Objective, TuneGoal
 
-OBJECTIVES = ("tpot", "ttft", "throughput", "memory", "size")
-Objective = Literal["tpot", "ttft", "throughput", "memory", "size"]
+OBJECTIVES = get_args(Objective)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -67,33 +67,8 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """The request of one `tune` run.
-
-    Args:
-        objective: what is made small: seconds per output token, to the first token, per token of a batch; bytes of
-            weights, cache and activations; bytes of weights.
-        max_ppl_increase: largest relative increase of perplexity over the baseline; its upper bound is held to it.
-        min_speedup: what the winner has to reach at least; None asks for nothing.
-        budget_sec: for the search and the confirmation, once the machine is measured and the baseline runs.
-        input_len, output_len, batch_size: the request that is made fast.
-        regimes: grid of batch sizes and lengths (`auto`, `1,8x128,1024`) over which forms are measured for the plan's
-            table of choice; None: no such table.
-        engines: peers that the winner is compared with, `llama.cpp:Q8_0`; a text is split at its commas.
-    """
-
-    objective: Objective = "tpot"
-    max_ppl_increase: float = 0.01
-    min_speedup: float | None = None
-    budget_sec: float = 300.0
-    input_len: int = 128
-    output_len: int = 32
-    batch_size: int = 1
-    device: str = "cpu"
-    threads: int | None = None
-    seed: int = 0
-    engines: tuple[str, ...] = ()
-    regimes: str | None = None
+class Goal(TuneGoal):
+    """The request of one `tune` run, checked."""
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -130,15 +105,3 @@ class Goal:
             cure = "Leave --engine out, or --device cpu"
             raise UsageError(f"peers are measured on the CPU, not on {self.device!r}", cure)
         return names
-
-    @property
-    def sample_kind(self) -> str:
-        """What is timed (`workload.KINDS`); objectives in bytes time the decode step beside."""
-        return self.objective if self.objective in ("tpot", "ttft", "throughput") else "tpot"
-
-    @property
-    def in_bytes(self) -> bool:
-        return self.objective in ("memory", "size")
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "engines": list(self.engines)}

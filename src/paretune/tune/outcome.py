@@ -4,48 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 from paretune import hardware, stats
-from paretune.evaluate.fidelity import Fidelity
 from paretune.model.config import ModelConfig
 from paretune.recipe import Recipe
+from paretune.records.evaluation import Fidelity
+from paretune.records.explanation import Explanation
 from paretune.records.judge import judge, judge_bytes
 from paretune.records.peers import Comparison
 from paretune.records.regimes import Regimes
+from paretune.records.tune import Confirmation, OutcomeKind, Standing, Word
 from paretune.tune import space as spaces
 from paretune.tune.goal import Goal
 from paretune.tune.race import BASELINE, TWIN, Race, TrialState
 
-
-@dataclass(frozen=True)
-class Standing:
-    """Where a candidate stands.
-
-    Args:
-        word: one of `WORDS`.
-        why: the figures or the cause; empty where the word says it all.
-    """
-
-    word: str
-    why: str = ""
-
-
-WORDS = (
-    "baseline",
-    "chosen",
-    "best so far",
-    "faster, within the limit",  # measured, and its quality is known to hold
-    "faster, quality not judged",
-    "no clear difference",
-    "slower",
-    "over the quality limit",
-    "did not hold",  # won, and failed the confirmation
-    "excluded",  # cannot win, by figures
-    "failed",
-    "invalid",
-    "not reached",
-)
+WORDS = get_args(Word)
 
 
 @dataclass
@@ -59,17 +33,17 @@ class Outcome:
     space: spaces.Space
     race: Race
     ceilings: hardware.Ceilings | None = None
-    kind: str = "baseline"  # winner, baseline, none, interrupted
+    kind: OutcomeKind = "baseline"
     winner: str | None = None
     qualities: dict[str, Fidelity] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)  # over the quality limit, with the figures
     excluded: dict[str, str] = field(default_factory=dict)  # cannot win, with the figures
-    confirmation: dict[str, Any] | None = None
+    confirmation: Confirmation | None = None
     notes: list[str] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)  # won the finals and did not hold, with the cause
     too_noisy: bool = False
     peers: Comparison | None = None  # of `peers.compare`
-    explanations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # of the winner and the baseline
+    explanations: dict[str, list[Explanation]] = field(default_factory=dict)  # of the winner and the baseline
     quality_len: int = 0  # tokens of a window that quality was measured on
     scorer: str = BASELINE  # the trial that the baseline's text was scored with
     regimes: Regimes | None = None  # of `regimes.explore`
@@ -163,7 +137,4 @@ def baseline_recipe(out: Outcome) -> Recipe:
 def objective_bytes(goal: Goal, state: TrialState) -> float:
     """Stored weights ("size"), or weights, cache and activations ("memory")."""
     assert state.facts is not None
-    memory = state.facts["memory"]
-    if goal.objective == "size":
-        return memory["weights_bytes"]
-    return memory["weights_bytes"] + memory["kv_cache_bytes"] + (memory["activation_peak_bytes"] or 0)
+    return goal.bytes_of(state.facts.memory)

@@ -221,22 +221,24 @@ def _timed(out: Outcome, folder: Path, say: Callable[[str], None]) -> Comparison
             engines=engines,
         )
     except KeyboardInterrupt:
-        about.interrupted, about.elapsed_sec = True, clock.now() - started
+        about = replace(about, interrupted=True, elapsed_sec=clock.now() - started)
         return all_absent("not_reached", "the comparison was interrupted")
     except ParetuneError as error:
-        about.elapsed_sec = clock.now() - started
+        about = replace(about, elapsed_sec=clock.now() - started)
         return all_absent("failed", f"the comparison failed: {error.cause}")
     rows = {row.config: row for row in result.rows if row.role != "twin"}
-    about.elapsed_sec = clock.now() - started
-    about.too_noisy = result.too_noisy
-    about.aa_half_width = result.widest
-    about.reference_sec = _seconds(rows[name], kind)
-    about.baseline_sec = _seconds(rows[BASELINE], kind) if BASELINE in rows else None
+    about = replace(
+        about,
+        elapsed_sec=clock.now() - started,
+        too_noisy=result.too_noisy,
+        aa_half_width=result.widest,
+        reference_sec=_seconds(rows[name], kind),
+        baseline_sec=_seconds(rows[BASELINE], kind) if BASELINE in rows else None,
+    )
     told = [_row(rows[engine.name], kind) for engine in engines]
     if rows[name].status != "measured":  # nothing to compare with
-        for row in told:
-            if row.status == "measured":
-                row.status, row.cause = "failed", f"{recipe.name} failed beside it: {rows[name].cause}"
+        cause = f"{recipe.name} failed beside it: {rows[name].cause}"
+        told = [replace(row, status="failed", cause=cause) if row.status == "measured" else row for row in told]
     compared = Comparison(told, about)
     journal.record("peers", reference=recipe.hash, **to_json(compared))
     return compared
@@ -270,12 +272,17 @@ def _absent(engine: str, kind: str, status: Status, cause: str) -> PeerRow:
 
 def _row(row: BenchRow, kind: str) -> PeerRow:
     """A peer as the report has it, from its row of `bench`: the other way round, the winner over the peer."""
-    told = _absent(row.config, kind, row.status, row.cause)
-    told.version, told.seconds, told.agreement = row.engine_version, _seconds(row, kind), row.agreement
-    told.rss_peak_bytes, told.notes = row.rss_peak_bytes, list(row.notes)
+    told = replace(
+        _absent(row.config, kind, row.status, row.cause),
+        version=row.engine_version,
+        seconds=_seconds(row, kind),
+        agreement=row.agreement,
+        rss_peak_bytes=row.rss_peak_bytes,
+        notes=list(row.notes),
+    )
     phase = row.phase(PHASES[kind])
     if row.status == "measured" and phase is not None and phase.speedup:
         assert phase.verdict != "baseline", "a peer is measured beside ours"
-        told.ratio = Ratio(*(inverse(v) for v in (phase.speedup, phase.speedup_high, phase.speedup_low)))
-        told.verdict = phase.verdict or "undecided"
+        ratio = Ratio(*(inverse(v) for v in (phase.speedup, phase.speedup_high, phase.speedup_low)))
+        told = replace(told, ratio=ratio, verdict=phase.verdict or "undecided")
     return told

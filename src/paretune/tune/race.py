@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from paretune.measure.interleave import Blocks, SubjectError, run_blocks
 from paretune.measure.session import LOST, TrialProcess
 from paretune.measure.workload import Workload
 from paretune.recipe import Recipe
+from paretune.records.explanation import Explanation
+from paretune.records.record import from_json, to_json
+from paretune.records.trial import TrialFacts
 from paretune.tune.goal import Goal
 from paretune.tune.journal import Journal
 
@@ -39,9 +42,9 @@ class TrialState:
     id: str
     recipe: Recipe
     process: TrialProcess | None = None
-    facts: dict[str, Any] | None = None  # the worker's answer to `load`, `memory` and side samples
+    facts: TrialFacts | None = None
     failure: str | None = None
-    failure_kind: str = "failed"  # failed, invalid (no effect, not exact)
+    failure_kind: Literal["failed", "invalid"] = "failed"  # invalid: no effect, or not exact
     start_sec: float = 0.0
     seed: int = 0
     is_known: bool = False  # an earlier run has started it, and this one not yet
@@ -66,7 +69,8 @@ class Race:
             state = TrialState(id, recipe, seed=self.goal.seed if seed is None else seed)
             loaded, failed = self.journal.find("loaded", trial=id), self.journal.find("failed", trial=id)
             if loaded:
-                state.facts, state.start_sec, state.is_known = loaded["facts"], loaded["start_sec"], True
+                state.facts = from_json(TrialFacts, loaded["facts"], f"the journal's entry of {id}")
+                state.start_sec, state.is_known = loaded["start_sec"], True
             if failed and id not in (BASELINE, TWIN):  # without these nothing goes on: a resumed run tries them again
                 state.failure, state.failure_kind = failed["reason"], failed["kind"]
             self.trials[id] = state
@@ -108,7 +112,7 @@ class Race:
             state.is_known = False
             if state.facts is not None and not self.journal.find("loaded", trial=state.id):
                 state.start_sec = import_sec + clock.now() - began
-                self.journal.record("loaded", trial=state.id, facts=state.facts, start_sec=state.start_sec)
+                self.journal.record("loaded", trial=state.id, facts=to_json(state.facts), start_sec=state.start_sec)
 
     def _spawn(self, state: TrialState) -> TrialProcess:
         log = self.folder / "logs" / f"{state.id}.log"
@@ -149,7 +153,7 @@ class Race:
             if not warm["settled"]:
                 notes.append(f"its timings still drifted after {WARM_UP_SEC:.0f} s of warming up")
             settled = {"warm_settled": warm["settled"], "n_warm": len(warm["timings_sec"])}
-            state.facts = {**answer, "notes": notes, **settled}
+            state.facts = from_json(TrialFacts, {**answer, "notes": notes, **settled}, "its process's answer")
 
     def _guard(self, state: TrialState, act: Callable[[TrialProcess], Any]) -> Any:
         """Runs `act` on the trial's process, if it has one; what goes wrong with it is its row's cause."""
@@ -176,20 +180,20 @@ class Race:
         self.say(f"{state.recipe.name} failed: {state.failure}")
         self.stop(state.id)
 
-    def why(self, id: str, ceilings: hardware.Ceilings) -> list[dict[str, Any]] | None:
+    def why(self, id: str, ceilings: hardware.Ceilings) -> list[Explanation] | None:
         """Explanations of a trial from a quick profile in its process; None where that does not run any more.
 
         A profile that fails ends nothing: the trial has its times.
         """
         known, state = self.journal.find("why", trial=id), self.trials[id]
         if known:
-            return known["explanations"]
+            return _explanations(known)
         if state.process is None or state.facts is None:
             return None
         phase = "prefill" if self.goal.objective == "ttft" else "decode"
         state.process.resume()
         try:
-            threads = state.facts.get("threads") or {}
+            threads = state.facts.threads or {}
             answer = state.process.ask("why", phase=phase, ceilings=ceilings.to_json(), threads=threads)
         except SubjectError as error:
             self.say(f"{state.recipe.name} could not be profiled: {error}")
@@ -197,7 +201,7 @@ class Race:
             return None
         state.process.pause()
         self.journal.record("why", trial=id, explanations=answer["explanations"])
-        return answer["explanations"]
+        return _explanations(answer)
 
     def stop(self, id: str) -> None:
         state = self.trials[id]
@@ -315,6 +319,11 @@ class Race:
             state.process.pause()
             self.journal.record("scored", **about, **answer)
         return Scores.load(out)
+
+
+def _explanations(line: dict[str, Any]) -> list[Explanation]:
+    """Of an answer, or of a line of the journal."""
+    return [from_json(Explanation, one, "an explanation") for one in line["explanations"]]
 
 
 def _npy(windows: torch.Tensor) -> bytes:

@@ -94,15 +94,15 @@ def forms_of(out: Outcome) -> tuple[dict[str, Form], list[tuple[str, str]]]:
         if shares_weights(other, recipe):
             return 0
         state = known.get(other.hash)
-        return state.facts["weights_bytes"] if state and state.facts else 0
+        return state.facts.weights_bytes if state and state.facts else 0
 
-    quality = out.confirmation["quality"] if out.confirmation else None
+    quality = out.confirmation.quality if out.confirmation else None
     if not recipe.changes_numbers:
         add(Form(PLAN, recipe, "lossless"))
     else:
         assert quality is not None and name != BASELINE
         longest = out.quality_len if recipe.changes_mechanism else None
-        add(Form(PLAN, recipe, "bounded", float(quality["ppl_increase_upper"]), longest))
+        add(Form(PLAN, recipe, "bounded", float(quality.ppl_increase_upper), longest))
     for form in ATTENTION.names():
         other = _with_form(recipe, form)
         if other is None or other.hash == recipe.hash:
@@ -153,8 +153,11 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
     if out.kind == "interrupted":
         return replace(about, cause="the search was interrupted before it")
     forms, left_out = forms_of(out)
-    about.left_out = [list(pair) for pair in left_out]
-    about.forms = [RegimeForm(**{**vars(f), "recipe": f.recipe.name}) for f in forms.values()]
+    about = replace(
+        about,
+        left_out=[list(pair) for pair in left_out],
+        forms=[RegimeForm(**{**vars(f), "recipe": f.recipe.name}) for f in forms.values()],
+    )
     plan = forms[PLAN].recipe
     if plan.runner_class.fixed_batch:
         return replace(about, cause="a compiled graph is made for one batch size: there is no choice by regime")
@@ -196,10 +199,13 @@ def explore(out: Outcome, folder: Path, say: Callable[[str], None] = lambda line
         f.name: replace(f, recipe=f.recipe.with_threads(f.recipe.engine.threads or goal.threads))
         for f in forms.values()
     }
-    about.cells = [c for row in cells for c in row]
-    about.table = Table(batches, lengths, kept, entries).to_dict()
-    about.elapsed_sec = clock.now() - started
-    about.aa_half_width = result.widest
+    about = replace(
+        about,
+        cells=[c for row in cells for c in row],
+        table=Table(batches, lengths, kept, entries).to_dict(),
+        elapsed_sec=clock.now() - started,
+        aa_half_width=result.widest,
+    )
     journal.record("regimes", reference=plan.hash, result=to_json(about))
     return about
 

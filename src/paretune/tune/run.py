@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from paretune.engine.plan import PLAN_FILE
 from paretune.errors import UsageError
 from paretune.files import ensure_folder, write_error
 from paretune.model import checkpoint
+from paretune.records.tune import TuneResult
 from paretune.tune import peers, regimes
 from paretune.tune import result as results
 from paretune.tune.goal import Goal
@@ -31,7 +31,7 @@ def run(
     resume: bool = False,
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> TuneResult:
     """Searches and writes a plan into `folder`.
 
     Args:

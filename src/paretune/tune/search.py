@@ -31,6 +31,7 @@ from paretune.model.config import ModelConfig
 from paretune.model.tokenizer import Tokenizer
 from paretune.records.bench import Cell
 from paretune.records.judge import MIN_BYTES_GAIN, is_noisy
+from paretune.records.record import to_json
 from paretune.tune import space as spaces
 from paretune.tune.confirm import CONFIRM_BLOCKS, CONFIRM_ROUNDS, Confirmer
 from paretune.tune.estimate import Estimator
@@ -94,7 +95,7 @@ class Search:
         key = {
             "model": str(model),
             "weights": [(f.st_size, f.st_mtime_ns) for f in files],
-            "goal": goal.to_json(),
+            "goal": to_json(goal),
             "text": hashlib.sha256(b"".join(w.numpy().tobytes() for w in self.windows.values())).hexdigest(),
             # Numbers of two machines, or of two versions, never share a row.
             "machine": hardware.fingerprint_id(hardware.fingerprint()),
@@ -286,10 +287,10 @@ class Search:
         """How many candidates fit into memory beside those that are kept alive."""
         state = self.out.race.trials[BASELINE]
         assert state.facts is not None
-        memory = state.facts["memory"]
+        memory = state.facts.memory
         # A proof holds the model three times: itself, its reference form, the fp32 original. What is shared is there.
-        own = memory["rss_peak_bytes"] - (memory.get("shared_bytes") or 0)
-        each = own + 2 * state.facts["weights_bytes"]
+        own = memory.rss_peak_bytes - (memory.shared_bytes or 0)
+        each = own + 2 * state.facts.weights_bytes
         return max(1, min(WAVE, int(0.8 * hardware.available_memory_bytes() / max(each, 1))))
 
     def _drop_losers(self) -> None:
