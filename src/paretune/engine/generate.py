@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -103,6 +104,13 @@ def check_request(prompts: Sequence[Sequence[int]], max_new_tokens: int, n_posit
             )
 
 
+def _counted(n_equal: Counter[tuple[int, ...]], prompt: Sequence[int]) -> int:
+    """How many equal prompts came before this one."""
+    key = tuple(prompt)
+    n_equal[key] += 1
+    return n_equal[key] - 1
+
+
 def generate(
     runner: Runner,
     prompts: Sequence[Sequence[int]],
@@ -117,8 +125,8 @@ def generate(
 ) -> GenerateResult:
     """Continues each prompt.
 
-    Every row gets the tokens it would get alone: positions are its own, and its generator is seeded with
-    `seed + row`.
+    Every row gets the tokens it would get alone: positions are its own, and its random numbers are counted by seed and
+    position. Equal prompts are samples of one request: the second of them draws other numbers than the first.
 
     Args:
         prompts: token ids; lengths may differ.
@@ -132,11 +140,13 @@ def generate(
     config = runner.config
     check_request(prompts, max_new_tokens, config.longest, config.vocab_size)
     sampling = sampling or SamplingOptions()
+    n_equal: Counter[tuple[int, ...]] = Counter()  # prompts so far
     requests = [
         Request(
             prompt,
             max_new_tokens,
-            sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + row),
+            sampling,
+            sample=_counted(n_equal, prompt),
             eos=() if ignore_eos else config.eos_token_ids,
             eos_run=eos_run,
             stop=stop,

@@ -53,6 +53,5 @@ def choose_each(logits: Tensor, rows: Rows) -> list[int]:
     """Each request's choice from its row of `[B, V]`; 0 where there is none to make."""
     logits = logits.cpu()
     return [
-        0 if request is None or request.is_done else request.sampler.choose(logits[row])
-        for row, request in enumerate(rows)
+        0 if request is None or request.is_done else request.choose(logits[row]) for row, request in enumerate(rows)
     ]
