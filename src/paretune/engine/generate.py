@@ -15,6 +15,7 @@ from paretune.engine.request import Generation, Request
 from paretune.engine.runners.base import Runner
 from paretune.engine.sampling import SamplingOptions
 from paretune.engine.scheduler import Scheduler
+from paretune.engine.speculation import Speculator
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ class Timing:
     ttft_sec: float = 0.0  # start of the call to the first token
     total_sec: float = 0.0
     model_sec: float = 0.0  # inside runner.forward
-    n_steps: int = 0  # decode steps
+    n_steps: int = 0  # decode steps of the model
 
 
 @dataclass
@@ -37,9 +38,9 @@ class GenerateResult:
 
     @property
     def tpot_sec(self) -> float | None:
-        """Seconds per output token after the first; None for fewer than two."""
-        n = self.timing.n_steps
-        return (self.timing.total_sec - self.timing.ttft_sec) / n if n else None
+        """Seconds per output token after the first, of the longest text; None for fewer than two."""
+        n = max((len(g.tokens) for g in self.generations), default=0) - 1
+        return (self.timing.total_sec - self.timing.ttft_sec) / n if n > 0 else None
 
 
 @torch.inference_mode()
@@ -122,6 +123,7 @@ def generate(
     ignore_eos: bool = False,
     eos_run: int = 1,
     on_text: Callable[[int, str], None] | None = None,
+    speculator: Speculator | None = None,
 ) -> GenerateResult:
     """Continues each prompt.
 
@@ -136,6 +138,7 @@ def generate(
         eos_run: end tokens in a row that end a sequence; 2 where a model ends each of its sentences with one.
         on_text: called with (row, piece) as text becomes certain: after the first token, then after the first one that
             is `scheduler.FRAME_SEC` or later than the call before, then at the end.
+        speculator: proposes tokens; the text is the same. None: plain decoding.
     """
     config = runner.config
     check_request(prompts, max_new_tokens, config.longest, config.vocab_size)
@@ -155,9 +158,11 @@ def generate(
         )
         for row, prompt in enumerate(prompts)
     ]
+    if speculator is not None:
+        speculator.ready(len(prompts))  # what is measured once belongs to no request
     timing = Timing()
     started = clock.now()
-    loop = Scheduler(runner, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    loop = Scheduler(runner, len(prompts), max(map(len, prompts)) + max_new_tokens, speculator=speculator)
     for request in requests:
         loop.add(request)
     loop.step()
