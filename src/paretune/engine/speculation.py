@@ -11,13 +11,14 @@ from typing import Any
 from paretune import clock
 from paretune.engine.cache import RING_STEP, KVCache
 from paretune.engine.decode import costs
-from paretune.engine.decode.control import StepCosts, Survival, best_length
+from paretune.engine.decode.control import StepCosts, Survival
 from paretune.engine.decode.drafts.base import Draft, Source, Target
 from paretune.engine.decode.plain import Plain
 from paretune.engine.decode.speculative import MAX_DRAFT, Counts, Speculative
 from paretune.engine.runners.base import Runner
 from paretune.errors import UsageError
-from paretune.recipe.speculate import draft_of
+from paretune.recipe import Recipe
+from paretune.recipe.speculate import OFF, draft_of
 
 
 class Speculator:
@@ -160,6 +161,29 @@ class Speculator:
         return said
 
 
+def for_recipe(
+    recipe: Recipe, runner: Runner, folder: Path | None, text: str | None = None, most: int | None = None
+) -> Speculator | None:
+    """What a recipe, or a request that says otherwise, speculates with; None: plain decoding.
+
+    Args:
+        folder: of the runner's checkpoint.
+        text: of the request, `off` among them; None: as the recipe has it.
+        most: proposed tokens of a step; None: the default.
+
+    Raises:
+        UsageError: there is no such draft, or it does not go with this model.
+    """
+    text = recipe.engine.speculate if text is None else text
+    if text is None or text == OFF:
+        if most is not None:
+            raise UsageError("--draft-tokens is for speculation, and there is none", "Add --speculate auto")
+        return None
+    key = "" if folder is None else f"{folder.resolve()} {recipe.with_speculation(None).hash}"
+    room = min(MAX_DRAFT, runner.config.longest - 2, RING_STEP - 1)
+    return Speculator(text, runner, folder, key=key, most=max(1, room) if most is None else most)
+
+
 def break_even(table: StepCosts, draft_sec: float, most: int) -> dict[str, float]:
     """By number of proposed tokens, the chance of each (alike and independent) from which they pay; above 1: never."""
     draft_ratio = draft_sec / table.plain_sec() if draft_sec else 0.0
@@ -176,11 +200,6 @@ def _least_chance(table: StepCosts, draft_ratio: float, k: int) -> float:
         tokens = sum(p**j for j in range(k + 1))
         low, high = (p, high) if tokens < cost else (low, p)
     return high
-
-
-def predicted_gain(chain: list[float], table: StepCosts, draft_ratio: float = 0.0) -> tuple[int, float]:
-    """The best number of tokens to propose, and tokens per second over plain decoding's, for one row."""
-    return best_length([chain], 1, table.ratio, draft_ratio)
 
 
 def check_most(most: int, runner: Runner) -> None:

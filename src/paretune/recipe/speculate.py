@@ -11,23 +11,22 @@ AUTO, OFF = "auto", "off"
 BEST_FREE = "suffix"  # what `auto` is
 
 
-def check(text: str) -> str:
-    """Returns `text` if it says how to speculate.
+def check(text: str) -> None:
+    """Raises UsageError where there is no such draft; nothing is imported."""
+    DRAFTS.check(_parts(text)[0])
 
-    Raises:
-        UsageError: an unknown draft, one without what it needs, or with what it does not take.
-    """
-    draft_of(text)
-    return text
+
+def _parts(text: str) -> tuple[str, str, str]:
+    return (BEST_FREE if text == AUTO else text).partition("=")
 
 
 def draft_of(text: str) -> tuple[type[Any], str]:
     """The class of the draft and its argument.
 
     Raises:
-        UsageError: as `check`.
+        UsageError: an unknown draft, one without what it needs, or with what it does not take.
     """
-    name, is_given, argument = (BEST_FREE if text == AUTO else text).partition("=")
+    name, is_given, argument = _parts(text)
     kind = DRAFTS.get(name)
     if kind.argument:
         if not argument:

@@ -14,6 +14,9 @@ from paretune.model.config import ModelConfig
 from paretune.option import Option
 from paretune.registry import RUNNERS
 
+# Random prompts, at which a search times its candidates, have no acceptance to speak of.
+ON_TEXT = "it is decided on text, once the search has its winner"
+
 
 class Text(Protocol):
     """What a draft sees of a request."""
@@ -91,8 +94,9 @@ class Draft:
     def __init__(self, shared: Any, cache: KVCache) -> None: ...
 
     @classmethod
-    def options(cls, config: ModelConfig, device: str) -> Sequence[Option]:
-        """Its settings that are worth trying, each named `speculate(...)`."""
+    def options(cls, config: ModelConfig | None, device: str) -> Sequence[Option]:
+        """Its settings that are worth trying, each named `speculate(...)`; a search decides them on text, after the
+        rest (`ON_TEXT`)."""
         return []
 
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from paretune.engine.cache import KVCache
-from paretune.engine.decode.drafts.base import Draft, Proposal, Text, text_from
+from paretune.engine.decode.drafts.base import ON_TEXT, Draft, Proposal, Text, text_from
 from paretune.model.config import ModelConfig
 from paretune.option import Option
 
@@ -55,8 +55,8 @@ class Lookup(Draft):
         self._texts: dict[int, _Stretches] = {}
 
     @classmethod
-    def options(cls, config: ModelConfig, device: str) -> Sequence[Option]:
-        return [Option("speculate(lookup)", changes_numbers=False, log_gain=0.05)]
+    def options(cls, config: ModelConfig | None, device: str) -> Sequence[Option]:
+        return [Option("speculate(lookup)", ON_TEXT, beside=(), changes_numbers=False)]
 
     def enter(self, row: int, request: Text) -> None:
         self._texts[row] = _Stretches(request)

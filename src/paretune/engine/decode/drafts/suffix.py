@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from paretune import native_build
 from paretune.engine.cache import KVCache
-from paretune.engine.decode.drafts.base import Draft, Proposal, Target, Text, text_from
+from paretune.engine.decode.drafts.base import ON_TEXT, Draft, Proposal, Target, Text, text_from
 from paretune.model.config import ModelConfig
 from paretune.ops.suffix import native
 from paretune.option import Option
@@ -50,8 +50,8 @@ class Suffix(Draft):
         self._texts: dict[int, _Index] = {}
 
     @classmethod
-    def options(cls, config: ModelConfig, device: str) -> Sequence[Option]:
-        return [Option("speculate(suffix)", changes_numbers=False, log_gain=0.05)]
+    def options(cls, config: ModelConfig | None, device: str) -> Sequence[Option]:
+        return [Option("speculate(suffix)", ON_TEXT, beside=(), changes_numbers=False)]
 
     @classmethod
     def prepare(cls, argument: str, target: Target) -> Any:
