@@ -29,7 +29,7 @@ LAYERS = {
             ["clock", "process", "stats", "native_build", "registry", "option", "files", "assets"],
             ["ops", "records"],
             ["model", "hardware"],
-            ["transforms", "engine.runners", "engine.cache", "engine.cache_formats", "engine.sampling"],
+            ["transforms", "engine.runners", "engine.decode.drafts", "engine.cache", "engine.cache_formats", "engine.sampling"],
             ["recipe"],
             ["engine"],
             ["measure", "evaluate"],

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from paretune import clock, native_build
-from paretune.engine import session
+from paretune.engine import session, speculation
 from paretune.engine.dispatch import Dispatcher
 from paretune.engine.generate import generate as run_generate
 from paretune.engine.plan import is_plan
 from paretune.engine.runners.base import Runner
 from paretune.engine.sampling import SamplingOptions
+from paretune.engine.speculation import Speculator
 from paretune.errors import UsageError
 from paretune.evaluate import texts
 from paretune.evaluate.perplexity import Perplexity, perplexity
@@ -43,6 +44,7 @@ class Generated:
         chosen: form of a plan with a table that ran it, and why; None where there was no choice.
         tpot_sec: per step after the first, of the whole batch; None for fewer than two tokens.
         tokenize_sec: of the whole batch, apart from the others.
+        speculation: what proposed tokens and how often it was right, of all calls so far; None: plain decoding.
     """
 
     text: str
@@ -53,6 +55,7 @@ class Generated:
     tpot_sec: float | None
     tokenize_sec: float
     chosen: dict[str, str] | None = None
+    speculation: dict[str, Any] | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -78,6 +81,7 @@ class Model:
         forms: Dispatcher | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.recipe, self.folder, self.forms = runner, tokenizer, recipe, folder, forms
+        self._speculators: dict[tuple[Any, ...], Speculator | None] = {}
 
     def __repr__(self) -> str:
         return f"<paretune.Model {self.folder.name}: {self.recipe.name}>"
@@ -115,6 +119,8 @@ class Model:
         ignore_eos: bool = False,
         on_text: Callable[[int, str], None] | None = None,
         quality: str = "plan",
+        speculate: str | None = None,
+        draft_tokens: int | None = None,
         **sampling: Any,
     ) -> Generated | list[Generated]:
         """Continues one prompt, or several in one batch; each gets what it would get alone.
@@ -122,6 +128,9 @@ class Model:
         Args:
             on_text: called with (row, piece) as text becomes certain.
             quality: of a plan with a table of forms, which may run: plan, lossless or bounded.
+            speculate: what proposes tokens: auto, off, lookup, suffix, draft=MODEL, self=int4, exit=N; None: as the
+                recipe has it. The text is the same.
+            draft_tokens: proposed at most in a step.
             sampling: fields of `SamplingOptions`: temperature, top_k, top_p, min_p, repetition_penalty, seed.
 
         Raises:
@@ -144,6 +153,7 @@ class Model:
             runner, choice = self.forms.runner_for(len(ids), length, quality)
         elif quality != "plan":
             raise UsageError(f"quality is {quality!r}, and there is no choice of forms here", "Leave it out")
+        speculator = self.speculator(runner, speculate, draft_tokens)
         result = run_generate(
             runner,
             ids,
@@ -153,11 +163,22 @@ class Model:
             stop=[stop] if isinstance(stop, str) else stop,
             ignore_eos=ignore_eos,
             on_text=on_text,
+            speculator=speculator,
         )
         times = (result.timing.ttft_sec, result.tpot_sec, tokenize_sec)
         chosen = None if choice is None else choice.to_json()
-        out = [Generated(g.text, g.tokens, g.finish_reason, g.prompt, *times, chosen) for g in result.generations]
+        about = None if speculator is None else speculator.report()
+        out = [
+            Generated(g.text, g.tokens, g.finish_reason, g.prompt, *times, chosen, about) for g in result.generations
+        ]
         return out[0] if isinstance(prompt, str) else out
+
+    def speculator(self, runner: Runner, text: str | None, most: int | None = None) -> Speculator | None:
+        """What proposes tokens to a runner of this model; made once, so that it goes on with what it has learned."""
+        key = (id(runner), text, most)
+        if key not in self._speculators:
+            self._speculators[key] = speculation.for_recipe(self.recipe, runner, self.folder, text, most)
+        return self._speculators[key]
 
     def _need_tokenizer(self) -> Tokenizer:
         return self.tokenizer or Tokenizer(self.folder)  # the second says what is missing

@@ -120,6 +120,7 @@ RUNNERS: Registry[Any] = Registry("runner", "paretune.runners")
 ATTENTION: Registry[Any] = Registry("attention function", "paretune.attention")
 FORMATS: Registry[Any] = Registry("weight format", "paretune.formats")
 FAMILIES: Registry[Any] = Registry("model family", "paretune.families")
+DRAFTS: Registry[Any] = Registry("draft", "paretune.drafts")
 STUDIES: Registry[Any] = Registry("study", "paretune.studies")
 
 # An optimisation is one new file and one line here.
@@ -151,6 +152,12 @@ FORMATS.register("int_groups", "paretune.ops.weights.int_groups:IntGroups")
 FORMATS.register("mixed_int8", "paretune.ops.weights.mixed_int8:MixedInt8")
 FORMATS.register("nf4", "paretune.ops.weights.nf4:NF4")
 FORMATS.register("fp8", "paretune.ops.weights.fp8:Fp8")
+
+DRAFTS.register("lookup", "paretune.engine.decode.drafts.lookup:Lookup")
+DRAFTS.register("suffix", "paretune.engine.decode.drafts.suffix:Suffix")
+DRAFTS.register("draft", "paretune.engine.decode.drafts.model:SmallModel")
+DRAFTS.register("self", "paretune.engine.decode.drafts.self_quantised:SelfQuantised")
+DRAFTS.register("exit", "paretune.engine.decode.drafts.early_exit:EarlyExit")
 
 STUDIES.register("kernels", "paretune.studies.kernels:run")
 STUDIES.register("precision", "paretune.studies.precision:run")

@@ -181,7 +181,7 @@ def test_ls_names_everything(command):
     assert names["attention_functions"] == registry.ATTENTION.names()
     assert names["weight_formats"] == registry.FORMATS.names()
     assert names["studies"] == registry.STUDIES.names() and names["configs"] == list(ALIASES)
-    assert names["axes"][-3:] == ["runner", "cache", "threads"] and len(names["configs"]) <= 12
+    assert names["axes"][-4:] == ["runner", "cache", "speculate", "threads"] and len(names["configs"]) <= 12
     assert names["embedded_models"] == list(checkpoint.EMBEDDED)
     assert all(entry["what"] for key in names for entry in found[key])
 

@@ -154,18 +154,20 @@ def test_no_step_after_all_rows_are_done(gpt2):
 def test_a_row_draws_what_it_draws_alone(gpt2, options):
     prompts, s = prompts_of(), 40
     batch = generate(gpt2, prompts, 15, SamplingOptions(**options, seed=s)).generations
-    alone = [
-        generate(gpt2, [p], 15, SamplingOptions(**options, seed=s + i)).generations[0] for i, p in enumerate(prompts)
-    ]
+    alone = [generate(gpt2, [p], 15, SamplingOptions(**options, seed=s)).generations[0] for p in prompts]
     assert [g.tokens for g in batch] == [g.tokens for g in alone]
+    turned = generate(gpt2, prompts[::-1], 15, SamplingOptions(**options, seed=s)).generations
+    assert [g.tokens for g in turned] == [g.tokens for g in batch[::-1]]
     other = generate(gpt2, prompts[:1], 15, SamplingOptions(**options, seed=s + 9)).generations[0]
     assert other.tokens != batch[0].tokens
 
 
-def test_rows_of_one_prompt_differ_by_their_seeds(gpt2):
-    prompt = prompts_of((5,))[0]
+def test_rows_of_one_prompt_are_samples_of_it(gpt2):
+    prompt, other = prompts_of((5, 7))[:2]
     rows = generate(gpt2, [prompt] * 4, 12, SamplingOptions(1.0, seed=0)).generations
     assert len({tuple(g.tokens) for g in rows}) == 4
+    mixed = generate(gpt2, [other, prompt, other, prompt], 12, SamplingOptions(1.0, seed=0)).generations
+    assert [g.tokens for g in mixed[1::2]] == [g.tokens for g in rows[:2]]
 
 
 def test_repetition_penalty_reaches_greedy(gpt2):
@@ -398,7 +400,7 @@ def test_time_outside_the_model_is_not_model_time(pocket):
 
 
 def test_sampling_is_not_model_time(gpt2, monkeypatch):
-    def slow_choose(sampler, logits):
+    def slow_choose(sampler, logits, position):
         fake.sleep(3.0)
         return 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,10 +22,12 @@ from transformers.generation.logits_process import (
 from paretune.engine.sampling import (
     Sampler,
     SamplingOptions,
+    Uniforms,
     argmax,
     draw,
     draw_nucleus,
     penalize_repetition,
+    philox,
     survivors,
 )
 from paretune.errors import UsageError
@@ -142,12 +145,12 @@ def test_the_sampler_remembers_prompt_and_output():
     sampler = Sampler(SamplingOptions(repetition_penalty=2.0), [0, 0])
     logits = torch.tensor([4.0, 3.0, 2.5, 1.9])
     # 4 -> 2 (prompt), then the chosen: 3 -> 1.5, 2.5 -> 1.25; then the 2 is the most
-    assert [sampler.choose(logits) for _ in range(4)] == [1, 2, 0, 0]
+    assert [sampler.choose(logits, i) for i in range(2, 6)] == [1, 2, 0, 0]
 
 
 def test_penalty_and_temperature_zero_is_greedy_on_penalised_logits():
     sampler = Sampler(SamplingOptions(repetition_penalty=1.5), [2])
-    assert sampler.choose(torch.tensor([1.0, 0.0, 1.4])) == 0
+    assert sampler.choose(torch.tensor([1.0, 0.0, 1.4]), 1) == 0
 
 
 def test_greedy():
@@ -156,7 +159,7 @@ def test_greedy():
     assert argmax(logits.bfloat16()) == [1, 0]
     assert SamplingOptions().greedy and not SamplingOptions(0.1).greedy
     sampler = Sampler(SamplingOptions(), [])
-    assert [sampler.choose(logits[0]) for _ in range(3)] == [1, 1, 1]
+    assert [sampler.choose(logits[0], i) for i in range(3)] == [1, 1, 1]
 
 
 def chi_square(counts: Counter, probabilities: torch.Tensor) -> tuple[float, float]:
@@ -180,19 +183,19 @@ def test_the_nucleus_draws_what_survives(top_p, min_p):
     ids, kept = survivors(LOGITS, options)
     expected = torch.zeros(len(LOGITS)).index_copy(0, ids, kept)
     assert (len(ids) < len(LOGITS)) == (top_p < 1 or min_p > 0)
-    probabilities, g = torch.softmax(LOGITS, 0), generator(1)
-    counts = Counter(draw_nucleus(probabilities, top_p, min_p, g) for _ in range(8000))
+    probabilities = torch.softmax(LOGITS, 0)
+    counts = Counter(draw_nucleus(probabilities, top_p, min_p, Uniforms(1, 0, i)) for i in range(8000))
     statistic, limit = chi_square(counts, expected)
     assert statistic < limit
     if 0.3 < top_p < 1:  # and the test would notice: the untruncated distribution does not fit
         with pytest.raises(AssertionError):
-            chi_square(Counter(draw(probabilities, g) for _ in range(2000)), expected)
+            chi_square(Counter(draw(probabilities, Uniforms(1, 1, i)) for i in range(2000)), expected)
 
 
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.0, 0.2, 0.05, 0.25])
-    g = generator(2)
-    statistic, limit = chi_square(Counter(draw(probabilities, g) for _ in range(8000)), probabilities)
+    drawn = Counter(draw(probabilities, Uniforms(2, 0, i)) for i in range(8000))
+    statistic, limit = chi_square(drawn, probabilities)
     assert statistic < limit
     assert chi_square(Counter({0: 4400, 2: 1600, 3: 400, 4: 1600}), probabilities)[0] > limit
 
@@ -201,7 +204,7 @@ def test_the_sampler_follows_survivors_with_top_k():
     options = SamplingOptions(0.8, top_k=5, top_p=0.9, seed=3)
     ids, kept = survivors(LOGITS, options)
     sampler = Sampler(options, [])
-    counts = Counter(sampler.choose(LOGITS) for _ in range(6000))
+    counts = Counter(sampler.choose(LOGITS, i) for i in range(6000))
     statistic, limit = chi_square(counts, torch.zeros(len(LOGITS)).index_copy(0, ids, kept))
     assert statistic < limit and 1 < len(ids) <= 5
 
@@ -209,8 +212,8 @@ def test_the_sampler_follows_survivors_with_top_k():
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.7])
 def test_ties_in_the_nucleus_go_by_index(top_p):
     """Ten equal tokens: the smallest set that reaches p is a fixed one of p * 10 tokens."""
-    probabilities, g = torch.full((10,), 0.1, dtype=torch.float64), generator()
-    drawn = {draw_nucleus(probabilities, top_p, 0.0, g) for _ in range(400)}
+    probabilities = torch.full((10,), 0.1, dtype=torch.float64)
+    drawn = {draw_nucleus(probabilities, top_p, 0.0, Uniforms(0, 0, i)) for i in range(400)}
     assert drawn == set(range(round(top_p * 10)))
 
 
@@ -218,7 +221,7 @@ def test_ties_in_the_nucleus_go_by_index(top_p):
 @given(tied_logits, st.floats(0.05, 1), st.floats(0, 1), st.integers(0, 5))
 def test_the_nucleus_always_ends_on_a_legal_token(logits, top_p, min_p, seed):
     probabilities = torch.softmax(logits, 0)
-    token = draw_nucleus(probabilities, top_p, min_p, generator(seed))
+    token = draw_nucleus(probabilities, top_p, min_p, Uniforms(seed, 0, 0))
     assert probabilities[token] >= min_p * probabilities.max() * (1 - 1e-6)
     assert probabilities[probabilities > probabilities[token]].sum() < top_p + 1e-6
 
@@ -235,24 +238,71 @@ ONE = {
 def test_a_seed_gives_the_same_draws(name):
     a, b = Sampler(ONE[name], [1]), Sampler(ONE[name], [1])
     torch.manual_seed(123)
-    first = [a.choose(LOGITS) for _ in range(30)]
+    first = [a.choose(LOGITS, i) for i in range(30)]
     torch.manual_seed(321)  # the global generator is not asked
-    assert [b.choose(LOGITS) for _ in range(30)] == first
+    assert [b.choose(LOGITS, i) for i in range(30)] == first
     if name != "greedy":
         other = Sampler(SamplingOptions(0.9, seed=6), [1])
-        assert [other.choose(LOGITS) for _ in range(30)] != first
+        assert [other.choose(LOGITS, i) for i in range(30)] != first
+        second = Sampler(ONE[name], [1], sample=1)
+        assert [second.choose(LOGITS, i) for i in range(30)] != first
+
+
+def test_the_generator_is_philox():
+    """Against NumPy's, and the known answer of its authors for counter and key 0 (NumPy counts before it draws)."""
+    assert philox((0, 0), (0, 0, 0, 0))[0] == 0x16554D9ECA36314C
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        counter, key = rng.integers(1, 2**64, 4, np.uint64), rng.integers(0, 2**64, 2, np.uint64)
+        before = counter.copy()
+        before[0] -= 1
+        expected = np.random.Philox(key=key, counter=before).random_raw(4)
+        assert list(philox((int(key[0]), int(key[1])), tuple(map(int, counter)))) == expected.tolist()
+
+
+def test_the_numbers_of_a_token_are_its_own():
+    def first(n, *at):
+        random = Uniforms(*at)
+        return [random() for _ in range(n)]
+
+    assert first(9, 5, 0, 70) == first(9, 5, 0, 70) and first(3, 5, 0, 70) == first(9, 5, 0, 70)[:3]
+    drawn = [tuple(first(9, *at)) for at in ((5, 0, 70), (6, 0, 70), (5, 1, 70), (5, 0, 71))]
+    flat = [u for numbers in drawn for u in numbers]
+    assert len(set(flat)) == len(flat) and all(0 <= u < 1 for u in flat)
+
+
+def test_tokens_do_not_depend_on_the_order_in_which_they_are_drawn():
+    a, b = Sampler(ONE["nucleus"], [1]), Sampler(ONE["nucleus"], [1])
+    forward = [a.choose(LOGITS, i) for i in range(40)]
+    assert [b.choose(LOGITS, i) for i in reversed(range(40))] == forward[::-1]
+    assert [a.choose(LOGITS, i) for i in range(40)] == forward  # nothing was used up
+
+
+@pytest.mark.parametrize("lag", [1, 2, 7])
+def test_neighbouring_positions_are_independent(lag):
+    """Uniform, and pairs of them too: a chi-square of 10 by 10 cells, which a shared number fails at once."""
+    u = [Uniforms(3, 0, i)() for i in range(8000 + lag)]
+
+    def statistic(pairs):
+        counts = Counter((int(10 * a), int(10 * b)) for a, b in pairs)
+        n = sum(counts.values())
+        return sum((counts[i, j] - n / 100) ** 2 / (n / 100) for i in range(10) for j in range(10))
+
+    limit = 99 * (1 - 2 / (9 * 99) + 3.72 * math.sqrt(2 / (9 * 99))) ** 3
+    assert statistic(zip(u, u[lag:], strict=False)) < limit
+    assert statistic(zip(u, u, strict=True)) > limit
 
 
 def test_without_a_seed_every_sampler_draws_its_own():
     a, b = (Sampler(SamplingOptions(1.0), []) for _ in range(2))
-    assert [a.choose(LOGITS) for _ in range(40)] != [b.choose(LOGITS) for _ in range(40)]
+    assert [a.choose(LOGITS, i) for i in range(40)] != [b.choose(LOGITS, i) for i in range(40)]
 
 
 @pytest.mark.parametrize("options", list(ONE.values()), ids=list(ONE))
 def test_impossible_tokens_are_never_drawn(options):
     logits = torch.where(torch.arange(12) % 2 == 0, LOGITS, -math.inf)
     sampler = Sampler(options, [])
-    assert all(sampler.choose(logits) % 2 == 0 for _ in range(100))
+    assert all(sampler.choose(logits, i) % 2 == 0 for i in range(100))
 
 
 @pytest.mark.timeout(20)
@@ -263,7 +313,7 @@ def test_broken_logits_end_in_an_error(options, bad):
     from paretune.errors import ParetuneError
 
     with pytest.raises(ParetuneError, match="NaN or infinity"):
-        Sampler(options, []).choose(torch.tensor(bad))
+        Sampler(options, []).choose(torch.tensor(bad), 0)
 
 
 @pytest.mark.parametrize(
@@ -296,4 +346,4 @@ def test_bad_options(change, named):
     ids=str,
 )
 def test_the_edges_are_allowed(options):
-    assert 0 <= Sampler(SamplingOptions(**{"temperature": 1.0, "seed": 0} | options), []).choose(LOGITS) < 12
+    assert 0 <= Sampler(SamplingOptions(**{"temperature": 1.0, "seed": 0} | options), []).choose(LOGITS, 0) < 12

@@ -96,3 +96,27 @@ def test_commas_inside_brackets_belong_to_a_term():
     ]
     with pytest.raises(UsageError, match="not closed"):
         split_list("baseline,int4(group=64")
+
+
+@pytest.mark.parametrize("text", ["suffix", "lookup", "suffix=earlier", "self=int4", "draft=pocket", "exit=3", "auto"])
+def test_speculation_is_a_term(text):
+    recipe = preset(f"native+int8+speculate({text})")
+    assert recipe.engine.speculate == text and preset(spell(recipe)) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe and recipe.name.endswith(f", {text} drafts")
+    assert recipe.with_speculation(None).hash == preset("native+int8").hash != recipe.hash
+    assert recipe.without_exact().engine.speculate is None and not preset(f"speculate({text})").changes_numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("speculate", "names 0 drafts"),
+        ("speculate(suffix, lookup)", "names 2 drafts"),
+        ("speculate(sufix)", "unknown draft 'sufix'. Did you mean 'suffix'"),
+        ("speculate(draft)", "needs MODEL"),
+        ("speculate(suffix)+speculate(lookup)", "both of the axis speculate"),
+    ],
+)
+def test_bad_speculation(text, said):
+    with pytest.raises(UsageError, match=said):
+        preset(text)

@@ -9,6 +9,7 @@ import pytest
 from points import MECHANISMS, choice_of
 
 from paretune import hardware
+from paretune.engine.decode.drafts.base import ON_TEXT
 from paretune.hardware import DtypeSupport
 from paretune.model import checkpoint
 from paretune.ops.quantized_linear import op
@@ -81,7 +82,7 @@ def test_every_legal_combination_once(machine):
     assert len(expected) == 2 * 3 * 3 * 4 + (6 + 5) * 4 - 1
     assert len(ids) == len(set(ids)) == len(expected)
     assert set(ids) == expected
-    assert {reason for _, reason in space.illegal} == {SAME_ATTENTION, CACHE_ALONE}
+    assert {reason for _, reason in space.illegal} == {SAME_ATTENTION, CACHE_ALONE, ON_TEXT}
 
 
 def test_baseline_is_no_candidate(machine):
@@ -97,8 +98,9 @@ def test_without_a_compiler_what_compiles_is_illegal_with_the_reason(machine, mo
     _patch(monkeypatch, machine)
     space = spaces.build("cpu")
     assert len(space.legal) == 2 * 3 * 3 - 1
-    assert all("compile" in name or "native" in name for name, _ in space.illegal)
-    assert all("compiler" in reason or "PARETUNE_NO_COMPILER" in reason for _, reason in space.illegal)
+    without = [(name, reason) for name, reason in space.illegal if reason != ON_TEXT]
+    assert all("compile" in name or "native" in name for name, _ in without)
+    assert all("compiler" in reason or "PARETUNE_NO_COMPILER" in reason for _, reason in without)
     assert all(c.recipe.engine.runner == "eager" for c in space.legal)
 
 
@@ -106,7 +108,7 @@ def test_a_dtype_that_does_not_work_is_illegal_with_the_reason(machine):
     machine["fp16"] = DtypeSupport(False, False, 0.0, 0.0, "fp16 does not work here: no such kernel")
     space = spaces.build("cpu")
     assert len(space.legal) == 2 * 2 * 3 * 4 + (4 + 5) * 4 - 1
-    known = (SAME_ATTENTION, CACHE_ALONE)
+    known = (SAME_ATTENTION, CACHE_ALONE, ON_TEXT)
     without = [(name, reason) for name, reason in space.illegal if reason not in known]
     assert len(without) >= 2 * 3 * 4
     assert all("fp16" in name and "no such kernel" in reason for name, reason in without)
@@ -208,7 +210,7 @@ def test_what_a_gpu_is_offered(gpu):
     nf4 = next(c.recipe for c in space.legal if choice_of(c) == ("sdpa", "bf16", "nf4", "eager", None))
     assert [t.name for t in nf4.transforms] == ["attention", "precision", "nf4", "int8"]
     # What cannot win there is told, not tried.
-    assert {reason for _, reason in space.illegal} == {NOTHING_ON_A_GPU.format(bits) for bits in (7, 8)}
+    assert {reason for _, reason in space.illegal} == {ON_TEXT, *(NOTHING_ON_A_GPU.format(bits) for bits in (7, 8))}
     assert all(c.runner.start_sec > 0 for c in space.legal)
     assert len(spaces.build("cuda", GPT2, 640).legal) == len(space.legal) + len(MECHANISMS)
 
@@ -219,6 +221,7 @@ def test_without_kernels_a_gpu_is_offered_no_quantised_weights(gpu, monkeypatch)
     assert {c.changes.get("quantize") for c in space.legal} == {None}
     reasons = {reason for _, reason in space.illegal}
     assert reasons == {
+        ON_TEXT,
         *(NOTHING_ON_A_GPU.format(bits) for bits in (7, 8)),
         "dequantised at every call: Triton is not installed",
     }

@@ -58,6 +58,16 @@ def generate(
         str | None,
         typer.Option(help="For a second copy of a plan's weights, if its table has a form that needs one, e.g. 200MB."),
     ] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            help="What proposes tokens: auto, off, lookup, suffix, draft=MODEL, self=int4 or exit=N; the text is the "
+            "same. [default: the recipe's, else off]"
+        ),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Proposed tokens of a step at most. [default: 15, fewer where that pays]")
+    ] = None,
     config: Annotated[
         str | None, typer.Option(help="Preset (`paretune ls`) or recipe file. [default: baseline]")
     ] = None,
@@ -76,7 +86,7 @@ def generate(
     import sys
 
     from paretune import clock
-    from paretune.engine import session
+    from paretune.engine import session, speculation
     from paretune.engine.generate import check_request
     from paretune.engine.generate import generate as run
     from paretune.engine.sampling import SamplingOptions
@@ -132,6 +142,7 @@ def generate(
         loaded.recipe = forms.table.forms[chosen.form].recipe
     for note in opened.notes():
         _say(note)
+    speculator = speculation.for_recipe(loaded.recipe, loaded.runner, loaded.folder, speculate, draft_tokens)
 
     streaming = len(prompts) == 1 and not no_stream and not json_output
 
@@ -150,11 +161,14 @@ def generate(
             ignore_eos=ignore_eos,
             eos_run=eos_run,
             on_text=show if streaming else None,
+            speculator=speculator,
         )
     finally:
         if streaming:
             print(flush=True)
     ran = _ran(loaded) | ({} if chosen is None else {"chosen": chosen.to_json()})
+    if speculator is not None:
+        ran["speculation"] = speculator.report()
     if json_output:
         print(json.dumps(_object(texts, result, loaded.recipe, ran, tokenize_sec, seed), indent=2, allow_nan=False))
     elif not streaming:
@@ -166,6 +180,8 @@ def generate(
         if chosen is not None:
             _say(f"chosen by the plan's table: {chosen}")
         _say(_timings(result, ran, tokenize_sec, seed))
+        if speculator is not None:
+            _say(speculator.summary())
 
 
 def _prompt_format(folder: Path, task: str | None, chat: bool) -> PromptFormat | None:

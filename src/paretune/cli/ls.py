@@ -13,6 +13,7 @@ _SECTIONS = {
     "runners": "RUNNERS",
     "attention functions": "ATTENTION",
     "weight formats": "FORMATS",
+    "drafts": "DRAFTS",
     "model families": "FAMILIES",
     "studies": "STUDIES",
 }
@@ -121,7 +122,7 @@ def _axes(device: str) -> list[dict[str, Any]]:
     from paretune.recipe import CACHE_DTYPES
     from paretune.recipe.axes import axes
     from paretune.recipe.expression import CACHE_TERMS
-    from paretune.registry import RUNNERS, TRANSFORMS
+    from paretune.registry import DRAFTS, RUNNERS, TRANSFORMS
 
     terms: dict[str, list[str]] = {}
     for name, kind in sorted(TRANSFORMS.working(), key=lambda pair: pair[1].stage):
@@ -131,6 +132,12 @@ def _axes(device: str) -> list[dict[str, Any]]:
     for name, kind in RUNNERS.working():
         terms["runner"] += [name if m == kind.modes[0] else f"{name}({m})" for m in kind.modes]
     terms["cache"] = [*CACHE_TERMS, *(f"kv({d})" for d in CACHE_DTYPES if d not in CACHE_TERMS.values())]
+    drafts = [
+        f"{name}={argument}" if argument else name
+        for name, kind in DRAFTS.working()
+        for argument in ([kind.argument] if kind.argument else ["", *kind.choices])
+    ]
+    terms["speculate"] = [f"speculate({text})" for text in drafts]
     terms["threads"] = ["threads(N)"]
     rows = []
     for axis, options in axes(device).items():

@@ -15,6 +15,7 @@ Legend: B rows of the cache, A rows of this step, K its tokens, n visible slots,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,6 +208,24 @@ class KVCache:
         self._is_free, self._host_lengths = [True] * self.batch_size, [0] * self.batch_size
         self._written = [-1] * self.batch_size
         self.lengths.zero_()
+
+    def first_layers(self, n_layer: int) -> KVCache:
+        """A cache of the first layers alone: what is stored is shared, lengths are its own. A step on it is forgotten
+        by `follow_`, for the next step of the whole cache overwrites it."""
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers[:n_layer]]
+        for layer in other.layers:
+            layer.cache = other
+        other.lengths = self.lengths.clone()
+        other.follow_(self)
+        return other
+
+    def follow_(self, other: KVCache) -> None:
+        """Takes the lengths, and which rows are free, from the cache whose first layers it has."""
+        assert self.layers[0].k is other.layers[0].k, "these caches share nothing"
+        self.lengths.copy_(other.lengths)
+        self._host_lengths, self._is_free = list(other._host_lengths), list(other._is_free)
+        self._written, self._staged = list(other._written), None
 
     def stage_(self, n_new: Sequence[int]) -> None:
         """How many of the next step's K tokens are real in each row; the others are padding on the right. A row with

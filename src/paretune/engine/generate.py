@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from paretune.engine.request import Generation, Request
 from paretune.engine.runners.base import Runner
 from paretune.engine.sampling import SamplingOptions
 from paretune.engine.scheduler import Scheduler
+from paretune.engine.speculation import Speculator
 from paretune.errors import UsageError
 from paretune.model.base import LanguageModel
 from paretune.model.tokenizer import Tokenizer
@@ -26,7 +28,7 @@ class Timing:
     ttft_sec: float = 0.0  # start of the call to the first token
     total_sec: float = 0.0
     model_sec: float = 0.0  # inside runner.forward
-    n_steps: int = 0  # decode steps
+    n_steps: int = 0  # decode steps of the model
 
 
 @dataclass
@@ -36,9 +38,9 @@ class GenerateResult:
 
     @property
     def tpot_sec(self) -> float | None:
-        """Seconds per output token after the first; None for fewer than two."""
-        n = self.timing.n_steps
-        return (self.timing.total_sec - self.timing.ttft_sec) / n if n else None
+        """Seconds per output token after the first, of the longest text; None for fewer than two."""
+        n = max((len(g.tokens) for g in self.generations), default=0) - 1
+        return (self.timing.total_sec - self.timing.ttft_sec) / n if n > 0 else None
 
 
 @torch.inference_mode()
@@ -103,6 +105,13 @@ def check_request(prompts: Sequence[Sequence[int]], max_new_tokens: int, n_posit
             )
 
 
+def _counted(n_equal: Counter[tuple[int, ...]], prompt: Sequence[int]) -> int:
+    """How many equal prompts came before this one."""
+    key = tuple(prompt)
+    n_equal[key] += 1
+    return n_equal[key] - 1
+
+
 def generate(
     runner: Runner,
     prompts: Sequence[Sequence[int]],
@@ -114,11 +123,12 @@ def generate(
     ignore_eos: bool = False,
     eos_run: int = 1,
     on_text: Callable[[int, str], None] | None = None,
+    speculator: Speculator | None = None,
 ) -> GenerateResult:
     """Continues each prompt.
 
-    Every row gets the tokens it would get alone: positions are its own, and its generator is seeded with
-    `seed + row`.
+    Every row gets the tokens it would get alone: positions are its own, and its random numbers are counted by seed and
+    position. Equal prompts are samples of one request: the second of them draws other numbers than the first.
 
     Args:
         prompts: token ids; lengths may differ.
@@ -128,15 +138,18 @@ def generate(
         eos_run: end tokens in a row that end a sequence; 2 where a model ends each of its sentences with one.
         on_text: called with (row, piece) as text becomes certain: after the first token, then after the first one that
             is `scheduler.FRAME_SEC` or later than the call before, then at the end.
+        speculator: proposes tokens; the text is the same. None: plain decoding.
     """
     config = runner.config
     check_request(prompts, max_new_tokens, config.longest, config.vocab_size)
     sampling = sampling or SamplingOptions()
+    n_equal: Counter[tuple[int, ...]] = Counter()  # prompts so far
     requests = [
         Request(
             prompt,
             max_new_tokens,
-            sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + row),
+            sampling,
+            sample=_counted(n_equal, prompt),
             eos=() if ignore_eos else config.eos_token_ids,
             eos_run=eos_run,
             stop=stop,
@@ -145,9 +158,11 @@ def generate(
         )
         for row, prompt in enumerate(prompts)
     ]
+    if speculator is not None:
+        speculator.ready(len(prompts))  # what is measured once belongs to no request
     timing = Timing()
     started = clock.now()
-    loop = Scheduler(runner, len(prompts), max(map(len, prompts)) + max_new_tokens)
+    loop = Scheduler(runner, len(prompts), max(map(len, prompts)) + max_new_tokens, speculator=speculator)
     for request in requests:
         loop.add(request)
     loop.step()

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from torch import Tensor
+
 from paretune.engine.sampling import Sampler, SamplingOptions
 from paretune.errors import UsageError
 from paretune.model.tokenizer import TextStream, Tokenizer
@@ -30,7 +32,8 @@ class Request:
     Args:
         prompt: token ids.
         max_new_tokens: after which it ends with the reason `length`.
-        sampling: its seed is that of this request's own generator.
+        sampling: its seed is that of this request's own random numbers.
+        sample: which of several samples of this prompt and seed it is, from 0.
         eos: end tokens.
         eos_run: end tokens in a row that end the sequence.
         stop: strings that end the sequence; they are not part of the text.
@@ -50,6 +53,7 @@ class Request:
         max_new_tokens: int,
         sampling: SamplingOptions | None = None,
         *,
+        sample: int = 0,
         eos: Sequence[int] = (),
         eos_run: int = 1,
         stop: Sequence[str] = (),
@@ -58,6 +62,7 @@ class Request:
     ) -> None:
         self.prompt, self.max_new_tokens = list(prompt), max_new_tokens
         self.sampling = SamplingOptions() if sampling is None else sampling
+        self.sample = sample
         self.eos, self.eos_run, self.on_text = tuple(eos), eos_run, on_text
         self.stop = [s for s in stop if s]
         if (stop or on_text) and tokenizer is None:
@@ -76,8 +81,12 @@ class Request:
 
     @cached_property
     def sampler(self) -> Sampler:
-        """Chooses the tokens, where they are not simply the likeliest; holds the request's own generator."""
-        return Sampler(self.sampling, self.prompt)
+        """Chooses the tokens, where they are not simply the likeliest; holds the request's own seed."""
+        return Sampler(self.sampling, self.prompt, self.sample)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token for `logits[V]`; it has to be accepted then."""
+        return self.sampler.choose(logits, len(self.prompt) + len(self.tokens))
 
     @property
     def generation(self) -> Generation:

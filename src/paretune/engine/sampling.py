@@ -2,12 +2,17 @@
 
 The order of the steps is the usual one: repetition penalty, temperature, top-k, top-p, min-p, draw. Greedy is
 temperature 0. Exactly k tokens survive top-k, ties included.
+
+Random numbers are counted, not kept: those of a token are a function of the request's seed, the sample within the
+request and the token's position. So a text depends neither on the batch nor on the order in which its tokens are
+found, and speculation that draws each token at its own position gives the very text of plain decoding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +32,7 @@ class SamplingOptions:
         min_p: keep tokens at least this share as likely as the most likely (arXiv:2407.01082).
         repetition_penalty: divide positive, multiply negative logits of tokens seen (Keskar et al. 2019,
             arXiv:1909.05858); 1 is off.
-        seed: of the random generator of each sequence; None draws one.
+        seed: of the request's random numbers; None draws one.
     """
 
     temperature: float = 0.0
@@ -55,33 +60,75 @@ class SamplingOptions:
         return self.temperature == 0
 
 
-class Sampler:
-    """Chooses tokens for one sequence; holds its generator and the tokens it has seen."""
+# Philox 4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; the generator of NumPy's `Philox`).
+_MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
+_WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+_WORD = (1 << 64) - 1
 
-    def __init__(self, options: SamplingOptions, prompt: Sequence[int]) -> None:
-        self.options = options
-        self.generator = torch.Generator()
-        if options.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(options.seed)
+
+def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Four random words of 64 bits, a function of the words of `key` and `counter` alone."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        a, b = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (b >> 64) ^ c1 ^ k0, b & _WORD, (a >> 64) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+class Uniforms:
+    """The random numbers of one token, in [0, 1): calling it gives the next.
+
+    Args:
+        seed: of the request.
+        sample: which of the request's samples, from 0.
+        position: of the token in its sequence, prompt included.
+    """
+
+    def __init__(self, seed: int, sample: int, position: int) -> None:
+        self._key, self._at = (seed, 0), (position, sample, 0)
+        self._n = 0
+        self._words: tuple[int, ...] = ()
+
+    def __call__(self) -> float:
+        n, self._n = self._n, self._n + 1
+        if n % 4 == 0:
+            self._words = philox(self._key, (n // 4, *self._at))
+        return (self._words[n % 4] >> 11) * 2.0**-53
+
+
+Random = Callable[[], float]  # gives the next number in [0, 1)
+
+
+class Sampler:
+    """Chooses tokens for one sequence; holds its seed and the tokens it has seen.
+
+    Args:
+        sample: which of the request's samples this is: others of the same prompt and seed draw other numbers.
+    """
+
+    def __init__(self, options: SamplingOptions, prompt: Sequence[int], sample: int = 0) -> None:
+        self.options, self.sample = options, sample
+        self.seed = secrets.randbelow(2**63) if options.seed is None else options.seed
         self._seen: Tensor | None = None
         if options.repetition_penalty != 1:
             self._seen = torch.tensor(sorted(set(prompt)), dtype=torch.int64)
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token for `logits[V]`."""
+    def choose(self, logits: Tensor, position: int) -> int:
+        """The token at `position` for `logits[V]`; it counts as seen from then on."""
         options = self.options
         if self._seen is not None:
             logits = penalize_repetition(logits, self._seen, options.repetition_penalty)
         if options.greedy:
             token = argmax(logits[None])[0]
-        elif options.top_k:
-            candidates, probabilities = survivors(logits, options)
-            token = int(candidates[draw(probabilities, self.generator)])
         else:
-            probabilities = torch.softmax(logits.float() / options.temperature, 0)
-            token = draw_nucleus(probabilities, options.top_p, options.min_p, self.generator)
+            random = Uniforms(self.seed, self.sample, position)
+            if options.top_k:
+                candidates, probabilities = survivors(logits, options)
+                token = int(candidates[draw(probabilities, random)])
+            else:
+                probabilities = torch.softmax(logits.float() / options.temperature, 0)
+                token = draw_nucleus(probabilities, options.top_p, options.min_p, random)
         if self._seen is not None and not bool((self._seen == token).any()):
             self._seen = torch.cat([self._seen, torch.tensor([token])])
         return token
@@ -117,12 +164,12 @@ def argmax(logits: Tensor) -> list[int]:
     return logits.float().numpy().argmax(-1).tolist()
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> int:
+def draw(probabilities: Tensor, random: Random) -> int:
     """An index by inverse transform: one uniform number, no vector of noise."""
-    return _locate(probabilities.double().cumsum(0), generator)
+    return _locate(probabilities.double().cumsum(0), random)
 
 
-def draw_nucleus(probabilities: Tensor, top_p: float, min_p: float, generator: torch.Generator) -> int:
+def draw_nucleus(probabilities: Tensor, top_p: float, min_p: float, random: Random) -> int:
     """Draws from the set that top-p and min-p leave, without sorting the vocabulary.
 
     Rejection: a token drawn from the whole distribution is kept if it belongs to the set, which needs only the mass of
@@ -132,7 +179,7 @@ def draw_nucleus(probabilities: Tensor, top_p: float, min_p: float, generator: t
     cumulative = probabilities.double().cumsum(0)
     floor = min_p * float(probabilities.max()) if min_p > 0 else 0.0
     while True:
-        token = _locate(cumulative, generator)
+        token = _locate(cumulative, random)
         p = probabilities[token]
         if float(p) < floor:
             continue
@@ -144,9 +191,9 @@ def draw_nucleus(probabilities: Tensor, top_p: float, min_p: float, generator: t
             return token
 
 
-def _locate(cumulative: Tensor, generator: torch.Generator) -> int:
+def _locate(cumulative: Tensor, random: Random) -> int:
     total = float(cumulative[-1]) if cumulative.numel() else math.nan
     if not math.isfinite(total):
         raise ParetuneError("the model gives NaN or infinity", "Use a wider dtype, or check the weights")
-    u = torch.rand((), dtype=torch.float64, generator=generator) * total
+    u = torch.tensor(random() * total, dtype=torch.float64)
     return min(int(torch.searchsorted(cumulative, u, right=True)), cumulative.numel() - 1)

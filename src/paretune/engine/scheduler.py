@@ -7,7 +7,7 @@ what the next step needs.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -15,6 +15,7 @@ from paretune import clock
 from paretune.engine.decode.plain import Choose, Plain
 from paretune.engine.request import Request
 from paretune.engine.runners.base import Runner
+from paretune.engine.speculation import Speculator
 from paretune.errors import UsageError
 
 FRAME_SEC = 0.02  # streamed text goes out 50 times a second at most, which reads as steady
@@ -32,6 +33,7 @@ class Scheduler:
         chunk: prompt tokens of a row that go in at once; None: whole prompts.
         choose: of the next tokens, for the whole batch; None: each request chooses its own.
         keeps_done: a row that is done keeps its place until others wait for it, so that `rewind` can go back in it.
+        speculator: of this runner; None: plain decoding. Not beside `choose`.
 
     Attributes:
         rows: the request in each row of the cache, or None.
@@ -47,19 +49,20 @@ class Scheduler:
         chunk: int | None = None,
         choose: Choose | None = None,
         keeps_done: bool = False,
+        speculator: Speculator | None = None,
     ) -> None:
         assert chunk is None or chunk >= 1
+        assert choose is None or speculator is None, "proposals are held against what each request chooses"
         self.runner, self.chunk, self.keeps_done = runner, chunk, keeps_done
         self.cache = runner.new_cache(n_rows, capacity)
         self.cache.clear_()
-        self.decode = Plain(runner, self.cache, choose)
+        self.decode = Plain(runner, self.cache, choose) if speculator is None else speculator.decode(runner, self.cache)
         self.rows: list[Request | None] = [None] * n_rows
         self.waiting: deque[Request] = deque()
         self._device = runner.device
         self._runs_along = not runner.same_bits_at_any_width
         self._streams = False
         self._shown_at = 0.0
-        self._last = [0] * n_rows  # the token that each row goes on with
         self._regroup()
 
     def _regroup(self) -> None:
@@ -96,6 +99,9 @@ class Scheduler:
     def clear(self) -> None:
         """Forgets all requests."""
         self.waiting.clear()
+        for row, request in enumerate(self.rows):
+            if request is not None:
+                self.decode.evict(row, request)
         self.rows = [None] * len(self.rows)
         self.cache.clear_()
         self._regroup()
@@ -108,7 +114,7 @@ class Scheduler:
             lengths.append(0)
             if request is not None:
                 request.rewind(n_tokens)
-                self._last[row] = request.tokens[-1]
+                self.decode.rewind(row, request)
                 lengths[-1] = len(request.prompt) + n_tokens - 1  # the newest token is not in the cache yet
         self.cache.truncate_(lengths)
         self._regroup()
@@ -119,7 +125,8 @@ class Scheduler:
             self.step()
 
     def step(self) -> None:
-        """A token for each row whose prompt is read in, and a piece of each prompt that is not."""
+        """A token for each row whose prompt is read in, or more where they were proposed, and a piece of each prompt
+        that is not."""
         assert self.is_busy, "nothing is left to do"
         if self._is_along:
             self._leave_where_full()
@@ -142,7 +149,8 @@ class Scheduler:
                 self._evict(row)
             if self.rows[row] is None:
                 self.cache.admit_(row)
-                self.rows[row] = self.waiting.popleft()
+                self.rows[row] = admitted = self.waiting.popleft()
+                self.decode.admit(row, admitted)
         self._streams = any(r is not None and r.on_text is not None for r in self.rows)
         self._regroup()
 
@@ -155,7 +163,9 @@ class Scheduler:
 
     def _evict(self, row: int) -> None:
         self.cache.evict_(row)
-        self.rows[row], self._last[row] = None, 0
+        if (request := self.rows[row]) is not None:
+            self.decode.evict(row, request)
+        self.rows[row] = None
 
     def _read(self) -> bool:
         """Reads the next piece of the prompts in; whether any row has its first token now."""
@@ -179,29 +189,24 @@ class Scheduler:
         chosen = self.decode.step(tokens.to(self._device), choosing)
         for row, request in rows.items():
             request.n_read += n_new[row]
-        self._accept(list(ending.items()), chosen)
+        for row, request in ending.items():
+            self.decode.give(row, request, chosen[row])
+        self._leave_where_done(ending.values())
         self._regroup()
         return bool(ending)
 
     def _step_on(self) -> None:
-        if self._staged is not None:
-            self.cache.stage_(self._staged)
-        tokens = torch.tensor(self._last, device=self._device)[:, None]
-        if self._accept(self._running, self.decode.step(tokens, self._decoding)):
+        self.decode.advance(self._decoding, self._running, self._staged)
+        if self._leave_where_done(request for _, request in self._running):
             self._regroup()
 
-    def _accept(self, rows: list[tuple[int, Request]], chosen: Sequence[int]) -> bool:
-        """Gives each request its token; whether any of them is done with it."""
-        n_done = 0
-        for row, request in rows:
-            self._last[row] = token = chosen[row]
-            request.accept(token)
-            if request.is_done:
-                request.finish()
-                n_done += 1
-        if n_done and not self.keeps_done:
+    def _leave_where_done(self, requests: Iterable[Request]) -> bool:
+        """Whether any of these is done; then those that are leave, unless their places are kept."""
+        if not any(request.is_done for request in requests):
+            return False
+        if not self.keeps_done:
             is_needed = self._runs_along and any(r is not None and not r.is_done for r in self.rows)
             for row, held in enumerate(self.rows):
                 if held is not None and held.is_done and not is_needed:
                     self._evict(row)
-        return n_done > 0
+        return True

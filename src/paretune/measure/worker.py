@@ -20,6 +20,7 @@ from paretune.process import Handler
 WARM_UP_SEC = 10.0  # at most
 # Slices as long as these settle within fewer: they average over as many steps, and what settles does so in seconds.
 SLOW_SLICE_SEC, SLOW_WINDOW = 0.1, 4
+RANDOM_TEXT = "speculation: prompts are random here, so what is accepted is not what text would have accepted"
 
 
 class Trial:
@@ -28,6 +29,7 @@ class Trial:
     def __init__(self) -> None:
         self.loaded: Any = None
         self.bench: Any = None
+        self.speculator: Any = None
         self.weights_bytes = 0
         self.prompt_sec = 0.0  # of the prompt that has just been run, where one has
         self.facts: dict[str, Any] = {}  # the answer to `load`
@@ -63,6 +65,7 @@ class Trial:
         from paretune import hardware
         from paretune.engine.exact import check_exact
         from paretune.engine.load import load_recipe, prove
+        from paretune.engine.speculation import for_recipe
         from paretune.measure import memory
         from paretune.measure.profile_facts import bytes_per_weight
         from paretune.measure.workload import Bench, Workload, step_weights_bytes
@@ -81,7 +84,8 @@ class Trial:
         self.parts_sec["calibrate"] = self.loaded.calibrate_sec
         self.weights_bytes = memory.storage_bytes(runner.model)["total"]
         workload = Workload(**request["workload"])
-        self.bench = Bench(runner, workload)
+        self.speculator = for_recipe(recipe, runner, self.loaded.folder)
+        self.bench = Bench(runner, workload, speculator=self.speculator)
         # One shape of cache and batch for all that follows: what compiles, compiles once.
         shape = (workload.batch_size, self.bench.cache.capacity)
         with self._part("prove"):
@@ -101,7 +105,11 @@ class Trial:
             "load_sec": self.loaded.load_sec,
             "compile_sec": compile_sec,
             "proof": proof + exact,
-            "notes": [*self.loaded.notes, *([] if request.get("is_checked") else recipe.notes(device))],
+            "notes": [
+                *self.loaded.notes,
+                *([] if request.get("is_checked") else recipe.notes(device)),
+                *([] if self.speculator is None else [RANDOM_TEXT]),
+            ],
             "runner": observation.runner,
             "bytes_by_dtype": observation.bytes_by_dtype,
             "weights_bytes": self.weights_bytes,
@@ -130,7 +138,7 @@ class Trial:
         from paretune.measure.workload import Bench, Workload
 
         self.bench = None  # its cache is free before the next one is made
-        self.bench = Bench(self.loaded.runner, Workload(**request["workload"]))
+        self.bench = Bench(self.loaded.runner, Workload(**request["workload"]), speculator=self.speculator)
         return self.facts | self._of_shape() | {"warm": self._warm_all(request)}
 
     def _warm_all(self, request: dict[str, Any]) -> dict[str, Any]:

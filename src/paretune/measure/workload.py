@@ -20,6 +20,7 @@ from paretune.engine.cache import KVCache
 from paretune.engine.request import Request
 from paretune.engine.runners.base import Runner
 from paretune.engine.scheduler import Scheduler
+from paretune.engine.speculation import Speculator
 from paretune.errors import UsageError
 from paretune.measure import memory
 from paretune.model.layers import Embedding, Linear
@@ -70,9 +71,16 @@ class Bench:
 
     Args:
         prompts: tokens `[B, input_len]`; None draws random ones from the vocabulary.
+        speculator: of this runner; None: plain decoding. Then a slice has the steps that its tokens take.
     """
 
-    def __init__(self, runner: Runner, workload: Workload, prompts: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        workload: Workload,
+        prompts: torch.Tensor | None = None,
+        speculator: Speculator | None = None,
+    ) -> None:
         config: Any = runner.config
         workload.check(config.n_positions)
         self.runner, self.workload = runner, workload
@@ -80,7 +88,8 @@ class Bench:
             prompts = draw_prompts(workload, config.vocab_size)
         self.prompts: list[list[int]] = prompts.tolist()
         capacity = workload.input_len + workload.output_len
-        self.loop = Scheduler(runner, workload.batch_size, capacity, keeps_done=True)
+        self.loop = Scheduler(runner, workload.batch_size, capacity, keeps_done=True, speculator=speculator)
+        self.is_plain = speculator is None  # a step gives each row one token
         self._is_read = False  # whether the prompts are in the cache
 
     @property
@@ -162,8 +171,15 @@ class Bench:
         self._steps(self.workload.output_len - 1)
 
     def _steps(self, n: int) -> None:
+        """Steps until each sequence has n tokens more."""
         assert self._is_read, "no prompt was prefilled"
-        for _ in range(n):
+        if self.is_plain:
+            for _ in range(n):
+                self.loop.step()
+            return
+        requests = [request for request in self.loop.rows if request is not None]
+        wanted = [min(len(r.tokens) + n, r.max_new_tokens) for r in requests]
+        while any(len(r.tokens) < w for r, w in zip(requests, wanted, strict=True)):
             self.loop.step()
 
 

@@ -53,6 +53,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token -> id."""
+        return self._tokenizer.get_vocab()
+
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `special_tokens` as the model's own post-processor adds them (Llama's BOS)."""
         return self._tokenizer.encode(text, add_special_tokens=special_tokens).ids

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from paretune.engine import cache_formats
 from paretune.option import Option
-from paretune.registry import RUNNERS, TRANSFORMS
+from paretune.registry import DRAFTS, RUNNERS, TRANSFORMS
 
 if TYPE_CHECKING:
     from paretune.model.config import ModelConfig
@@ -16,7 +16,8 @@ Axes = dict[str, list[Option]]
 
 
 def axes(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> Axes:
-    """The options of every axis, in the legal order of their transforms, then `runner`, `cache` and `threads`.
+    """The options of every axis, in the legal order of their transforms, then `runner`, `cache`, `speculate` and
+    `threads`.
 
     An axis without a default may also be left out.
 
@@ -30,6 +31,8 @@ def axes(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> A
         found.setdefault(kind.axis, []).extend(kind.options(config, device, n_tokens))
     found["runner"] = [option for _, kind in RUNNERS.working() for option in kind.options(device)]
     found["cache"] = list(cache_formats.OPTIONS)
+    drafts = [kind for _, kind in DRAFTS.working()]
+    found["speculate"] = [option for kind in drafts for option in kind.options(config, device)]
     found["threads"] = []  # `threads(N)` is understood; a search takes the threads that it is given
     for axis, options in found.items():
         assert sum(o.is_default for o in options) <= 1, f"the axis {axis} has two defaults"

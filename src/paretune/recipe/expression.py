@@ -5,9 +5,10 @@
     argument   = [FIELD "="] VALUE
 
 A term is a transform, or a name that one gives to some of its settings (`int4`, `bf16`); a runner and its mode
-(`compile(freeze)`); what keys and values are kept in (`kv8`, `kv(bf16)`); or `threads(2)`. A value alone sets the field
-that the transform names its main one. Order matters for formats that share an axis alone, where each but the last takes
-only some layers. What is left out is as in the baseline: fused attention, PyTorch operator by operator.
+(`compile(freeze)`); what keys and values are kept in (`kv8`, `kv(bf16)`); what proposes tokens (`speculate(suffix)`,
+`speculate(self=int4)`); or `threads(2)`. A value alone sets the field that the transform names its main one. Order
+matters for formats that share an axis alone, where each but the last takes only some layers. What is left out is as in
+the baseline: fused attention, PyTorch operator by operator.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from paretune.errors import UsageError
+from paretune.recipe import speculate
 from paretune.recipe.recipe import CACHE_DTYPES, EngineOptions, Recipe, build
 from paretune.registry import RUNNERS, TRANSFORMS
 
@@ -118,6 +120,8 @@ def spell(recipe: Recipe) -> str:
         words.append(term or f"kv({engine.cache_dtype})")
     if engine.threads is not None:
         words.append(f"threads({engine.threads})")
+    if engine.speculate is not None:
+        words.append(f"speculate({engine.speculate})")
     return "+".join(words) or "baseline"
 
 
@@ -164,13 +168,21 @@ class _Made:
             if not n.isdecimal() or int(n) < 1:
                 raise UsageError(f"threads({n}) is not a number of threads", "Write threads(2), say")
             self.engine["threads"] = int(n)
+        elif term.name == "speculate":
+            self._take("speculate", term)
+            # `self=int4` reads as a field here.
+            given = [*term.values, *(f"{field}={value}" for field, value in term.fields.items())]
+            if len(given) != 1:
+                raise UsageError(f"{term.text} names {len(given)} drafts", "Write speculate(suffix), say")
+            speculate.draft_of(given[0])
+            self.engine["speculate"] = given[0]
         else:
             self._transform(term)
 
     def _transform(self, term: _Term) -> None:
         names = _names()
         if term.name not in names:
-            known = [*names, *RUNNERS.names(), *CACHE_TERMS, "kv", "threads", *ALIASES]
+            known = [*names, *RUNNERS.names(), *CACHE_TERMS, "kv", "threads", "speculate", *ALIASES]
             raise _unknown("config", term.name, known)
         kind, settings = names[term.name]
         if settings is None:  # the axis as the model has it

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from paretune.errors import UsageError
+from paretune.recipe import speculate
 from paretune.registry import RUNNERS, TRANSFORMS
 
 if TYPE_CHECKING:
@@ -35,17 +36,21 @@ class EngineOptions:
         compile_mode: of the `compile` runner.
         threads: intra-op threads; None takes the machine's default.
         cache_dtype: of keys and values, a key of `CACHE_DTYPES`; None follows the model.
+        speculate: what proposes tokens (`recipe.speculate`); None: nothing, plain decoding.
     """
 
     runner: str = "eager"
     compile_mode: str = "default"
     threads: int | None = None
     cache_dtype: str | None = None
+    speculate: str | None = None
 
     def __post_init__(self) -> None:
         RUNNERS.check(self.runner)
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             raise UsageError(f"cache_dtype is {self.cache_dtype!r}", f"Known: {', '.join(CACHE_DTYPES)}")
+        if self.speculate is not None:
+            speculate.check(self.speculate)
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads is {self.threads}", "It has to be 1 or more")
 
@@ -55,7 +60,8 @@ class EngineOptions:
         has_modes = not is_default and len(RUNNERS.get(self.runner).modes) > 1
         name = f"{self.runner}({self.compile_mode})" if has_modes else self.runner
         cache = f", {self.cache_dtype} cache" if self.cache_dtype else ""
-        return (name if self.threads is None else f"{name} x{self.threads}") + cache
+        drafts = f", {self.speculate} drafts" if self.speculate else ""
+        return (name if self.threads is None else f"{name} x{self.threads}") + cache + drafts
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Recipe:
             engine.runner != default.runner,
             engine.compile_mode != default.compile_mode,
             engine.cache_dtype is not None,
+            engine.speculate is not None,
         )
         return len(self.transforms) + sum(options)
 
@@ -129,6 +136,10 @@ class Recipe:
     def with_threads(self, threads: int | None) -> Recipe:
         """The same on so many threads; None: as many as the process has."""
         return replace(self, engine=replace(self.engine, threads=threads))
+
+    def with_speculation(self, text: str | None) -> Recipe:
+        """The same with what proposes tokens; None: plain decoding."""
+        return replace(self, engine=replace(self.engine, speculate=text))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -208,7 +219,11 @@ class Recipe:
             if transform.replaces_attention and self.runner_class.own_kernels:
                 return f"the {self.engine.runner} runner computes attention itself, and has no {transform.title}"
             config = transform.changed(config)
-        return self.runner_class.fits(config, formats, self.engine.cache_dtype)
+        reason = self.runner_class.fits(config, formats, self.engine.cache_dtype)
+        if reason is None and self.engine.speculate is not None:
+            kind, argument = speculate.draft_of(self.engine.speculate)
+            reason = kind.fits(argument, config)
+        return reason
 
     def why_not(self, device: str, config: ModelConfig) -> str | None:
         """The first reason why this recipe cannot run such a model on `device`, or None.
