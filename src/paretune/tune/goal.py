@@ -10,6 +10,7 @@ from typing import Any, Literal
 from paretune.errors import UsageError
 from paretune.measure.peers.catalogue import OURS, engines_of
 
+ALLOWED = ("changed-weights",)  # of `allow`: `space.CHANGED_WEIGHTS`
 OBJECTIVES = ("tpot", "ttft", "throughput", "memory", "size")
 Objective = Literal["tpot", "ttft", "throughput", "memory", "size"]
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -79,6 +80,7 @@ class Goal:
         input_len, output_len, batch_size: the request that is made fast.
         regimes: grid of batch sizes and lengths (`auto`, `1,8x128,1024`) over which forms are measured for the plan's
             table of choice; None: no such table.
+        allow: what else may be tried, `changed-weights`.
         engines: peers that the winner is compared with, `llama.cpp:Q8_0`; a text is split at its commas.
     """
 
@@ -94,6 +96,7 @@ class Goal:
     seed: int = 0
     engines: tuple[str, ...] = ()
     regimes: str | None = None
+    allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -107,6 +110,9 @@ class Goal:
             raise UsageError(f"--max-ppl-increase is {self.max_ppl_increase}", "It has to be 0 or more")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}", "It has to be 1 or more")
+        for name in self.allow:
+            if name not in ALLOWED:
+                raise UsageError(f"--allow {name!r} is not known", f"Known: {', '.join(ALLOWED)}")
         object.__setattr__(self, "engines", self._read_engines())
         if self.regimes is not None:
             parse_grid(self.regimes)
@@ -141,4 +147,5 @@ class Goal:
         return self.objective in ("memory", "size")
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "engines": list(self.engines)}
+        out = {**asdict(self), "engines": list(self.engines), "allow": list(self.allow)}
+        return out if self.allow else {k: v for k, v in out.items() if k != "allow"}

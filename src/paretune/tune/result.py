@@ -390,9 +390,11 @@ def _store_checkpoint(out: Outcome, chosen: TrialState | None, recipe: Recipe, f
 
 
 def _label(recipe: Recipe, quality: Fidelity | None) -> str | None:
-    """Equality proven, quality measured within the bound, or nothing that could be promised."""
+    """Equality proven, quality measured within the bound, other weights, or nothing that could be promised."""
     if not recipe.changes_numbers:
         return "lossless"
+    if recipe.changes_weights:
+        return "changed weights" if quality else None
     return "bounded" if quality and quality.within_bound else None
 
 
