@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ALL_QUANTISED = "all_quantised"  # tag: no weight is left in a number format of its own
+PRUNED = "pruned"  # tag: weights are zero, or gone
+SPARSE = "sparse"  # tag: the format stores no zeros
 OWN_KERNELS = "own_kernels"  # tag: the runner has products and attention of its own
 
 Conflict = tuple[frozenset[str], str]
@@ -28,6 +30,7 @@ class Option:
             bounds what would multiply the space.
         is_default: what a recipe has where it does not say; one of an axis at most.
         changes_numbers: more than the order of additions.
+        changes_weights: prunes the model or trains it further: a search tries it only where that is allowed.
         differs_after: tokens of a sequence after which it makes a difference.
         log_gain: that it is credited with until it is measured, so that cheap options are looked at first.
         start_sec: seconds until its first step can be timed, before anything was measured here; 0: nothing of note.
@@ -41,6 +44,7 @@ class Option:
     beside: tuple[str, ...] | None = None
     is_default: bool = False
     changes_numbers: bool = True
+    changes_weights: bool = False
     differs_after: int = 0
     log_gain: float = 0.3
     start_sec: float = 0.0

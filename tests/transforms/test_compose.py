@@ -77,9 +77,14 @@ def logits_of(model, tokens):
     return torch.cat([runner.forward(t, cache, "all") for t in tokens.split(pieces, dim=1)], dim=1)
 
 
+PRUNING = ("sparse8", "magnitude", "wanda", "sparsegpt", "neurons", "heads", "layers", "columns")
+
+
 def test_every_transform_is_in_the_test():
-    """A new transform has to be added to STAGES, but for what changes the model's words (`test_mechanism.py`)."""
-    assert {t.name for stage in STAGES for t in stage if t} | {"mechanism"} == set(TRANSFORMS.names())
+    """A new transform has to be added to STAGES, but for what changes the model's words (`test_mechanism.py`,
+    `test_prune_weights.py`, `test_prune_structures.py`)."""
+    elsewhere = {"mechanism", *PRUNING}
+    assert {t.name for stage in STAGES for t in stage if t} | elsewhere == set(TRANSFORMS.names())
     assert len(RECIPES) == 63 and len({r.hash for r in RECIPES}) == 63
 
 

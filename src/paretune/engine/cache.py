@@ -40,9 +40,9 @@ class LayerView(LayerCache):
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(self, cache: KVCache, n_kv_head: int) -> None:
         self.cache = cache
-        shape = (cache.batch_size, cache.n_kv_head, cache.n_slots, cache.head_dim)
+        shape = (cache.batch_size, n_kv_head, cache.n_slots, cache.head_dim)
         kind: dict[str, Any] = {"dtype": torch.float32, "device": cache.device}
         scales: tuple[int, ...] = shape[:3]
         if cache.dtype == INT4:
@@ -122,6 +122,7 @@ class KVCache:
     that begins and ends together wants it.
 
     Args:
+        n_kv_head: of every layer, or of each.
         capacity: tokens each row can hold.
         dtype: of what is stored; PyTorch code gets it back in the dtype of the new keys.
         static: always show all slots of all rows under a mask, so that shapes never change (compiled decode).
@@ -133,7 +134,7 @@ class KVCache:
         *,
         n_layer: int,
         batch_size: int,
-        n_kv_head: int,
+        n_kv_head: int | Sequence[int],
         capacity: int,
         head_dim: int,
         dtype: torch.dtype,
@@ -142,7 +143,9 @@ class KVCache:
         kept: Kept | None = None,
     ) -> None:
         assert batch_size >= 1 and capacity >= 1
-        self.batch_size, self.n_kv_head, self.capacity, self.head_dim = batch_size, n_kv_head, capacity, head_dim
+        self.batch_size, self.capacity, self.head_dim = batch_size, capacity, head_dim
+        heads = [n_kv_head] * n_layer if isinstance(n_kv_head, int) else list(n_kv_head)
+        self.n_kv_head = max(heads)  # of the widest layer
         self.dtype, self.device, self.static = dtype, torch.device(device), static
         self.ring = self.prefix = 0
         self.window = 0 if kept is None or kept.window is None else kept.window
@@ -151,7 +154,7 @@ class KVCache:
             if kept.prefix + ring < capacity:
                 self.ring, self.prefix = ring, kept.prefix
         self.n_slots = self.prefix + self.ring or capacity
-        self.layers = [LayerView(self) for _ in range(n_layer)]
+        self.layers = [LayerView(self, n) for n in heads]
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # tokens held by each row
         self._every_row = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.row_index = self._every_row  # (A, 1)

@@ -178,7 +178,7 @@ def quantize(
     streams = all(transform.per_weight for transform in transforms)
     with files.whole_folder(output_dir, overwrite=overwrite) as out, torch.no_grad():
         say(f"reading {folder.name}")
-        stored = _dtype_of(folder)
+        stored = stored_dtype(folder)
         # What runs the model to calibrate it runs it in fp32.
         model = checkpoint.load(folder, torch.float32 if calibrated else None, convert if streams else None)
         if calibrated:  # as recipes run it; what a folder says of attention does not change
@@ -222,7 +222,7 @@ def quantize(
     )
 
 
-def _dtype_of(folder: Path) -> torch.dtype | None:
+def stored_dtype(folder: Path) -> torch.dtype | None:
     """The floating-point type of a checkpoint where it has one."""
     stored = StoredTensors(checkpoint.weight_files(folder))
     found = {dtype for dtype in map(stored.dtype_of, stored) if dtype.is_floating_point}

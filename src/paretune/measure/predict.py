@@ -38,7 +38,7 @@ class Sizes:
         if config.has_learned_positions:
             looked_up += config.n_positions * config.n_embd
         each, around = model.family.operators
-        kv = 2 * config.n_layer * config.n_kv_head * config.head_dim
+        kv = 2 * config.all_kv_heads * config.head_dim
         return cls(n - looked_up, kv, each * config.n_layer + around, config)
 
 

@@ -68,16 +68,20 @@ def mfu(flops: float, sec: float, rate: float) -> float:
 
 def _block_flops(config: ShapeConfig) -> int:
     """FLOP of the linear layers of all blocks for one token."""
-    queries = config.n_head * config.head_dim
-    keys_and_values = 2 * config.n_kv_head * config.head_dim
-    attention = config.n_embd * (2 * queries + keys_and_values)  # queries in, heads out: the same size
-    mlp = (3 if config.gated_mlp else 2) * config.n_embd * config.n_inner
-    return 2 * config.n_layer * (attention + mlp)
+    heads = 2 * _all(config, "n_head") + 2 * _all(config, "n_kv_head")  # queries in, heads out: the same size
+    mlp = (3 if config.gated_mlp else 2) * _all(config, "n_inner")
+    return 2 * config.n_embd * (heads * config.head_dim + mlp)
+
+
+def _all(config: ShapeConfig, what: str) -> int:
+    """A size of all layers together; they may differ in a pruned model."""
+    layers = getattr(config, "layers", ())
+    return sum(getattr(shape, what) for shape in layers) if layers else config.n_layer * getattr(config, what)
 
 
 def _attention_flops(config: ShapeConfig, n_pairs: int) -> int:
     """FLOP of scores and weighted sums for `n_pairs` pairs of a query and a visible key, in all layers."""
-    return 4 * config.n_layer * config.n_head * config.head_dim * n_pairs
+    return 4 * _all(config, "n_head") * config.head_dim * n_pairs
 
 
 def keys_seen(pattern: Pattern, context: float) -> float:

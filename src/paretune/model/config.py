@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from paretune.errors import CheckpointError, UsageError
 from paretune.model import entries, families
@@ -12,7 +12,17 @@ from paretune.ops.attention.pattern import CAUSAL, Pattern, Window, parse
 from paretune.registry import FAMILIES
 
 CONVERTED = "paretune"  # the entry of config.json that says how a model was converted
+PRUNED = "paretune_pruned"  # the entry that says what was pruned, and the shapes that other entries cannot say
+PRUNED_VERSION = 1
 UNBOUNDED = 2**30  # tokens: as good as no limit, and still a number
+
+
+class LayerShape(NamedTuple):
+    """What a layer may have of its own."""
+
+    n_head: int
+    n_kv_head: int
+    n_inner: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,10 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes in the field's names; every family reads what it needs."""
+    """Shapes in the field's names; every family reads what it needs.
+
+    Where layers differ (`layers`), `n_head`, `n_kv_head` and `n_inner` are the largest.
+    """
 
     family: str  # its name in `registry.FAMILIES`; what it is like: `families.of`
     vocab_size: int  # rows of the embedding
@@ -52,6 +65,8 @@ class ModelConfig:
     alibi: bool = False  # scores fall with the distance (`ops/attention/alibi.py`)
     has_positions: bool = True  # learned or rotary ones; False: converted to do without
     pattern: str | None = None  # of attention, in place of the architecture's own (`ops/attention/pattern.py`)
+    layers: tuple[LayerShape, ...] = ()  # of each layer, where they differ
+    pruned: tuple[str, ...] = ()  # what was pruned, as transforms spell it
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     initializer_range: float = 0.02
@@ -61,6 +76,36 @@ class ModelConfig:
     def option(self, name: str) -> Any:
         """The value of an option in `own`."""
         return dict(self.own)[name]
+
+    def layer(self, i: int) -> LayerShape:
+        """The shape of layer `i`."""
+        return self.layers[i] if self.layers else LayerShape(self.n_head, self.n_kv_head, self.n_inner)
+
+    @property
+    def all_kv_heads(self) -> int:
+        """Key/value heads of all layers together."""
+        return sum(self.layer(i).n_kv_head for i in range(self.n_layer))
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether the entries that everybody reads say all of its shapes."""
+        return not self.layers and families.of(self).expresses(self)
+
+    def reshaped(self, shapes: Sequence[LayerShape], n_embd: int | None = None) -> ModelConfig:
+        """The same model with these layers, and of another width.
+
+        Args:
+            shapes: one a layer; there may be fewer than before.
+        """
+        alike = len(set(shapes)) == 1
+        largest = LayerShape(*(max(values) for values in zip(*shapes, strict=True)))
+        return replace(
+            self,
+            n_layer=len(shapes),
+            n_embd=n_embd or self.n_embd,
+            layers=() if alike else tuple(shapes),
+            **largest._asdict(),
+        )
 
     @property
     def gated_mlp(self) -> bool:
@@ -95,7 +140,7 @@ class ModelConfig:
         """
         converted = hf.get(CONVERTED)
         family = hf.get("model_type")
-        if converted is not None and isinstance(family, str):
+        if (converted is not None or PRUNED in hf) and isinstance(family, str):
             family = family.removeprefix(f"{CONVERTED}_")
         if family not in FAMILIES.names():
             raise CheckpointError(
@@ -106,6 +151,8 @@ class ModelConfig:
             config = families.get(family).read(hf, where)
             if converted is not None:
                 config = _converted(config, hf)
+            if hf.get(PRUNED) is not None:
+                config = _pruned(config, entries.table(hf, PRUNED), where)
         except KeyError as missing:
             raise CheckpointError(
                 f"{where} has no entry {missing}", "Take the config.json that belongs to this model"
@@ -120,13 +167,22 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """The config as it was read, or a fresh one that `transformers` reads."""
         if self.hf:
-            out = {k: v for k, v in self.hf.items() if k != CONVERTED} | {"model_type": self.family}
+            out = {k: v for k, v in self.hf.items() if k not in (CONVERTED, PRUNED)} | {"model_type": self.family}
+            if self.pruned:  # its shapes are no longer those that were read
+                out |= families.of(self).write(self)
         else:
             out = self._fresh_hf()
         if self.alibi or not self.has_positions or self.pattern is not None:
             # Another name of the architecture: tools that do not know the entry must not read it as the plain one.
             out["model_type"] = f"{CONVERTED}_{self.family}"
             out[CONVERTED] = {"alibi": self.alibi, "positions": self.has_positions, "pattern": self.pattern}
+        if self.pruned:
+            entry: dict[str, Any] = {"schema_version": PRUNED_VERSION, "done": list(self.pruned)}
+            if not self.is_regular:
+                out["model_type"] = f"{CONVERTED}_{self.family}"
+                entry["head_dim"] = self.head_dim
+                entry["shapes"] = [list(self.layer(i)) for i in range(self.n_layer)]
+            out[PRUNED] = entry
         return out
 
     def _fresh_hf(self) -> dict[str, Any]:
@@ -166,6 +222,30 @@ def _converted(config: ModelConfig, hf: Mapping[str, Any]) -> ModelConfig:
         has_positions=entries.flag(entry, "positions", True),
         pattern=pattern,
     )
+
+
+def _pruned(config: ModelConfig, entry: Mapping[str, Any], where: str) -> ModelConfig:
+    """What `transforms.prune` changed and `to_hf` wrote down."""
+    version = entries.count(entry, "schema_version")
+    if version > PRUNED_VERSION:
+        raise CheckpointError(
+            f"{where}: the model was pruned by a newer version of Paretune (schema {version}, known {PRUNED_VERSION})",
+            "Install the newer version",
+        )
+    done = entry.get("done")
+    if not isinstance(done, list) or not done or not all(isinstance(text, str) for text in done):
+        raise ValueError(f"{PRUNED} does not say what was pruned")
+    config = replace(config, pruned=tuple(done))
+    if "shapes" not in entry:
+        return config
+    rows = entry["shapes"]
+    is_table = isinstance(rows, list) and all(isinstance(row, list) and len(row) == 3 for row in rows)
+    if not is_table or len(rows) != config.n_layer or any(type(n) is not int or n < 1 for row in rows for n in row):
+        raise ValueError(f"{PRUNED}: shapes is no table of {config.n_layer} rows of three numbers")
+    shapes = [LayerShape(*row) for row in rows]
+    if any(shape.n_head % shape.n_kv_head for shape in shapes):
+        raise ValueError(f"{PRUNED}: query heads are no multiple of key/value heads")
+    return replace(config, head_dim=entries.count(entry, "head_dim")).reshaped(shapes)
 
 
 def _check(c: ModelConfig, where: str) -> None:

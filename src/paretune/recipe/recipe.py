@@ -109,6 +109,11 @@ class Recipe:
         return any(not t.exact for t in self.transforms) or self.engine.cache_dtype is not None
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether something prunes the model or trains it further."""
+        return any(t.changes_weights for t in self.transforms)
+
+    @property
     def runner_class(self) -> type[Runner]:
         """What executes it, for what it declares."""
         return RUNNERS.get(self.engine.runner)

@@ -48,6 +48,7 @@ class TuneGoal(Record):
         engines: peers that the winner is compared with, `llama.cpp:Q8_0`; a text is split at its commas.
         regimes: grid of batch sizes and lengths (`auto`, `1,8x128,1024`) over which forms are measured for the plan's
             table of choice; None: no such table.
+        allow: what else may be tried, `changed-weights`.
     """
 
     objective: Objective = "tpot"
@@ -62,6 +63,7 @@ class TuneGoal(Record):
     seed: int = 0
     engines: tuple[str, ...] = ()
     regimes: str | None = None
+    allow: tuple[str, ...] = ()
 
     @property
     def in_bytes(self) -> bool:
@@ -180,7 +182,7 @@ class TuneTrial(Record):
     recipe: Json
     status: TrialStatus
     reason: str | None = None
-    label: Literal["lossless", "bounded"] | None = None
+    label: Literal["lossless", "bounded", "changed weights"] | None = None
     standing: Standing
     measured: TrialMeasured | None = field(default=None, metadata=flat(""))
 

@@ -87,6 +87,7 @@ class Transform:
     needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
     replaces_attention: ClassVar[bool] = False  # attention is something else than softmax over what is seen
     trainable: ClassVar[bool] = False  # the model can be trained under it
+    changes_weights: ClassVar[bool] = False  # prunes or trains: "changed weights" is what its results are labelled
 
     @classmethod
     def options(cls, config: ModelConfig | None, device: str, n_tokens: int) -> Sequence[Option]:

@@ -154,6 +154,20 @@ def walk(
             batches = [((block(*args, **kwargs), *args[1:]), kwargs) for args, kwargs in batches]
 
 
+@torch.no_grad()
+def moments_of_head(model: LanguageModel, tokens: Tensor) -> SecondMoments:
+    """What the head sees of `tokens[N, T]`, under its name; the product of the head itself is never made."""
+    moments = SecondMoments({model.head_name: model.head}, stops=True)
+    try:
+        for batch in tokens.to(model.embedding.weight.device).split(max(1, TOKENS_AT_ONCE // tokens.size(1))):
+            moments.forget_input()
+            with contextlib.suppress(_Captured):
+                model(batch, None, "all")
+    finally:
+        moments.close()
+    return moments
+
+
 def _inputs_of_first_block(
     model: LanguageModel, first: nn.Module, tokens: Tensor
 ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -177,10 +177,7 @@ class Quantize(Transform):
         return [name for c in matrices(model) if self._passes(c.names) for name in c.names]
 
     def _passes(self, names: tuple[str, ...]) -> bool:
-        def matches(text: str) -> bool:
-            return any(fnmatch.fnmatchcase(n, p) for n in names for p in _patterns(text))
-
-        return (not self.include or matches(self.include)) and not matches(self.exclude)
+        return (not self.include or matches(names, self.include)) and not matches(names, self.exclude)
 
     def quantized(self, layer: Chosen) -> Weight:
         """`quantize`, with the layer's name in what goes wrong."""
@@ -231,6 +228,11 @@ class Quantize(Transform):
 # What `convert` knows of the models that are being read. `apply` asks anew: trees may have changed until then.
 _by_name: weakref.WeakKeyDictionary[LanguageModel, dict[Quantize, dict[str, Chosen]]] = weakref.WeakKeyDictionary()
 _NOTHING = Dense(torch.empty(0, 0))
+
+
+def matches(names: Sequence[str], patterns: str) -> bool:
+    """Whether one of the names fits one of the patterns, which commas separate."""
+    return any(fnmatch.fnmatchcase(n, p) for n in names for p in _patterns(patterns))
 
 
 def _patterns(text: str) -> list[str]:

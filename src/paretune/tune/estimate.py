@@ -30,11 +30,7 @@ class Estimator:
 
     def __init__(self, config: ModelConfig, goal: Goal, ceilings: hardware.Ceilings) -> None:
         self.config, self.goal, self.ceilings = config, goal, ceilings
-        self._model = checkpoint.build(config)  # on the meta device: shapes without memory
-        self._matrices = matrices(self._model)
-        self._looked_up = _looked_up(self._model)
-        inside = {id(p) for c in self._matrices for p in c.weight.parameters()}
-        self._n_vectors = sum(p.numel() for p in self._model.parameters() if id(p) not in inside)
+        self._known: dict[ModelConfig, _Shapes] = {}  # of the model, and of what is left of it where it is pruned
 
     def weights_bytes(self, recipe: Recipe, *, of_a_step: bool = False) -> float:
         """Stored bytes of the weights.
@@ -45,22 +41,29 @@ class Estimator:
         width = CACHE_DTYPES[recipe.dtype or "fp32"].itemsize
         quantizers = [t for t in recipe.transforms if isinstance(t, Quantize)]
         taken: dict[int, float] = {}
+        shapes = self._shapes(recipe)
         for transform in quantizers:
-            for chosen in transform.chosen(self._model):
+            for chosen in transform.chosen(shapes.model):
                 taken.setdefault(id(chosen.weight), float(transform.expected_bytes(chosen)))
-        total = float(width * self._n_vectors)
-        for each in self._matrices:
-            if not (of_a_step and id(each.weight) in self._looked_up):
+        total = float(width * shapes.n_vectors)
+        for each in shapes.matrices:
+            if not (of_a_step and id(each.weight) in shapes.looked_up):
                 total += taken.get(id(each.weight), width * _n_values(each))
         return total
 
+    def _shapes(self, recipe: Recipe) -> _Shapes:
+        config = changed(recipe, self.config)
+        if config not in self._known:
+            self._known[config] = _Shapes(config)
+        return self._known[config]
+
     def step_bytes(self, recipe: Recipe) -> float:
         """Bytes that a decode step in the middle of the request reads: weights, keys and values."""
-        goal, config = self.goal, self.config
+        goal, config = self.goal, changed(recipe, self.config)
         context = goal.input_len + goal.output_len / 2
         seen = min(context, roofline.keys_seen(_pattern(recipe, config), context))
         dtype = CACHE_DTYPES[recipe.engine.cache_dtype or recipe.dtype or "fp32"]
-        each = 2 * config.n_layer * position_bytes(dtype, config.n_kv_head, config.head_dim)
+        each = 2 * position_bytes(dtype, config.all_kv_heads, config.head_dim)
         return self.weights_bytes(recipe, of_a_step=True) + goal.batch_size * seen * each
 
     def floor_sec(self, recipe: Recipe) -> float | None:
@@ -73,14 +76,34 @@ class Estimator:
             if any(isinstance(t, Quantize) for t in recipe.transforms):
                 return None
             rate = ceilings.matrix_rates.get(recipe.dtype or "fp32")
-            pattern = _pattern(recipe, self.config)
-            flops = goal.batch_size * roofline.prefill_flops(self.config, goal.input_len, pattern=pattern)
+            config = changed(recipe, self.config)
+            pattern = _pattern(recipe, config)
+            flops = goal.batch_size * roofline.prefill_flops(config, goal.input_len, pattern=pattern)
             return flops / rate if rate else None
         n_bytes = self.step_bytes(recipe)
         step_sec = n_bytes / ceilings.bandwidth_at(n_bytes)
         if goal.sample_kind == "tpot":
             return step_sec
         return step_sec * max(0, goal.output_len - 1) / goal.output_len / goal.batch_size
+
+
+class _Shapes:
+    """The matrices of a config, on the meta device: shapes without memory."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.model = checkpoint.build(config)
+        self.matrices = matrices(self.model)
+        self.looked_up = _looked_up(self.model)
+        inside = {id(p) for c in self.matrices for p in c.weight.parameters()}
+        self.n_vectors = sum(p.numel() for p in self.model.parameters() if id(p) not in inside)
+
+
+def changed(recipe: Recipe, config: ModelConfig) -> ModelConfig:
+    """The config of the model that a recipe leaves, as far as shapes go."""
+    for transform in recipe.transforms:
+        if transform.changes_weights:
+            config = transform.changed(config)
+    return config
 
 
 def _n_values(chosen: Chosen) -> int:

@@ -11,6 +11,7 @@ from paretune.errors import UsageError
 from paretune.measure.peers.catalogue import OURS, engines_of
 from paretune.records.tune import Objective, TuneGoal
 
+ALLOWED = ("changed-weights",)  # of `allow`: `space.CHANGED_WEIGHTS`
 OBJECTIVES = get_args(Objective)
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -82,6 +83,9 @@ class Goal(TuneGoal):
             raise UsageError(f"--max-ppl-increase is {self.max_ppl_increase}", "It has to be 0 or more")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}", "It has to be 1 or more")
+        for name in self.allow:
+            if name not in ALLOWED:
+                raise UsageError(f"--allow {name!r} is not known", f"Known: {', '.join(ALLOWED)}")
         object.__setattr__(self, "engines", self._read_engines())
         if self.regimes is not None:
             parse_grid(self.regimes)

@@ -312,10 +312,12 @@ def _store_checkpoint(out: Outcome, chosen: TrialState | None, recipe: Recipe, f
     return "model"
 
 
-def _label(recipe: Recipe, quality: Fidelity | None) -> Literal["lossless", "bounded"] | None:
-    """Equality proven, quality measured within the bound, or nothing that could be promised."""
+def _label(recipe: Recipe, quality: Fidelity | None) -> Literal["lossless", "bounded", "changed weights"] | None:
+    """Equality proven, quality measured within the bound, other weights, or nothing that could be promised."""
     if not recipe.changes_numbers:
         return "lossless"
+    if recipe.changes_weights:
+        return "changed weights" if quality else None
     return "bounded" if quality and quality.within_bound else None
 
 

@@ -102,7 +102,7 @@ class Search:
             "versions": versions(),
         }
         self.has_room_for_twin = _check_memory(config, goal)
-        space = spaces.build(goal.device, config, n_tokens)  # before the clock of the budget runs
+        space = spaces.build(goal.device, config, n_tokens, goal.allow)  # before the clock of the budget runs
         prepare()
         self.journal = Journal(folder, key, resume)
         race = Race(goal, folder, model_folder, self.journal, say)

@@ -13,6 +13,7 @@ from paretune.recipe import Recipe, preset
 from paretune.recipe.axes import Axes, axes, default_of
 
 RUNNER, CACHE = "runner", "cache"  # the axes that say how a model is run, not what it is
+CHANGED_WEIGHTS = "changed-weights"  # of `allow`: pruned models are tried too
 Change = tuple[str, str]  # an axis and the name of its option
 
 
@@ -107,14 +108,20 @@ def candidate(options: Mapping[str, Option], default_runner: Option) -> Candidat
     return Candidate(dict(options), options.get(RUNNER, default_runner), preset(names or "baseline"))
 
 
-def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0) -> Space:
+def build(device: str, config: ModelConfig | None = None, n_tokens: int = 0, allow: Sequence[str] = ()) -> Space:
     """All combinations; those that cannot run on `device`, or cannot win there, go aside with the reason.
 
     Args:
         config, n_tokens: the model and the longest sequence of the request, for what it may not have; None: of any.
+        allow: what else may be tried (`CHANGED_WEIGHTS`).
     """
     space = Space()
     offered = axes(device, config, n_tokens)
+    if CHANGED_WEIGHTS not in allow:
+        for axis, options in offered.items():
+            asked = [o.name for o in options if o.changes_weights]
+            space.illegal += [(name, f"it changes weights: --allow {CHANGED_WEIGHTS} tries it") for name in asked]
+            offered[axis] = [o for o in options if not o.changes_weights]
     runner = default_of(offered[RUNNER])
     assert runner is not None, "some runner is the reference"
     reasons = {

@@ -127,7 +127,7 @@ class Runner:
         return KVCache(
             n_layer=c.n_layer,
             batch_size=batch_size,
-            n_kv_head=c.n_kv_head,
+            n_kv_head=[c.layer(i).n_kv_head for i in range(c.n_layer)],
             capacity=min(capacity, c.longest),
             head_dim=c.head_dim,
             dtype=self.cache_dtype,

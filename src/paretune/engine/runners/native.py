@@ -253,7 +253,7 @@ class NativeRunner(Runner):
                 n_rows = c.head_rows if info.parts.endswith("head") else c.rows
                 flops = 2 * info.weight.out_features * info.weight.in_features * n_rows
             elif info.q_width:
-                each = position_bytes(self.cache_dtype, self.config.n_kv_head, self.config.head_dim)
+                each = position_bytes(self.cache_dtype, info.kv_width // self.config.head_dim, self.config.head_dim)
                 n_bytes = 2 * each * c.kv_positions
                 flops = 4 * info.q_width * c.pairs
             out.append((info.parts, info.layer, c.calls, ns / 1e9, n_bytes, flops))

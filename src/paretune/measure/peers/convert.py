@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from paretune import files
+from paretune.errors import ParetuneError
 from paretune.measure.peers import envs
 from paretune.measure.peers.catalogue import Engine, Peer
 from paretune.model import checkpoint, families
@@ -76,6 +77,11 @@ def converted(folder: Path, config: ModelConfig, engine: Engine, threads: int, a
     Raises:
         ParetuneError: the conversion failed (from `ask`), or the cache cannot be written.
     """
+    if not config.is_regular:
+        raise ParetuneError(
+            f"{engine.name} has no form of a model whose layers were pruned to widths of their own",
+            "Leave the engine out, or prune with scope=layer",
+        )
     found = existing(folder, engine)
     if found is not None:
         return found

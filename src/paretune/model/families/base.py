@@ -107,6 +107,10 @@ class Family(ABC):
             CheckpointError: they do not.
         """
 
+    def expresses(self, config: ModelConfig) -> bool:
+        """Whether its entries of `config.json` say the shapes of a model whose layers are alike."""
+        return True
+
     def folds(self, config: ModelConfig, block: str) -> list[Fold]:
         """Which inputs of a block's layers can be scaled for nothing (`transforms.folding`).
 

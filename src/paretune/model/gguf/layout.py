@@ -100,6 +100,10 @@ def to_metadata(config: ModelConfig, name: str) -> tuple[dict[str, Any], list[st
         raise ParetuneError(f"llama.cpp's {form.title} has no activation {c.activation}", CURE)
     if not c.scale_attn_weights or c.scale_attn_by_inverse_layer_idx:
         raise ParetuneError(f"llama.cpp's {form.title} divides scores by sqrt(head size) in every layer", CURE)
+    if not c.is_regular:
+        raise ParetuneError(
+            f"llama.cpp's {form.title} has no layers of different or pruned widths", "Prune with scope=layer"
+        )
     notes = form.notes(c)
     n_positions = c.n_positions
     if c.sliding_window is not None and c.sliding_window < n_positions:

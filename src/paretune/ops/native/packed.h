@@ -9,6 +9,7 @@
 //               bytes (k2, k3), each one mask or shift away from 16 bits; `vpdpbusd` takes the bytes as they are
 //   int4        quantum 8, nibbles q in 0..15 for q - 8, two 16-bit halves: k0 k4 k2 k6 | k1 k5 k3 k7, lowest first
 //   nf4         as int4, for kNormalCodes[q] / kNormalSteps
+//   sparse int8 int8 without its zeros, in a layout of its own (sparse.h)
 //
 // Missing rows and inputs at the ends are zeros (128, 8 and 7 in the integer formats). The last group of a row is shorter
 // where groups do not divide the inputs.
@@ -37,11 +38,11 @@ extern "C" struct Matrix {
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 constexpr int quantum(std::int32_t format) {
-  return format == kInt4 || format == kNf4 ? 8 : format == kInt8 ? 4 : format == kBf16 ? 2 : 1;
+  return format == kInt4 || format == kNf4 ? 8 : format == kInt8 || format == kSparse8 ? 4 : format == kBf16 ? 2 : 1;
 }
 
 constexpr bool is_integer(std::int32_t format) {
-  return format == kInt8 || format == kInt4 || format == kNf4;
+  return format == kInt8 || format == kInt4 || format == kNf4 || format == kSparse8;
 }
 
 // The normal floats of NF4 as integers: 64 products with 16-bit inputs fit into 32 bits, and half a step of 1/1023 is
@@ -55,6 +56,7 @@ constexpr std::int64_t block_bytes(std::int32_t format, int C) {
   switch (format) {
     case kFp32: return padded * 4 * kBlock;
     case kInt8: return padded * kBlock;
+    case kSparse8: return 0;  // blocks differ (sparse.h)
     case kInt4:
     case kNf4: return padded / 2 * kBlock;
     default: return padded * 2 * kBlock;
@@ -187,21 +189,4 @@ inline float stored(const void* data, std::int32_t format, int C, std::int64_t r
 
 inline std::int64_t group_at(const Matrix& w, std::int64_t row, int k) {
   return (row / kBlock * w.groups() + k / w.group) * kBlock + row % kBlock;
-}
-
-// A row of the matrix as fp32: an embedding, and the reference that tests hold the products to.
-inline void matrix_row(const Matrix& w, std::int64_t row, float* out) {
-  for (int c = 0; c < w.n_in; ++c) {
-    float value = stored(w.data, w.format, w.n_in, row, c);
-    if (w.format == kNf4) value = kNormalCodes[static_cast<int>(value)] * (1.0f / kNormalSteps);
-    if (w.group != 0) {
-      const std::int64_t at = group_at(w, row, c);
-      value -= static_cast<float>(w.lowest);
-      value *= from_fp16(static_cast<const std::uint16_t*>(w.scale)[at]);
-      if (w.minimum != nullptr) value += from_fp16(static_cast<const std::uint16_t*>(w.minimum)[at]);
-    } else if (w.scale != nullptr) {
-      value *= static_cast<const float*>(w.scale)[row];
-    }
-    out[c] = value;
-  }
 }

@@ -22,7 +22,7 @@ from paretune.ops import grouping
 from paretune.ops.weights.base import NativeForm, Weight
 from paretune.process import give_back_free_memory
 
-KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "nf4": 5}
+KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "nf4": 5, "sparse8": 6}
 _DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -30,6 +30,7 @@ _DTYPES = {
     "int8": torch.int8,
     "int4": torch.uint8,
     "nf4": torch.uint8,
+    "sparse8": torch.int8,
 }
 GROUPS = (32, 64, 128)
 BLOCK = 16  # rows that lie side by side
@@ -112,7 +113,7 @@ class PackedWeight(Weight):
         self._origin, self._compute_dtype = type(original), original.compute_dtype
         self.out_features, self.in_features = original.out_features, original.in_features
         self.kind, self.group, self.activation_bits = form.kind, form.group, form.activation_bits
-        self.bits, self._lowest = original.bits, form.lowest
+        self.bits, self._lowest, self.n_stored = original.bits, form.lowest, form.n_stored
         data = form.data.contiguous()
         # Small numbers let byte products be added in 16 bits for longer (tiles.h), which only 7-bit inputs ask for.
         self._largest = (
@@ -225,7 +226,7 @@ class PackedWeight(Weight):
 
     @property
     def padded_inputs(self) -> int:
-        quantum = {"int4": 8, "nf4": 8, "int8": 4, "bf16": 2}.get(self.kind, 1)
+        quantum = {"int4": 8, "nf4": 8, "int8": 4, "sparse8": 4, "bf16": 2}.get(self.kind, 1)
         return -(-self.in_features // quantum) * quantum
 
     @property
@@ -241,7 +242,8 @@ def packed_bytes(weight: Weight) -> int:
     """Bytes of the packed values, scales aside."""
     form = weight.native()
     assert form is not None
-    return library().paretune_packed_bytes(KINDS[form.kind], weight.out_features, weight.in_features)
+    n_bytes = library().paretune_packed_bytes(KINDS[form.kind], weight.out_features, weight.in_features)
+    return n_bytes + form.n_stored
 
 
 def pack(weights: Sequence[Weight]) -> Iterator[PackedWeight]:

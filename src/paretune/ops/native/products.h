@@ -8,7 +8,7 @@
 // Legend: T inputs and NB blocks of 16 rows of one register tile, k position in the input.
 #pragma once
 
-#include "packed.h"
+#include "sparse.h"
 
 constexpr int kVecs = kBlock / kLanes;
 constexpr int kPanel = kLanes == 16 ? 8 : kLanes == 8 ? 4 : 2;  // blocks that a single input walks at once
@@ -506,6 +506,25 @@ inline void scale_sums(const Matrix& w, int block, int n_blocks, int M, float* s
     }
 }
 
+// int8 without zeros: part after part is expanded in the first cache and multiplied there, many rows read larger parts.
+inline void sparse_panel(const Matrix& w, int block, int n_blocks, const Inputs& in, int M, float* sums) {
+  constexpr int kMost = 4 * kChunk;
+  static_assert(kChunk % kStartEvery == 0);
+  alignas(64) static thread_local char dense[kMost * kPanelRows];
+  const Sparse from(w);
+  const int C = round_up(w.n_in, 4), part = M <= 2 * kMaxTile ? kChunk : kMost;
+  for (int k = 0; k < C; k += part) {
+    const int n = std::min(part, C - k);
+    for (int b = 0; b < n_blocks; ++b) expand_block(from, block + b, k, k + n, dense + static_cast<std::int64_t>(b) * n * kBlock);
+    const Matrix expanded{dense, nullptr, nullptr, kInt8, kPanelRows, n, 0, w.activation_bits, w.largest, 0};
+    Inputs rest = in;
+    rest.q += k, rest.scale += k / kChunk, rest.sums += k / kSumOver;
+    if (rest.q8 != nullptr) rest.q8 += k;
+    rows_of_tiles<kInt8>(expanded, 0, n_blocks, 0, n, rest, M, sums, k == 0);
+  }
+  scale_sums(w, block, n_blocks, M, sums);
+}
+
 template <Format F>
 inline void panel(const Matrix& w, int block, int n_blocks, const Inputs& in, int M, float* sums) {
   const int C = is_integer(F) ? round_up(w.n_in, quantum(F)) : w.n_in;
@@ -550,6 +569,7 @@ inline void products(const Matrix& w, int from, int to, const Inputs& in, int M,
         case kInt8: panel<kInt8>(w, block, n_blocks, rows, n, sums); break;
         case kInt4: panel<kInt4>(w, block, n_blocks, rows, n, sums); break;
         case kNf4: panel<kNf4>(w, block, n_blocks, rows, n, sums); break;
+        case kSparse8: sparse_panel(w, block, n_blocks, rows, n, sums); break;
       }
       emit(block * kBlock, n_rows, m, n, sums);
     }

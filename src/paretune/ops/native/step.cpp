@@ -630,13 +630,18 @@ const char* paretune_isa() {
 int paretune_sizes(int which) { return which == 0 ? sizeof(Op) : which == 1 ? sizeof(Matrix) : sizeof(Step); }
 
 std::int64_t paretune_packed_bytes(std::int32_t format, std::int32_t N, std::int32_t C) {
-  return packed_bytes(format, N, C);
+  return format == kSparse8 ? sparse_bytes(N, C) : packed_bytes(format, N, C);
 }
 void paretune_pack(std::int32_t format, const void* src, std::int32_t N, std::int32_t C, void* dst) {
-  pack_rows(format, src, N, C, 0, round_up(N, kBlock) / kBlock, dst);
+  if (format == kSparse8) pack_sparse(static_cast<const std::int8_t*>(src), N, C, dst);
+  else pack_rows(format, src, N, C, 0, round_up(N, kBlock) / kBlock, dst);
 }
 // The stored numbers as `paretune_pack` took them.
-void paretune_unpack(const Matrix* w, void* out) { unpack_rows(w->format, w->data, w->n_out, w->n_in, out); }
+void paretune_unpack(const Matrix* w, void* out) {
+  if (w->format != kSparse8) return unpack_rows(w->format, w->data, w->n_out, w->n_in, out);
+  for (std::int64_t row = 0; row < w->n_out; ++row)
+    sparse_row(w->data, w->n_out, w->n_in, row, static_cast<std::int8_t*>(out) + row * w->n_in);
+}
 // Row `row` as numbers, [C] fp32.
 void paretune_row(const Matrix* w, std::int64_t row, float* out) { matrix_row(*w, row, out); }
 

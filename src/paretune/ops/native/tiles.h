@@ -208,6 +208,7 @@ constexpr int kMostGroups = kPanelWords * 4 / kSumOver;
 struct Panel {
   alignas(64) char words[kPanel * kPanelWords * kBlock * 4];
   alignas(64) std::int32_t sums[kPanel][kMostGroups][kBlock];  // of the weight's numbers by group, for 7-bit inputs
+  alignas(64) char dense[kPanelWords * 4 * kBlock];  // of a sparse block
 };
 
 inline __m256i bytes_of(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
@@ -421,6 +422,14 @@ inline void tiled_products(const Matrix& w, int from, int to, const Tiles& in, f
           for (int b = 0; b < together; ++b) {
             const char* rows = data + bytes * (first + b);
             char* words = panel.words + static_cast<std::int64_t>(b) * kPanelWords * 64;
+            if (w.format == kSparse8) {
+              expand_block(Sparse(w), first + b, k, end, panel.dense);
+              Matrix dense = w;
+              dense.format = kInt8;
+              if (in.content == kShorts) shorts_of(dense, panel.dense, 0, end - k, words);
+              else signed_bytes_of(panel.dense, 0, end - k, interval, words, panel.sums[b]);
+              continue;
+            }
             if (w.format == kBf16) widen<kBf16>(w, first + b, 1, k, end, reinterpret_cast<float*>(words));
             else if (w.format == kFp16) widen<kFp16>(w, first + b, 1, k, end, reinterpret_cast<float*>(words));
             else if (in.content == kShorts) shorts_of(w, rows, k, end, words);

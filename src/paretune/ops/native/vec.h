@@ -24,7 +24,7 @@ constexpr int kLanes = 4;
 constexpr const char* kIsa = "portable";
 #endif
 
-enum Format : std::int32_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4, kNf4 = 5 };
+enum Format : std::int32_t { kFp32 = 0, kBf16 = 1, kFp16 = 2, kInt8 = 3, kInt4 = 4, kNf4 = 5, kSparse8 = 6 };
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t IntVec __attribute__((vector_size(kLanes * 4)));

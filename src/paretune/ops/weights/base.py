@@ -32,6 +32,7 @@ class NativeForm:
         kept: small tensors that native code does not read but the format needs to give itself back bit for bit.
         n_in: inputs; 0: as many as `data` is wide.
         lowest: the integer that the minimum stands for; 0 where there is no minimum.
+        n_stored: numbers that are not zero, of formats that store no others.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class NativeForm:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     n_in: int = 0
     lowest: int = 0
+    n_stored: int = 0
 
     def __post_init__(self) -> None:
         if not self.n_in:

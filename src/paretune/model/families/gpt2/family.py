@@ -145,18 +145,22 @@ class GPT2Family(Family):
         }
 
     def check(self, config: ModelConfig, where: str) -> None:
-        if config.n_embd % config.n_head:
+        if config.n_embd % config.n_head and not config.pruned:
             raise CheckpointError(
                 f"{where}: width {config.n_embd} is not a multiple of {config.n_head} heads", "Correct n_embd or n_head"
             )
 
+    def expresses(self, config: ModelConfig) -> bool:
+        return config.n_embd == config.n_head * config.head_dim and config.n_head == config.n_kv_head
+
     def folds(self, config: ModelConfig, block: str) -> list[Fold]:
-        width = config.n_embd
+        shape = config.layer(int(block.rpartition(".")[2]))
+        width = shape.n_head * config.head_dim
         folds = [
             Fold(f"{block}.ln_1", (f"{block}.attn.c_attn",)),
             Fold(f"{block}.attn.c_attn", (f"{block}.attn.c_proj",), (2 * width, 3 * width)),
             Fold(f"{block}.ln_2", (f"{block}.mlp.c_fc",)),
         ]
         if config.activation == "relu":
-            folds.append(Fold(f"{block}.mlp.c_fc", (f"{block}.mlp.c_proj",), (0, config.n_inner)))
+            folds.append(Fold(f"{block}.mlp.c_fc", (f"{block}.mlp.c_proj",), (0, shape.n_inner)))
         return folds

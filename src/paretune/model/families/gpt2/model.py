@@ -32,29 +32,31 @@ from paretune.registry import ATTENTION
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.n_head, self.head_dim = config.n_head, config.head_dim
-        self.c_attn = empty_linear(config.n_embd, 3 * config.n_embd, bias=True)
-        self.c_proj = empty_linear(config.n_embd, config.n_embd, bias=True)
+        self.n_head, self.head_dim = config.layer(layer).n_head, config.head_dim
+        width = self.n_head * self.head_dim  # n_embd, but where heads were pruned
+        self.c_attn = empty_linear(config.n_embd, 3 * width, bias=True)
+        self.c_proj = empty_linear(width, config.n_embd, bias=True)
         scale = 1 / math.sqrt(config.head_dim) if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
-        slopes = alibi.slopes(config.n_head) if config.alibi else None
+        slopes = alibi.slopes(self.n_head) if config.alibi else None
         self.spec = AttentionSpec(scale, config.attention_pattern, slopes)
         self.attention: AttentionFunction = ATTENTION.get(DEFAULT_ATTENTION)  # the seam
 
     def forward(self, x: Tensor, layer_cache: LayerCache | None) -> Tensor:
-        B, T, C = x.size()
+        B, T, _ = x.size()
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim).unbind(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
         y = self.attention(q, k, v, layer_cache, self.spec)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.c_fc = empty_linear(config.n_embd, config.n_inner, bias=True)
-        self.c_proj = empty_linear(config.n_inner, config.n_embd, bias=True)
+        n_inner = config.layer(layer).n_inner
+        self.c_fc = empty_linear(config.n_embd, n_inner, bias=True)
+        self.c_proj = empty_linear(n_inner, config.n_embd, bias=True)
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config.n_embd, config.norm_eps)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(self, x: Tensor, layer_cache: LayerCache | None) -> Tensor:
         x = x + self.attn(self.ln_1(x), layer_cache)
@@ -116,13 +118,15 @@ class GPT2(LanguageModel):
         program.embed("x", self.wte.weight, None if self.wpe is None else self.wpe.weight)
         blocks: list[Any] = list(self.h)
         for i, block in enumerate(blocks):
-            attn, mlp = block.attn, block.mlp
-            program.linear(attn.c_attn, "x", "qkv", norm=block.ln_1, part="norm_1+qkv_projection", block=i)
-            program.attention("qkv", "mixed", i, attn.attention, attn.spec, c.n_head, c.n_head, c.head_dim)
-            program.linear(attn.c_proj, "mixed", "x", add=True, part="output_projection+residual_1", block=i)
+            attn, mlp, n_head = block.attn, block.mlp, c.layer(i).n_head
+            # Buffers are named by their widths: layers may differ.
+            qkv, mixed, inner = f"qkv{n_head}", f"mixed{n_head}", f"inner{c.layer(i).n_inner}"
+            program.linear(attn.c_attn, "x", qkv, norm=block.ln_1, part="norm_1+qkv_projection", block=i)
+            program.attention(qkv, mixed, i, attn.attention, attn.spec, n_head, n_head, c.head_dim)
+            program.linear(attn.c_proj, mixed, "x", add=True, part="output_projection+residual_1", block=i)
             part = "norm_2+expansion+activation"
-            program.linear(mlp.c_fc, "x", "inner", norm=block.ln_2, activation=c.activation, part=part, block=i)
-            program.linear(mlp.c_proj, "inner", "x", add=True, part="projection+residual_2", block=i)
+            program.linear(mlp.c_fc, "x", inner, norm=block.ln_2, activation=c.activation, part=part, block=i)
+            program.linear(mlp.c_proj, inner, "x", add=True, part="projection+residual_2", block=i)
         program.linear(self.lm_head, "x", LOGITS, norm=self.ln_f, last_only=True, part="final_norm+head")
 
     def initialize_(self, generator: torch.Generator) -> None:

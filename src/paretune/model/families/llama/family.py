@@ -180,12 +180,13 @@ class LlamaFamily(Family):
 
     def folds(self, config: ModelConfig, block: str) -> list[Fold]:
         attn, mlp = f"{block}.self_attn", f"{block}.mlp"
-        shared = (config.n_kv_head, config.n_head // config.n_kv_head, config.head_dim)
+        n_head, n_kv_head, n_inner = config.layer(int(block.rpartition(".")[2]))
+        shared = (n_kv_head, n_head // n_kv_head, config.head_dim)
         return [
             Fold(f"{block}.input_layernorm", (f"{attn}.q_proj", f"{attn}.k_proj", f"{attn}.v_proj")),
-            Fold(f"{attn}.v_proj", (f"{attn}.o_proj",), (0, config.n_kv_head * config.head_dim), shared),
+            Fold(f"{attn}.v_proj", (f"{attn}.o_proj",), (0, n_kv_head * config.head_dim), shared),
             Fold(f"{block}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
-            Fold(f"{mlp}.up_proj", (f"{mlp}.down_proj",), (0, config.n_inner)),
+            Fold(f"{mlp}.up_proj", (f"{mlp}.down_proj",), (0, n_inner)),
         ]
 
 

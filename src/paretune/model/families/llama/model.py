@@ -55,9 +55,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        H, Hkv, D, C = config.n_head, config.n_kv_head, config.head_dim, config.n_embd
+        H, Hkv, _ = config.layer(layer)
+        D, C = config.head_dim, config.n_embd
         self.n_head, self.n_kv_head, self.head_dim = H, Hkv, D
         self.q_proj = empty_linear(C, H * D, config.attn_bias)
         self.k_proj = empty_linear(C, Hkv * D, config.attn_bias)
@@ -81,11 +82,12 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x)), SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.gate_proj = empty_linear(config.n_embd, config.n_inner, config.mlp_bias)
-        self.up_proj = empty_linear(config.n_embd, config.n_inner, config.mlp_bias)
-        self.down_proj = empty_linear(config.n_inner, config.n_embd, config.mlp_bias)
+        n_inner = config.layer(layer).n_inner
+        self.gate_proj = empty_linear(config.n_embd, n_inner, config.mlp_bias)
+        self.up_proj = empty_linear(config.n_embd, n_inner, config.mlp_bias)
+        self.down_proj = empty_linear(n_inner, config.n_embd, config.mlp_bias)
         self.activation = ACTIVATION_FUNCTIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,12 +95,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, layer_cache: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, layer_cache)
@@ -116,7 +118,7 @@ class Llama(LanguageModel):
         super().__init__()
         self.config = config
         self.embed_tokens = empty_embedding(config.vocab_size, config.n_embd)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = empty_linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied_head:
@@ -146,26 +148,29 @@ class Llama(LanguageModel):
 
     def lower(self, program: Program) -> None:
         c = self.config
-        q_width, kv_width = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        width = q_width + 2 * kv_width
         program.embed("x", self.embed_tokens.weight, rope=self._rope, head_dim=c.head_dim)
         blocks: list[Any] = list(self.layers)
         for i, block in enumerate(blocks):
             attn, mlp = block.self_attn, block.mlp
-            heads = (c.n_head, c.n_kv_head, c.head_dim)
+            n_head, n_kv_head, n_inner = c.layer(i)
+            heads = (n_head, n_kv_head, c.head_dim)
+            q_width, kv_width = n_head * c.head_dim, n_kv_head * c.head_dim
+            width = q_width + 2 * kv_width
+            # Buffers are named by their widths: layers may differ.
+            qkv, mixed, wide, inner = f"qkv{width}", f"mixed{q_width}", f"gate{n_inner}", f"inner{n_inner}"
             q: dict[str, Any] = {"part": "norm_1+qkv_projection", "block": i}
             kv: dict[str, Any] = {"part": "qkv_projection", "block": i, "same_input": True}
             norm = block.input_layernorm
-            program.linear(attn.q_proj, "x", "qkv", norm=norm, columns=(0, width), barrier=False, **q)
-            program.linear(attn.k_proj, "x", "qkv", columns=(q_width, width), barrier=False, **kv)
-            program.linear(attn.v_proj, "x", "qkv", columns=(q_width + kv_width, width), **kv)
-            program.attention("qkv", "mixed", i, attn.attention, attn.spec, *heads, rope=self._rope)
-            program.linear(attn.o_proj, "mixed", "x", add=True, part="output_projection+residual_1", block=i)
+            program.linear(attn.q_proj, "x", qkv, norm=norm, columns=(0, width), barrier=False, **q)
+            program.linear(attn.k_proj, "x", qkv, columns=(q_width, width), barrier=False, **kv)
+            program.linear(attn.v_proj, "x", qkv, columns=(q_width + kv_width, width), **kv)
+            program.attention(qkv, mixed, i, attn.attention, attn.spec, *heads, rope=self._rope)
+            program.linear(attn.o_proj, mixed, "x", add=True, part="output_projection+residual_1", block=i)
             gate: dict[str, Any] = {"part": "norm_2+expansion+activation", "block": i, "barrier": False}
             norm = block.post_attention_layernorm
-            program.linear(mlp.gate_proj, "x", "gate", norm=norm, activation=c.activation, **gate)
-            program.linear(mlp.up_proj, "x", "inner", same_input=True, gate="gate", part="expansion", block=i)
-            program.linear(mlp.down_proj, "inner", "x", add=True, part="projection+residual_2", block=i)
+            program.linear(mlp.gate_proj, "x", wide, norm=norm, activation=c.activation, **gate)
+            program.linear(mlp.up_proj, "x", inner, same_input=True, gate=wide, part="expansion", block=i)
+            program.linear(mlp.down_proj, inner, "x", add=True, part="projection+residual_2", block=i)
         program.linear(self.lm_head, "x", LOGITS, norm=self.norm, last_only=True, part="final_norm+head")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
