@@ -83,6 +83,7 @@ class Goal(TuneGoal):
             raise UsageError(f"--max-ppl-increase is {self.max_ppl_increase}", "It has to be 0 or more")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"--threads is {self.threads}", "It has to be 1 or more")
+        object.__setattr__(self, "allow", tuple(self.allow))
         for name in self.allow:
             if name not in ALLOWED:
                 raise UsageError(f"--allow {name!r} is not known", f"Known: {', '.join(ALLOWED)}")
