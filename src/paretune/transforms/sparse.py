@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,6 @@ from paretune.ops.weights.base import Weight
 from paretune.ops.weights.sparse8 import Sparse8
 from paretune.option import OWN_KERNELS, PRUNED, SPARSE, Option
 from paretune.transforms.base import Observation
-from paretune.transforms.formats import BODY_ENDS, Format
 from paretune.transforms.quantize import Chosen, Quantize, fast_kernel
 
 LEAST_SHARE = 0.1  # of numbers that are stored, where nothing is known yet: an estimate must not be too high
@@ -26,11 +25,6 @@ class Sparse(Quantize):
     """
 
     name: ClassVar[str] = "sparse8"
-    formats: ClassVar[Mapping[str, Format]] = {
-        "sparse8": Format(
-            "8 bits for each weight that is not zero, and a bit for each (of a pruned model)", 8, BODY_ENDS
-        )
-    }
     format: ClassVar[str] = Sparse8.format
     format_title: ClassVar[str] = "int8 without zeros"
 
