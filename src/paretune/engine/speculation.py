@@ -18,7 +18,7 @@ from paretune.engine.decode.speculative import MAX_DRAFT, Counts, Speculative
 from paretune.engine.runners.base import Runner
 from paretune.errors import UsageError
 from paretune.recipe import Recipe
-from paretune.recipe.speculate import OFF, draft_of
+from paretune.recipe.speculate import AUTO, BEST_FREE, OFF, draft_of
 
 
 class Speculator:
@@ -139,7 +139,8 @@ class Speculator:
 
     def summary(self) -> str:
         """One line of `report`."""
-        counts, about = self.counts, f"speculation {self.text}"
+        found = f" ({BEST_FREE})" if self.text == AUTO else ""
+        counts, about = self.counts, f"speculation {self.text}{found}"
         reason = self.off_reason or (None if self._last is None else self._last.off_reason)
         if reason is not None:
             return f"{about}: off, {reason}"

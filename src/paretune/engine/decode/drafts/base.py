@@ -15,7 +15,7 @@ from paretune.option import Option
 from paretune.registry import RUNNERS
 
 # Random prompts, at which a search times its candidates, have no acceptance to speak of.
-ON_TEXT = "it is decided on text, once the search has its winner"
+ON_TEXT = "what it gains depends on the text, and the search times random prompts"
 
 
 class Text(Protocol):
