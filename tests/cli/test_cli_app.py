@@ -21,6 +21,7 @@ VERBS = (
     "study",
     "train",
     "quantize",
+    "prune",
     "export",
     "get",
     "new",
