@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from paretune.hardware import Ceilings as Measured
@@ -10,6 +11,11 @@ from paretune.records.record import from_json, to_json
 
 MACHINE = header.Machine("0123456789ab", "AMD EPYC 7B13", 2, ["avx2"], 1 << 19, 1 << 25, 8 << 30, "Linux x86_64")
 ENVIRONMENT = header.Environment(header.Threads(2, 2), None, {}, [0.1, 0.1, 0.1], None)
+
+
+def machine(id: str) -> dict[str, Any]:
+    """Another machine, as a file has it."""
+    return to_json(replace(MACHINE, id=id))
 
 
 def head() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import paretune
+from made_records import machine
 from paretune.engine.generate import naive_generate
 from paretune.errors import UsageError
 from paretune.model import checkpoint
@@ -33,7 +34,7 @@ def int8_plan(tmp_path):
                 "schema_version": 1,
                 "recipe": recipe,
                 "model": {"source": "pocket", "folder": None},
-                "hardware": {"id": "other"},
+                "hardware": machine("other"),
             }
         )
     )

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from made_records import machine
 from paretune.cli import app as cli
 from paretune.engine.generate import naive_generate
 from paretune.model import checkpoint
@@ -138,7 +139,7 @@ def test_a_plan_runs_its_own_recipe(as_json, generate, tmp_path):
 
 
 def test_a_plan_of_another_machine_warns(generate, tmp_path):
-    plan = plan_folder(tmp_path, hardware={"id": "another"})
+    plan = plan_folder(tmp_path, hardware=machine("another"))
     code, _, err = generate(plan, "-p", PROMPT, "--max-new-tokens", "1", "-q")
     assert code == 0 and "measured on another machine" in err
 

@@ -12,9 +12,11 @@ import time
 
 import pytest
 
+from made_tune import make_result
 from paretune import hardware
 from paretune.__main__ import main
 from paretune.hardware import DtypeSupport
+from paretune.records.tune import TuneGoal
 
 OURS = {"events.jsonl": "{}\n", "samples.jsonl": "", "plan.json": "{}", "report.html": "old", "trials.jsonl": ""}
 
@@ -224,24 +226,16 @@ def test_force_with_a_mistake_in_the_command_keeps_the_earlier_plan(tune, tmp_pa
 
 def test_the_exit_codes_of_the_outcomes(tune, tmp_path, monkeypatch):
     """Through the real command, with the search made up."""
-    rows = {"trials": [], "space": {"n_measured": 1, "n_legal": 1, "n_failed": 0, "n_not_reached": 0}}
     monkeypatch.setattr("paretune.tune.search.Search.run", lambda self: None)
     for outcome, winner, verdict, expected in [
-        ("winner", "x", ["it is faster"], 0),
+        ("winner", "t2", ["it is faster"], 0),
         ("baseline", None, ["keep it"], 0),
         ("none", None, ["No recipe reaches the requested speed-up."], 3),
         ("baseline", None, ["this machine is too noisy now to judge anything."], 5),
         ("interrupted", None, [], 130),
     ]:
-        result = {
-            **rows,
-            "outcome": outcome,
-            "winner_id": winner,
-            "verdict": verdict,
-            "too_noisy": expected == 5,
-            "kind": "tune",
-            "goal": {"min_speedup": 3.0},
-        }
+        goal, about = TuneGoal(min_speedup=3.0), {"winner_id": winner, "verdict": verdict, "too_noisy": expected == 5}
+        result = make_result(outcome=outcome, goal=goal, **about)
         monkeypatch.setattr("paretune.tune.result.write", lambda out, folder, result=result: result)
         folder = tmp_path / f"plan-{outcome}-{expected}"
         code, out, err = tune("pocket", "-o", folder, "-q", "--json")

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from made_records import machine
 from paretune.engine import session
 from paretune.errors import UsageError
 from paretune.model import checkpoint
@@ -25,7 +26,7 @@ def plan(tmp_path, tiny_gpt2_folder):
         "schema_version": 1,
         "recipe": preset("int8").to_dict(),
         "model": {"source": str(tiny_gpt2_folder), "folder": "model"},
-        "hardware": {"id": "another"},
+        "hardware": machine("another"),
     }
     (tmp_path / "plan" / "plan.json").write_text(json.dumps(data))
     return tmp_path / "plan"

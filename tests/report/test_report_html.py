@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from report_fixture import barest, make_result, trial, trials
 
+from made_tune import barest, make_result, trial, trials
 from paretune.records.record import Record
 from paretune.records.tune import TuneGoal
 from paretune.report.html import render_report, section, write_page, write_report

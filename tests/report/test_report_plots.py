@@ -7,8 +7,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from report_fixture import barest, changed, make_result, quality, speedup, trial, trials
 
+from made_tune import barest, changed, make_result, quality, speedup, trial, trials
 from paretune.report import canvas, plots
 from paretune.report.trials import trial_rows
 

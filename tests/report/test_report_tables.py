@@ -6,8 +6,8 @@ import io
 import re
 
 import pytest
-from report_fixture import make_result, trial
 
+from made_tune import make_result, trial
 from paretune.report import tables
 from paretune.report.tables import Column, to_csv, to_markdown, to_text
 from paretune.report.trials import SHORT_COLUMNS, TRIAL_COLUMNS, trial_rows

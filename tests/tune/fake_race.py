@@ -27,6 +27,8 @@ from paretune.hardware import Ceilings, DtypeSupport
 from paretune.measure.interleave import SubjectError
 from paretune.measure.session import LOST
 from paretune.recipe import Recipe
+from paretune.records.explanation import Explanation
+from paretune.records.record import to_json
 from paretune.tune import space as spaces
 from paretune.tune.goal import Goal
 from paretune.tune.search import Search
@@ -239,8 +241,8 @@ class FakeProcess:
         if self.recipe in self.machine.why_error:
             raise SubjectError(self.machine.why_error[self.recipe])
         text = f"{self.recipe} was taken apart in {request['phase']}"
-        found = {"cause": "Python", "share": 0.5, "sentence": text, "try_next": "another", "gain": None, "text": text}
-        return {"explanations": [found], "sec": self._seconds()}
+        found = Explanation("Python", 0.5, text, "another")
+        return {"explanations": [to_json(found)], "sec": self._seconds()}
 
 
 def scores_of(windows: np.ndarray, text_name: str, shift: float, recipe: str) -> Scores:

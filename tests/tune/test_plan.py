@@ -89,6 +89,22 @@ def test_a_damaged_plan_is_one_line_that_names_the_file_or_the_fault(good_plan, 
     assert "\n" not in str(caught.value) and caught.value.cure
 
 
+def test_a_plan_of_another_schema_says_which_version_wrote_it(good_plan, tmp_path):
+    other = {"schema_version": 2, "versions": {"paretune": "9.1.0"}, "of_that_version": True}
+    (tmp_path / "plan.json").write_text(json.dumps(json.loads(good_plan) | other), "utf-8")
+    with pytest.raises(UsageError, match="written by paretune 9.1.0, with schema version 2; this version reads") as caught:
+        read_plan(tmp_path)
+    assert "\n" not in str(caught.value) and "tune" in caught.value.cure
+
+
+def test_a_plan_runs_where_an_earlier_version_wrote_no_evidence(good_plan, tmp_path):
+    kept = {"schema_version", "recipe", "model"}
+    data = {key: value for key, value in json.loads(good_plan).items() if key in kept}
+    (tmp_path / "plan.json").write_text(json.dumps(data | {"model": {"source": "pocket", "folder": None}}), "utf-8")
+    plan = read_plan(tmp_path)
+    assert plan.recipe == recipe_of(INT8) and plan.warnings() == [] and plan.file.confirmation is None
+
+
 def test_a_plan_that_is_not_text(tmp_path):
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError) as caught:

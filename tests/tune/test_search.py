@@ -513,8 +513,8 @@ def test_winner_and_baseline_are_explained_by_a_profile(monkeypatch, tmp_path, s
     out = run(install(monkeypatch, Machine(cost={name(INT8): 0.005})), tmp_path)
     result, _ = written(out, tmp_path)
     rows = {t["id"]: t for t in result["trials"]}
-    assert rows[id_of(INT8)]["explanations"][0]["text"] == f"{name(INT8)} was taken apart in decode"
-    assert rows[BASELINE]["explanations"][0]["text"] == f"{BASE} was taken apart in decode"
+    assert rows[id_of(INT8)]["explanations"][0]["sentence"] == f"{name(INT8)} was taken apart in decode"
+    assert rows[BASELINE]["explanations"][0]["sentence"] == f"{BASE} was taken apart in decode"
     other = rows[id_of(EAGER)]["explanations"]
     assert other and all(e["sentence"] and "taken apart" not in e["text"] for e in other)
     assert rows[id_of(EAGER)]["tpot_roofline_sec"] > 0

@@ -48,7 +48,8 @@ class Plan:
 
     def warnings(self) -> list[str]:
         """What to say before the plan runs here: that it was measured on another machine, say."""
-        if self.file.hardware.id != hardware.fingerprint_id(hardware.fingerprint()):
+        made_on = self.file.hardware
+        if made_on is not None and made_on.id != hardware.fingerprint_id(hardware.fingerprint()):
             return ["this plan was measured on another machine: its speed is a guess here, run `paretune tune` again"]
         return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from paretune.records.record import Record
 
@@ -17,17 +18,18 @@ class Explanation(Record):
         sentence: what was found, with the figures.
         try_next: what to do in this tool.
         gain: predicted speed-up of the step at most, 1.5 for 1.5 times as fast; None: not predictable from here.
-        text: everything in one line.
     """
+
+    DERIVED: ClassVar[tuple[str, ...]] = ("text",)
 
     cause: str
     share: float
     sentence: str
     try_next: str
     gain: float | None = None
-    text: str = ""
 
-    def __post_init__(self) -> None:
-        if not self.text:
-            gain = "" if self.gain is None else f" Predicted gain: at most {self.gain:.2f}x."
-            object.__setattr__(self, "text", f"{self.sentence}. To try: {self.try_next}.{gain}")
+    @property
+    def text(self) -> str:
+        """Everything in one line."""
+        gain = "" if self.gain is None else f" Predicted gain: at most {self.gain:.2f}x."
+        return f"{self.sentence}. To try: {self.try_next}.{gain}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from paretune.records.header import Machine
@@ -21,17 +21,17 @@ class PlanModel(Record):
 
     source: str
     folder: str | None
-    name: str
-    family: str
-    n_parameters: int
-    n_layer: int
-    n_embd: int
-    vocab_size: int
+    name: str | None = None
+    family: str | None = None
+    n_parameters: int | None = None
+    n_layer: int | None = None
+    n_embd: int | None = None
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFile(Record):
-    """A plan as it is written.
+    """A plan as it is written. Schema version, model and recipe run it; a plan whose evidence is gone still runs.
 
     Args:
         hardware: the machine that it holds for.
@@ -42,17 +42,17 @@ class PlanFile(Record):
     SCHEMA: ClassVar[int] = 1
     CURE: ClassVar[str] = "Run `paretune tune` again"
 
-    created: str
-    command: str
-    seed: int | None
-    versions: dict[str, str]
-    hardware: Machine
+    created: str | None = None
+    command: str | None = None
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: Machine | None = None
     schema_version: int
     kind: Literal["plan"] = "plan"
     model: PlanModel
-    goal: TuneGoal
-    outcome: OutcomeKind
-    verdict: list[str]
+    goal: TuneGoal | None = None
+    outcome: OutcomeKind | None = None
+    verdict: list[str] = field(default_factory=list)
     recipe: Json
-    confirmation: Confirmation | None
+    confirmation: Confirmation | None = None
     dispatch: Json = None

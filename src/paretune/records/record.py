@@ -30,10 +30,12 @@ class Record:
     Attributes:
         SCHEMA: the schema version of a file; 0: a part of one.
         CURE: what to do about a file that cannot be read.
+        DERIVED: properties that are written for readers, and not read.
     """
 
     SCHEMA: ClassVar[int] = 0
     CURE: ClassVar[str] = "Make the file again with the command that wrote it"
+    DERIVED: ClassVar[tuple[str, ...]] = ()
 
 
 T = TypeVar("T", bound=Record)
@@ -80,7 +82,7 @@ def to_json(record: Record) -> dict[str, Any]:
             out[f.name] = value if value is not None and math.isfinite(value) else None
         elif not (value is None and f.metadata.get("left_out")):
             out[f.name] = _plain(value)
-    return out
+    return out | {name: getattr(record, name) for name in record.DERIVED}
 
 
 def _plain(value: Any) -> Any:
@@ -162,6 +164,7 @@ def _record(kind: type[T], data: Any, where: str, before: str = "") -> T:
             values[f.name] = _value(hints[f.name], left.pop(f.name), f"{dot}{before}{f.name}", f)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise _Wrong(f"{dot}{before}{f.name} is missing")
+    left = {name: part for name, part in left.items() if name not in kind.DERIVED}
     if left:
         raise _Wrong(f"{dot}{before}{next(iter(left))} is not a field that this version knows")
     return kind(**values)
