@@ -81,7 +81,8 @@ def recover_blocks_(
         raise UsageError(f"{len(tokens)} windows are too short a text to recover with", f"Give {HELD_OUT} or more")
     if model.config.n_embd != dense.config.n_embd:
         raise UsageError(
-            "the residual stream has another width: blocks cannot be held against the dense ones", "Use --recover train"
+            "the residual stream has another width: blocks cannot be held against the dense ones",
+            "Train the result with `paretune train`",
         )
     ours, theirs = blocks_of(model), blocks_of(dense)
     assert len(kept) == len(ours)
