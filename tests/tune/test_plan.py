@@ -93,7 +93,7 @@ def test_a_plan_of_another_schema_says_which_version_wrote_it(good_plan, tmp_pat
     other = {"schema_version": 2, "versions": {"paretune": "9.1.0"}, "of_that_version": True}
     (tmp_path / "plan.json").write_text(json.dumps(json.loads(good_plan) | other), "utf-8")
     with pytest.raises(
-        UsageError, match="written by paretune 9.1.0, with schema version 2; this version reads"
+        UsageError, match=r"written by paretune 9\.1\.0, with schema version 2; this version reads"
     ) as caught:
         read_plan(tmp_path)
     assert "\n" not in str(caught.value) and "tune" in caught.value.cure
