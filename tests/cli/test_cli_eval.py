@@ -231,3 +231,33 @@ def test_a_read_only_output_folder_fails_before_the_work(capsys, tmp_path, monke
     assert run(["eval", "pocket", "-o", str(tmp_path / "out" / "deeper")]) == 1
     err = capsys.readouterr().err
     assert "cannot write" in err and err.count("\n") == 1
+
+
+def test_lossless_says_which_ways_give_the_same_text(capsys, tmp_path):
+    how = ["--limit", "2", "--max-new-tokens", "10", "--batch-size", "2", "-q"]
+    assert run(["eval", "pocket", "--task", "lossless", *how, "--config", "int8", "-o", str(tmp_path)]) == 0
+    page = capsys.readouterr().out
+    assert (tmp_path / "eval.md").read_text("utf-8") == page and "int8+speculate(suffix), 2 at once" in page
+    result = json.loads((tmp_path / "eval.json").read_text("utf-8"))
+    assert result["reference"] == result["config"] == "int8" and len(result["ways"]) == 8
+    assert {w["verdict"] for w in result["ways"]} <= {"identical", "numerics"}
+    assert (
+        run(["eval", "pocket", "--task", "lossless", *how, "--config", "int8", "--baseline", "baseline", "--json"]) == 0
+    )
+    ways = json.loads(capsys.readouterr().out)["ways"]
+    assert len(ways) == 10 and {w["verdict"] for w in ways} <= {"identical", "other numbers"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--stride", "8"], "--stride does not apply to --task lossless"),
+        (["--limit", "5000"], "too few for 5000 prompts"),
+        (["--max-new-tokens", "1020"], "leaves no room for prompts"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+    ],
+)
+def test_lossless_refuses_what_it_cannot_do(capsys, arguments, said):
+    assert run(["eval", "pocket", "--task", "lossless", *arguments]) in (1, 2)
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and not captured.out

@@ -10,18 +10,20 @@ import typer
 from paretune.cli.model_help import MODEL_OR_PLAN
 from paretune.cli.pair_options import ArticleColumn, Pairs, SummaryColumn
 
-TASKS = ("perplexity", "fidelity", "summarization")
+TASKS = ("perplexity", "fidelity", "summarization", "lossless")
 SUMMARY_ROWS = 16  # articles at once
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_OR_PLAN)] = "pocket",
-    task: Annotated[str, typer.Option(help="perplexity, fidelity or summarization.")] = "perplexity",
+    task: Annotated[
+        str, typer.Option(help="perplexity, fidelity, summarization, or lossless (same text?).")
+    ] = "perplexity",
     pairs: Pairs = None,
     article_column: ArticleColumn = None,
     summary_column: SummaryColumn = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest summary, tokens. [default: as recorded with the model]")
+        int | None, typer.Option(help="Longest summary or text, tokens. [default: as recorded with the model; 64]")
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text file. [default: the project's own confirmation text]")
@@ -54,7 +56,11 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Windows at once. [default: what suits the runner]")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Score only the first so many tokens of the text; of pairs, so many at random.")
+        int | None,
+        typer.Option(
+            help="Score only the first so many tokens of the text; of pairs, so many at random; of lossless, so many "
+            "prompts."
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
     output_dir: Annotated[
@@ -75,15 +81,18 @@ def evaluate(
     of_pairs = {"--pairs": pairs, "--article-column": article_column, "--summary-column": summary_column}
     of_text = {"--text": text, "--text-name": text_name, "--context": context, "--stride": stride}
     of_text |= {"--join-rows": join_rows, "--max-ppl-increase": max_ppl_increase}
-    wrong = of_text if task == "summarization" else of_pairs | {"--max-new-tokens": max_new_tokens}
+    wrong: dict[str, Any] = of_text if task == "summarization" else of_pairs | {"--max-new-tokens": max_new_tokens}
+    if task == "lossless":
+        wrong = of_pairs | {flag: value for flag, value in of_text.items() if flag != "--text"}
     if given := [flag for flag, value in wrong.items() if value]:
         raise UsageError(f"{given[0]} does not apply to --task {task}", "Leave it out, or choose the other task")
-    for flag, value in (("--batch-size", batch_size), ("--limit", limit), ("--threads", threads)):
+    counts = {"--batch-size": batch_size, "--limit": limit, "--threads": threads, "--max-new-tokens": max_new_tokens}
+    for flag, value in counts.items():
         if value is not None and value < 1:
             raise UsageError(f"{flag} is {value}", "It has to be 1 or more")
     hardware.check_device(device)
     bound = None if max_ppl_increase is None else parse_percent(max_ppl_increase)
-    if baseline is None and (task != "perplexity" or bound is not None):
+    if baseline is None and (task in ("fidelity", "summarization") or bound is not None):
         baseline = session.DEFAULT_CONFIG
     opened = [session.open(model, config, device)]
     if baseline is not None and baseline != opened[0].config:
@@ -100,6 +109,12 @@ def evaluate(
             PairFlags(pairs, article_column, summary_column), max_new_tokens, limit, batch_size or SUMMARY_ROWS
         )
         eval_summaries(model, sides, names, of_texts, output_dir, **how)
+        return
+    if task == "lossless":
+        from paretune.cli.eval_lossless import N_PROMPTS, NEW_TOKENS, ROWS, LosslessFlags, eval_lossless
+
+        of_ways = LosslessFlags(text, limit or N_PROMPTS, max_new_tokens or NEW_TOKENS, batch_size or ROWS)
+        eval_lossless(model, opened, of_ways, output_dir, json_output=json_output, threads=threads, quiet=quiet)
         return
     if baseline is not None and len(sides) == 1:
         raise UsageError(
