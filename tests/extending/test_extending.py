@@ -42,14 +42,21 @@ def test_a_device_is_asked_about_them(installed):
 def test_a_package_that_cannot_be_imported_is_a_row_and_the_rest_works(installed):
     found = json.loads(installed("ls", "--json", with_broken=True).stdout)
     what = {e["name"]: e["what"] for section in ("transforms", "runners") for e in found[section]}
-    assert what["broken"] == "cannot be imported: ModuleNotFoundError: No module named 'toys.nowhere'"
+    assert what["broken"] == (
+        "cannot be imported: ModuleNotFoundError: No module named 'toys.nowhere' (package paretune_broken)"
+    )
     assert what["broken_runner"].startswith("cannot be imported: ModuleNotFoundError: No module named 'surely")
     assert what["int8"].startswith("int8 weights, 16-bit")  # nobody takes the name of one of ours
+    assert what["int8 (paretune_broken)"] == "cannot be used: the name 'int8' is Paretune's own"
+    assert what["nothing"] == "cannot be used: NotATransform is no subclass of paretune.transforms.base.Transform " + (
+        "(package paretune_broken)"
+    )
+    assert [group["name"] for group in found["unknown_groups"]] == ["paretune.transform"]
     assert "three_bits" in names(found, "transforms")
     error = installed(
         "generate", "pocket", "--config", "broken_runner", "--prompt", "a", ok=False, with_broken=True
     ).stderr
-    assert "the runner 'broken_runner' cannot be imported (ModuleNotFoundError" in error and "Traceback" not in error
+    assert "the runner 'broken_runner' cannot be imported: ModuleNotFoundError" in error and "Traceback" not in error
 
 
 def test_tune_has_them_in_its_space(installed):

@@ -71,6 +71,7 @@ class Observation(Protocol):
 class Transform:
     """One optimisation. Subclasses are frozen dataclasses whose fields are plain data."""
 
+    must_declare: ClassVar[tuple[str, ...]] = ("name", "stage", "axis", "title", "apply", "verify")
     name: ClassVar[str]  # in `registry.TRANSFORMS`
     stage: ClassVar[Stage]
     axis: ClassVar[str]  # of the search; a recipe has one transform of an axis (a mix of formats aside)

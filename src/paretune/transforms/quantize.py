@@ -87,6 +87,7 @@ class Quantize(Transform):
     exclude: patterns of layers that stay as they are. A tied pair is chosen by either of its names.
     """
 
+    must_declare: ClassVar[tuple[str, ...]] = ("format", "format_title", "quantize", "expected_bytes")
     stage: ClassVar[Stage] = Stage.QUANTIZE
     axis: ClassVar[str] = "quantize"
     per_weight: ClassVar[bool] = True
