@@ -63,6 +63,8 @@ WRONG = {
     "int4(group=64": r"a bracket is not closed in the config 'int4\(group=64'",
     "int4)": r"a bracket is closed that was not opened",
     "int8+int4": r"int8 and int4 are both of the axis quantize",
+    "int8+nf4": r"int8 leaves no layer to what follows.*comes first: nf4\+int8",
+    "nf4+nf4": r"nf4 stands twice",
     "native+compile": r"native and compile are both of the axis runner",
     "kv8+kv4": r"kv8 and kv4 are both of the axis cache",
     "sdpa+attention(flex)": r"both of the axis attention",

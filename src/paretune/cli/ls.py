@@ -93,7 +93,8 @@ def mechanism_lines(found: list[dict[str, str]], device: str | None) -> list[str
 
 _HEADINGS = {
     "unknown groups": "entry points of other packages that are in no group of ours",
-    "axes": "axes of a --config: one option of each, joined by +, such as native+int4(group=64)+kv8 (* default)",
+    "axes": "axes of a --config: one option of each, joined by +, such as native+int4(group=64)+kv8 (* default); "
+    "of quantize several, where each but the last takes some layers only",
     "configs": "configs with a name of their own",
 }
 

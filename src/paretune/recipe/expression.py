@@ -191,15 +191,26 @@ class _Made:
             return
         transform = build(kind, {**settings, **_fields(kind, term)}, term.name)
         before = [t for t in self.transforms if t.axis == kind.axis]
+        if transform in before:
+            raise UsageError(f"{term.text} stands twice in the config", "Name it once")
         if not before or not all(t.is_partial for t in before):
-            self._take(kind.axis, term)
+            self._take(kind.axis, term, is_partial=transform.is_partial)
         self.transforms.append(transform)
 
-    def _take(self, axis: str, term: _Term) -> None:
+    def _take(self, axis: str, term: _Term, is_partial: bool = False) -> None:
+        """Refuses a second term of an axis.
+
+        Args:
+            is_partial: the term takes some layers only: in front of the other it would be legal.
+        """
         if axis in self.taken:
-            raise UsageError(
-                f"{self.taken[axis]} and {term.text} are both of the axis {axis}", "Name one of them; " + CURE
-            )
+            first = self.taken[axis]
+            if is_partial:
+                raise UsageError(
+                    f"{first} and {term.text} are both of the axis {axis}, and {first} leaves no layer to what follows",
+                    f"What takes some layers only comes first: {term.text}+{first}; or name one of them",
+                )
+            raise UsageError(f"{first} and {term.text} are both of the axis {axis}", "Name one of them; " + CURE)
         self.taken[axis] = term.text
 
     def recipe(self) -> Recipe:
