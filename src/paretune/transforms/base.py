@@ -87,6 +87,7 @@ class Transform:
     per_weight: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
     replaces_attention: ClassVar[bool] = False  # attention is something else than softmax over what is seen
+    has_alibi: ClassVar[bool] = False  # with `replaces_attention`: its attention adds the bias of `spec.slopes`
     trainable: ClassVar[bool] = False  # the model can be trained under it
     changes_weights: ClassVar[bool] = False  # prunes or trains: "changed weights" is what its results are labelled
 
