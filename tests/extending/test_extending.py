@@ -6,10 +6,20 @@ Each toy is one file and one registration. What is tested here is that nothing e
 from __future__ import annotations
 
 import json
+import textwrap
+from pathlib import Path
 
 import pytest
 
 from paretune import registry
+
+
+def test_the_page_shows_a_toy_whole():
+    here = Path(__file__).resolve().parent
+    page = (here.parent.parent / "docs" / "extending.md").read_text("utf-8")
+    assert textwrap.indent((here / "toys" / "relu_attention.py").read_text("utf-8"), "    ") in page
+    groups = [table.group for table in vars(registry).values() if isinstance(table, registry.Registry)]
+    assert groups and all(f"`{group}`" in page for group in groups)
 
 
 def names(listed, section):
@@ -61,7 +71,7 @@ def test_a_package_that_cannot_be_imported_is_a_row_and_the_rest_works(installed
 
 def test_tune_has_them_in_its_space(installed):
     shown = installed("tune", "pocket", "--dry-run").stdout
-    space, left_out = shown.split("  cannot run here: ", 1)
+    space, left_out = shown.split(" left out, ", 1)
     assert "\n  relu, eager\n" in space and "\n  sdpa, halves\n" in space and "relu + int8, halves" in space
     assert "relu, native: the native runner computes attention itself, and has no relu" in left_out
     assert "sdpa + three_bits, eager: every call dequantises: it saves memory, not time" in left_out

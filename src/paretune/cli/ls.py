@@ -100,7 +100,8 @@ _HEADINGS = {
 
 
 def _what(table: Any, name: str) -> str:
-    """The first sentence of the entry's module, read from its source: importing it could take seconds."""
+    """The first sentence of the entry's module, or of the entry itself where the module has none, read from the source:
+    importing it could take seconds."""
     import ast
     import importlib.util
     import re
@@ -114,9 +115,12 @@ def _what(table: Any, name: str) -> str:
             table.get(name)
         except UsageError:
             return table.broken[name]
-    spec = importlib.util.find_spec(target.partition(":")[0])
+    module, _, attribute = target.partition(":")
+    spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
-    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
+    tree = ast.parse(Path(spec.origin).read_text("utf-8"))
+    own = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == attribute]
+    text = next((said for node in (tree, *own) if (said := ast.get_docstring(node))), "")
     paragraph = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<!et al)\. (?=[A-Z`])", paragraph)[0].rstrip(".")
 
