@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from paretune import registry
+from paretune.cli.ls import _what
 from paretune.errors import EXIT_USAGE, UsageError
 from paretune.model.families.base import Family
 from paretune.ops.weights.base import Weight
@@ -201,9 +202,19 @@ def test_a_name_belongs_to_one_package(installed):
     assert "whole" in table.names() and "whole" not in dict(table.working())
     with pytest.raises(UsageError, match="the packages a-toys and b-toys bring something of this name"):
         table.get("whole")
+    assert table.package_of("whole") == "a-toys and b-toys" and table.package_of("int8") is None
 
 
 def test_a_group_that_there_is_not(installed):
     installed(("transform", "whole", "Whole", "my-toys"), ("runners", "whole", "Whole", "my-toys"))
     ((group, what),) = registry.unknown_groups()
     assert group == "paretune.transform" and "package my-toys" in what and "did you mean paretune.transforms?" in what
+
+
+def test_the_line_of_an_entry_is_of_its_module_or_its_own(tmp_path, monkeypatch):
+    (tmp_path / "bare_toys.py").write_text('def run():\n    """Counts bytes. Slowly."""\n\n\nclass Mute:\n    pass\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    table = Registry("thing")
+    for name in ("run", "Mute"):
+        table.register(name, f"bare_toys:{name}")
+    assert (_what(table, "run"), _what(table, "Mute")) == ("Counts bytes", "")

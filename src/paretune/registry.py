@@ -140,6 +140,10 @@ class Registry(Generic[T]):
         """Names of entries that other packages brought."""
         return [name for name in self.names() if name not in self._own]
 
+    def package_of(self, name: str) -> str | None:
+        """The package that brought an entry; None: it is one of ours."""
+        return self._packages.get(name) if name not in self._own and name in self.targets else None
+
     @property
     def broken(self) -> dict[str, str]:
         """Entries of other packages that cannot be used, of those that were asked for, and why: the end of a sentence
