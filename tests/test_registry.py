@@ -8,8 +8,13 @@ import sys
 import pytest
 
 from paretune import registry
+from paretune.cli.ls import _what
 from paretune.errors import EXIT_USAGE, UsageError
-from paretune.registry import Registry
+from paretune.model.families.base import Family
+from paretune.ops.weights.base import Weight
+from paretune.registry import EntryPoint, Registry
+from paretune.transforms.base import Stage, Transform
+from paretune.transforms.quantize import Quantize
 
 REGISTRIES = {name: value for name, value in vars(registry).items() if isinstance(value, Registry)}
 ENTRIES = [(kind, name) for kind, table in REGISTRIES.items() for name in table.names()]
@@ -25,6 +30,12 @@ def test_every_target_imports(kind, name):
     thing = REGISTRIES[kind].get(name)
     assert callable(thing)
     assert REGISTRIES[kind].get(name) is thing
+
+
+@pytest.mark.parametrize(("kind", "name"), ENTRIES)
+def test_our_own_entries_keep_the_contract_of_others(kind, name):
+    table = REGISTRIES[kind]
+    assert table.contract is not None and table.contract.why_not(name, table.get(name)) is None
 
 
 def test_formats_carry_their_own_name():
@@ -88,3 +99,122 @@ def test_nothing_is_imported_until_it_is_asked_for():
         "assert 'torch' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# -- what other packages bring
+
+
+class Plain:
+    pass
+
+
+class Titled(Transform):
+    name = "titled"
+    title = "titled"
+
+
+class Whole(Transform):
+    name, stage, axis, title = "whole", Stage.ATTENTION, "attention", "whole"
+
+    def apply(self, model, ctx):
+        return model
+
+    def verify(self, model, probe):
+        return []
+
+
+class NoBytes(Quantize):
+    name, axis, title, format, format_title = "no_bytes", "quantize", "no bytes", "int8_rows", "8-bit rows"
+
+
+class Numbers(Weight):
+    format = "numbers"
+
+
+class HalfFamily(Family):
+    name = "half"
+
+    def read(self, hf, where):
+        raise AssertionError
+
+
+def half_study(model, output_dir):
+    return {}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Puts entry points `(group, name, class or function here, package)` where those of other packages are."""
+
+    def install(*points):
+        found = [
+            EntryPoint(f"paretune.{g}", name, f"{__name__}:{thing}", package) for g, name, thing, package in points
+        ]
+        monkeypatch.setattr(registry, "_entry_points", lambda: found)
+        tables = {}
+        for table in REGISTRIES.values():
+            tables[table.group] = fresh = Registry(table.kind, table.group, table.contract)
+            for name in table.names():
+                fresh.register(name, table.targets[name])
+        return {group.removeprefix("paretune."): table for group, table in tables.items()}
+
+    return install
+
+
+WRONG = {
+    ("transforms", "plain", "Plain"): "Plain is no subclass of paretune.transforms.base.Transform",
+    ("transforms", "study", "half_study"): "half_study is no subclass of paretune.transforms.base.Transform",
+    ("transforms", "titled", "Titled"): "Titled does not declare stage, axis, apply, verify",
+    ("transforms", "other", "Whole"): "the `name` of Whole is 'whole', not 'other' as its entry point says",
+    ("transforms", "no_bytes", "NoBytes"): "NoBytes does not declare quantize, expected_bytes",
+    ("formats", "plain", "Plain"): "Plain is no subclass of paretune.ops.weights.base.Weight",
+    ("formats", "numbers", "Numbers"): (
+        "Numbers does not declare matmul, rows, dequantize, compute_dtype, from_tensors"
+    ),
+    ("runners", "plain", "Plain"): "Plain is no subclass of paretune.engine.runners.base.Runner",
+    ("drafts", "plain", "Plain"): "Plain is no subclass of paretune.engine.decode.drafts.base.Draft",
+    ("families", "half", "HalfFamily"): (
+        "HalfFamily does not declare write, architecture, n_positions_key, model, positions, norm, modules, stack, "
+        "attention, operators"
+    ),
+    ("attention", "half", "half_study"): "half_study cannot be called as (q, k_new, v_new, layer_cache, spec)",
+    ("studies", "half", "half_study"): (
+        "half_study cannot be called as (model, output_dir, *, quick, seed, device, threads, say)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("group", "name", "thing"), WRONG)
+def test_what_is_no_such_thing_is_broken_and_says_why(installed, group, name, thing):
+    table = installed((group, name, thing, "my-toys"), ("transforms", "whole", "Whole", "my-toys"))[group]
+    working = dict(table.working())
+    assert name not in working and (group != "transforms" or working["whole"] is Whole)
+    assert table.broken == {name: f"cannot be used: {WRONG[group, name, thing]} (package my-toys)"}
+    with pytest.raises(UsageError, match="package my-toys"):
+        table.get(name)
+
+
+def test_a_name_belongs_to_one_package(installed):
+    points = (("transforms", "int8", "Whole", "my-toys"), ("transforms", "whole", "Whole", "a-toys"))
+    table = installed(*points, ("transforms", "whole", "Whole", "b-toys"))["transforms"]
+    assert table.refused == [("int8 (my-toys)", "cannot be used: the name 'int8' is Paretune's own")]
+    assert table.get("int8") is registry.TRANSFORMS.get("int8")
+    assert "whole" in table.names() and "whole" not in dict(table.working())
+    with pytest.raises(UsageError, match="the packages a-toys and b-toys bring something of this name"):
+        table.get("whole")
+    assert table.package_of("whole") == "a-toys and b-toys" and table.package_of("int8") is None
+
+
+def test_a_group_that_there_is_not(installed):
+    installed(("transform", "whole", "Whole", "my-toys"), ("runners", "whole", "Whole", "my-toys"))
+    ((group, what),) = registry.unknown_groups()
+    assert group == "paretune.transform" and "package my-toys" in what and "did you mean paretune.transforms?" in what
+
+
+def test_the_line_of_an_entry_is_of_its_module_or_its_own(tmp_path, monkeypatch):
+    (tmp_path / "bare_toys.py").write_text('def run():\n    """Counts bytes. Slowly."""\n\n\nclass Mute:\n    pass\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    table = Registry("thing")
+    for name in ("run", "Mute"):
+        table.register(name, f"bare_toys:{name}")
+    assert (_what(table, "run"), _what(table, "Mute")) == ("Counts bytes", "")

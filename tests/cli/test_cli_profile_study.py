@@ -230,7 +230,9 @@ def test_a_study_that_cannot_judge_speed_says_so_and_ends_well(command, tmp_path
     def study(model, out, **options):
         return {"summary": ["Sizes stand."], "noise": said, "is_noisy": True, "too_noisy": True}
 
-    monkeypatch.setattr("paretune.cli.study.STUDIES", SimpleNamespace(get=lambda name: study))
+    monkeypatch.setattr(
+        "paretune.cli.study.STUDIES", SimpleNamespace(get=lambda name: study, package_of=lambda name: None)
+    )
     code, text, err = command("study", "kernels", "-o", str(tmp_path / "x"))
     assert (code, err) == (0, f"written: {tmp_path / 'x'}\n") and text == "Sizes stand.\n" + said[0] + "\n"
     code, text, err = command("study", "kernels", "-o", str(tmp_path / "x"), "--strict")
@@ -242,6 +244,22 @@ def test_every_published_share_has_a_row():
     from paretune.studies.kernels import PUBLISHED_SHARES
 
     assert set(PUBLISHED_SHARES) <= set(ORDER) and len(PUBLISHED_SHARES) == 23
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [("my-toys", "the study 'sums' of the package my-toys failed (ZeroDivisionError"), (None, "internal error")],
+)
+@pytest.mark.parametrize("is_in_result", [False, True])
+def test_who_is_to_blame_for_a_study(command, tmp_path, monkeypatch, package, words, is_in_result):
+    def study(model, out, **options):
+        return {} if is_in_result else 1 / 0
+
+    tables = SimpleNamespace(get=lambda name: study, package_of=lambda name: package)
+    monkeypatch.setattr("paretune.cli.study.STUDIES", tables)
+    code, _, err = command("study", "sums", "-o", str(tmp_path / "x"))
+    said = words.replace("ZeroDivisionError", "KeyError") if is_in_result else words
+    assert code == 1 and said in err and ("report it" in err.lower()) and len(err.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def test_dry_run_says_what_cannot_run_here(tune, monkeypatch):
     monkeypatch.setattr("paretune.native_build.compiler", lambda: None)
     code, out, _ = tune("pocket", "--dry-run")
     assert code == 0 and "17 candidates:" in out
-    assert out.count("cannot run here") == 222 + 24 and "PARETUNE_NO_COMPILER" in out
+    assert f"{222 + 24 + 19 + 4} left out" in out and "PARETUNE_NO_COMPILER" in out
+    reasons = [line.rpartition(": ")[2] for line in out.partition("left out")[2].splitlines()[1:-1]]
+    assert len(reasons) == len(set(reasons)) and " more: " in out  # each once
 
 
 def test_dry_run_counts_mechanisms_for_long_requests(tune):
@@ -283,7 +285,7 @@ def test_a_real_run_killed_and_resumed_gives_a_plan_that_generates(tmp_path):
 def test_dry_run_announces_the_grid_of_regimes_and_its_time(tune):
     code, out, err = tune("pocket", "--dry-run", "--regimes", "auto")
     assert code == 0 and not err
-    assert "forms by regime: batch 1, 8 x 128, 512, 1024 tokens: up to 150 s of timing on top of the budget" in out
+    assert "a choice by regime: batch 1, 8 x 128, 512, 1024 tokens: up to 150 s of timing on top of the budget" in out
     assert "regime" not in tune("pocket", "--dry-run")[1]
     assert_line(tune("pocket", "--dry-run", "--regimes", "1x4096"), 2, "4096", "1024")
     assert_line(tune("pocket", "--regimes", "many"), 2, "--regimes", "1,8x128,1024")

@@ -14,7 +14,9 @@ from paretune.files import ensure_folder
 from paretune.model import checkpoint
 from paretune.model.stored import StoredTensors
 from paretune.recipe import EngineOptions, Recipe, preset
+from paretune.registry import FORMATS
 from paretune.transforms.attention import Attention
+from paretune.transforms.base import Context
 from paretune.transforms.formats import formats, transforms_of
 
 # No group divides 72, 100 or 288; all of Llama's widths are no multiples of 16 either. Mistral's are whole groups.
@@ -231,3 +233,15 @@ def test_a_damaged_quantised_folder_is_named(written, tmp_path):
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"h\.0\.mlp\.c_fc"):
         checkpoint.load(tmp_path / "copy")
+
+
+def test_a_format_that_could_not_be_read_again_is_not_written(tiny_gpt2_folder, tmp_path, monkeypatch):
+    """As where a package registers its transform and forgets the class of its weights."""
+    transforms = transforms_of("int8")
+    model = transforms[0].apply(checkpoint.load(tiny_gpt2_folder), Context())
+    monkeypatch.delitem(FORMATS._own, "int8_rows")
+    with pytest.raises(UsageError, match=r"'int8_rows' could be written and not read again.*paretune\.formats"):
+        quantize(tiny_gpt2_folder, transforms, tmp_path / "out")
+    with pytest.raises(UsageError, match="not read again"):  # whoever writes a folder
+        checkpoint.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())

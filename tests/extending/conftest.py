@@ -28,6 +28,9 @@ BROKEN = """
 [paretune.transforms]
 broken = toys.nowhere:Nothing
 int8 = toys.three_bits:Bits3
+nothing = toys.not_a_transform:NotATransform
+[paretune.transform]
+misspelt = toys.three_bits:Bits3
 [paretune.runners]
 broken_runner = toys.raises:Runner
 """

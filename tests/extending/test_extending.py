@@ -6,10 +6,24 @@ Each toy is one file and one registration. What is tested here is that nothing e
 from __future__ import annotations
 
 import json
+import re
+import textwrap
+from pathlib import Path
 
 import pytest
+import torch
+from toys import relu_attention
 
 from paretune import registry
+from paretune.ops.attention.spec import AttentionSpec
+
+
+def test_the_page_shows_a_toy_whole():
+    here = Path(__file__).resolve().parent
+    page = (here.parent.parent / "docs" / "extending.md").read_text("utf-8")
+    assert textwrap.indent((here / "toys" / "relu_attention.py").read_text("utf-8"), "    ") in page
+    groups = [table.group for table in vars(registry).values() if isinstance(table, registry.Registry)]
+    assert groups and all(f"`{group}`" in page for group in groups)
 
 
 def names(listed, section):
@@ -42,22 +56,31 @@ def test_a_device_is_asked_about_them(installed):
 def test_a_package_that_cannot_be_imported_is_a_row_and_the_rest_works(installed):
     found = json.loads(installed("ls", "--json", with_broken=True).stdout)
     what = {e["name"]: e["what"] for section in ("transforms", "runners") for e in found[section]}
-    assert what["broken"] == "cannot be imported: ModuleNotFoundError: No module named 'toys.nowhere'"
+    assert what["broken"] == (
+        "cannot be imported: ModuleNotFoundError: No module named 'toys.nowhere' (package paretune_broken)"
+    )
     assert what["broken_runner"].startswith("cannot be imported: ModuleNotFoundError: No module named 'surely")
     assert what["int8"].startswith("int8 weights, 16-bit")  # nobody takes the name of one of ours
+    assert what["int8 (paretune_broken)"] == "cannot be used: the name 'int8' is Paretune's own"
+    assert what["nothing"] == "cannot be used: NotATransform is no subclass of paretune.transforms.base.Transform " + (
+        "(package paretune_broken)"
+    )
+    assert [group["name"] for group in found["unknown_groups"]] == ["paretune.transform"]
     assert "three_bits" in names(found, "transforms")
     error = installed(
         "generate", "pocket", "--config", "broken_runner", "--prompt", "a", ok=False, with_broken=True
     ).stderr
-    assert "the runner 'broken_runner' cannot be imported (ModuleNotFoundError" in error and "Traceback" not in error
+    assert "the runner 'broken_runner' cannot be imported: ModuleNotFoundError" in error and "Traceback" not in error
 
 
 def test_tune_has_them_in_its_space(installed):
     shown = installed("tune", "pocket", "--dry-run").stdout
-    space, left_out = shown.split("  cannot run here: ", 1)
+    space, left_out = shown.split(" left out, ", 1)
     assert "\n  relu, eager\n" in space and "\n  sdpa, halves\n" in space and "relu + int8, halves" in space
-    assert "relu, native: the native runner computes attention itself, and has no relu" in left_out
-    assert "sdpa + three_bits, eager: every call dequantises: it saves memory, not time" in left_out
+    assert re.search(
+        r"relu, native and \d+ more: the native runner computes attention itself, and has no relu", left_out
+    )
+    assert re.search(r"three_bits, eager and \d+ more: every call dequantises: it saves memory, not time", left_out)
 
 
 CONFIGS = "baseline,relu_attention,three_bits+int8,halves+int4(group=64),relu_attention+halves+kv8"
@@ -132,6 +155,18 @@ def test_a_new_family_is_one_file_too(installed, tmp_path):
     installed("new", tmp_path / "config.json", "-o", tmp_path / "made", "--random")
     config = json.loads((tmp_path / "made" / "config.json").read_text("utf-8"))
     assert config["model_type"] == "toy" and config["width"] == 32
+
+
+def test_the_toy_attention_adds_the_bias_of_alibi():
+    """One head at a time, by the formula: relu(q k - slope * distance), by the number of keys that are seen."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    found = relu_attention.attention(q, k, v, None, AttentionSpec(scale=0.5, slopes=(0.5, 0.25)))
+    distance = torch.arange(5)[:, None] - torch.arange(5)[None, :]
+    for head, slope in enumerate((0.5, 0.25)):
+        scores = torch.relu(0.5 * q[0, head] @ k[0, head].T - slope * distance).tril()
+        expected = scores @ v[0, head] / torch.arange(1, 6)[:, None]
+        torch.testing.assert_close(found[0, head], expected)
 
 
 def test_the_toys_are_not_ours():

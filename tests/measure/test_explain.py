@@ -21,6 +21,7 @@ from paretune.measure.profile_steps import Step
 from paretune.model.layers import Linear
 from paretune.ops.weights.dense import Dense
 from paretune.recipe import preset
+from paretune.transforms.attention import Attention
 
 
 def explained(loaded: Loaded, threads: dict[str, int] | None = None) -> dict[str, explain.Explanation]:
@@ -228,6 +229,21 @@ def test_attention_by_the_formula_is_told_of_attention_without_scores():
         (told,) = explain.explain(found | {"recipe": preset(name).to_dict()})
         assert ("--config baseline" in told.try_next) == says
         assert ("--config native" in told.try_next) == (name != "native")
+
+
+def test_what_the_native_runner_refuses_is_not_told_to_try_it(monkeypatch):
+    """Attention of another kind: every place that would name the runner names something else."""
+    monkeypatch.setattr(Attention, "replaces_attention", True)
+    kernels = [("dispatch", 0.4, 500), ("launch gap", 0.3, 500), ("GEMM", 0.6, 40)]
+    row = part("expansion", 0.9, 0.1, "compute", product_weight_bytes=1, flops=6 * 10**7)
+    slow = result(row, kernels=kernels, page_faults=4000, page_fault_sec=1e-6, graph_breaks=2, converted_bytes=10**9)
+    wide = result(part("expansion", 0.9, 0.8, "memory", product_weight_bytes=9 * 10**7, bytes=9 * 10**7))
+    for name, says in (("baseline", False), ("eager_attn", True)):
+        found = [e for r in (slow, wide) for e in explain.explain(r | {"recipe": preset(name).to_dict()})]
+        assert {"slow products", "dispatch overhead", "memory allocation", "weight bandwidth"} <= {
+            e.cause for e in found
+        }
+        assert any("native" in e.try_next for e in found) == says
 
 
 def test_training_is_not_told_of_runners_that_cannot_train():

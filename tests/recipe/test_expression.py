@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 
 from paretune.errors import UsageError
 from paretune.recipe import EngineOptions, Recipe, preset, split_list
 from paretune.recipe.expression import spell
+from paretune.registry import TRANSFORMS
 from paretune.transforms.attention import Attention
+from paretune.transforms.base import Stage, Transform
+from paretune.transforms.formats import transforms_of
 from paretune.transforms.groups import Groups
 from paretune.transforms.int8 import Int8
 from paretune.transforms.mechanism import Mechanism
@@ -55,19 +60,21 @@ def test_what_an_expression_means(text):
 
 WRONG = {
     "natve+int8": r"unknown config 'natve'.*Did you mean 'native'\?",
-    "native+int4(grup=64)": r"unknown int4: setting 'grup'.*Did you mean 'group'\?",
+    "native+int4(grup=64)": r"int4 has no setting 'grup'.*Did you mean 'group'\?",
     "int4(group=big)": r"int4: group is 'big'.*of type int",
     "int4(group=48)": r"group is 48.*one of 32, 64, 128",
     "int8(embeddings=maybe)": r"embeddings is 'maybe'.*true or false",
-    "int4(64)": r"'64' stands without its field.*FIELD=VALUE",
+    "int4(64)": r"'64' stands without its field.*FIELD=VALUE, where FIELD is one of include, exclude, bits",
     "int4(group=64": r"a bracket is not closed in the config 'int4\(group=64'",
     "int4)": r"a bracket is closed that was not opened",
     "int8+int4": r"int8 and int4 are both of the axis quantize",
+    "int8+nf4": r"int8 leaves no layer to what follows.*comes first: nf4\+int8",
+    "nf4+nf4": r"nf4 stands twice",
     "native+compile": r"native and compile are both of the axis runner",
     "kv8+kv4": r"kv8 and kv4 are both of the axis cache",
     "sdpa+attention(flex)": r"both of the axis attention",
-    "compile(fast)": r"unknown compile: mode 'fast'.*freeze",
-    "native(2)": r"unknown native: mode '2'",
+    "compile(fast)": r"compile has no mode 'fast'.*freeze",
+    "native(2)": r"native has no mode '2'\. It has default",
     "kv(int3)": r"unknown cache dtype 'int3'.*Did you mean 'int8'|unknown cache dtype 'int3'",
     "kv8(4)": r"kv8 takes nothing in brackets",
     "threads(0)": r"threads\(0\) is not a number of threads",
@@ -120,3 +127,25 @@ def test_speculation_is_a_term(text):
 def test_bad_speculation(text, said):
     with pytest.raises(UsageError, match=said):
         preset(text)
+
+
+def test_a_package_that_is_broken_is_named(monkeypatch):
+    """The reason, as `ls` knows it, and not that there is no such name."""
+    monkeypatch.setattr(TRANSFORMS, "_others", {"gone": "nowhere_at_all:Gone"})
+    monkeypatch.setattr(TRANSFORMS, "_broken", {})
+    for ask in (preset, transforms_of):
+        with pytest.raises(UsageError, match=r"'gone' cannot be imported: ModuleNotFoundError.*nowhere_at_all:Gone"):
+            ask("gone")
+
+
+def test_a_transform_without_settings_takes_none(monkeypatch):
+    @dataclass(frozen=True)
+    class Plain(Transform):
+        name, stage, axis = "plain", Stage.ATTENTION, "attention"
+
+    monkeypatch.setattr(TRANSFORMS, "_others", {"plain": "nowhere:Plain"})
+    monkeypatch.setattr(TRANSFORMS, "get", lambda name: Plain)
+    with pytest.raises(UsageError, match="plain takes nothing in brackets"):
+        preset("plain(3)")
+    with pytest.raises(UsageError, match=r"plain has no setting 'bits'\. It has none"):
+        preset("plain(bits=3)")

@@ -18,8 +18,9 @@ from paretune.engine.runners.eager import EagerRunner
 from paretune.errors import ParetuneError, UsageError
 from paretune.model import checkpoint
 from paretune.model.config import ModelConfig
+from paretune.ops.attention import reference
 from paretune.recipe import EngineOptions, Recipe, preset
-from paretune.registry import TRANSFORMS
+from paretune.registry import ATTENTION, TRANSFORMS
 from paretune.transforms.attention import Attention
 from paretune.transforms.base import Context, Stage
 from paretune.transforms.int8 import Int8
@@ -201,6 +202,13 @@ def test_every_transform_has_a_stage_and_the_order_is_enforced():
     assert [s.name for s in sorted(Stage)] == ["PRUNE", "MECHANISM", "ATTENTION", "PRECISION", "QUANTIZE", "FUSE"]
 
 
+def test_one_format_twice_is_no_mix():
+    part = preset("nf4").transforms[-1]
+    assert part.is_partial and Recipe((part, Int8())).transforms == (part, Int8())
+    with pytest.raises(UsageError, match="one transform a stage"):
+        Recipe((part, part))
+
+
 def test_names_are_short_and_tell_recipes_apart():
     assert preset("bf16_int8").name == "sdpa + bf16 + int8, eager"
     assert EVERYTHING.name == "sdpa + fp16 + int8-linear, compile(freeze) x3"
@@ -314,6 +322,24 @@ def test_alibi_is_not_applied_twice(tiny_gpt2_folder):
     assert recipe.fits(config) is None
     (alibi,) = (t for t in recipe.transforms if t.stage == Stage.MECHANISM)
     assert recipe.fits(alibi.changed(config)) == "the model has ALiBi already"
+
+
+def test_attention_that_would_drop_alibi_is_refused(tiny_gpt2_folder, monkeypatch):
+    """Of another package: a transform or a function that does not say that it adds the bias."""
+    config = checkpoint.read_config(tiny_gpt2_folder)
+    assert preset("alibi").fits(config) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(Attention, "replaces_attention", True)
+        assert preset("baseline").fits(config) is None
+        assert preset("alibi").fits(config) == "sdpa has no ALiBi: its attention does not declare `has_alibi`"
+        patch.setattr(Attention, "has_alibi", True)
+        assert preset("alibi").fits(config) is None
+    monkeypatch.setattr(ATTENTION, "_own", {k: v for k, v in ATTENTION._own.items() if k != "eager"})
+    monkeypatch.setattr(ATTENTION, "_others", {"eager": "paretune.ops.attention.reference:attention"})
+    recipe = preset("alibi+attention(eager)")
+    assert recipe.fits(config) == "eager has no ALiBi: its module does not declare `HAS_ALIBI`"
+    monkeypatch.setattr(reference, "HAS_ALIBI", True, raising=False)
+    assert recipe.fits(config) is None
 
 
 def test_each_transform_is_asked_about_what_those_before_it_leave(tiny_gpt2_folder):

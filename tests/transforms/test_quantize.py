@@ -136,7 +136,7 @@ def test_a_kept_copy_is_no_effect(model):
             m.weight for m in fresh.modules() if isinstance(m, Linear) and m.weight.format == transform.format
         )
         weight.register_buffer("cached", weight.dequantize())
-        with pytest.raises(NoEffectError, match="bytes are stored"):
+        with pytest.raises(NoEffectError, match=r"stores too much: .* bytes are stored"):
             transform.verify(fresh, fake())
         for m in fresh.modules():
             if isinstance(m, Linear | Embedding):

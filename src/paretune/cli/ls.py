@@ -41,7 +41,9 @@ def collect(device: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "device": device}
     for section, name in _SECTIONS.items():
         table = getattr(registry, name)
-        found[section.replace(" ", "_")] = [{"name": n, "what": _what(table, n)} for n in table.names()]
+        rows = [*((n, _what(table, n)) for n in table.names()), *table.refused]
+        found[section.replace(" ", "_")] = [{"name": n, "what": what} for n, what in rows]
+    found["unknown_groups"] = [{"name": group, "what": what} for group, what in registry.unknown_groups()]
     found["quantize_formats"] = [{"name": name, "what": what} for name, what in _quantize_formats()]
     for name, kind in registry.TRANSFORMS.working():
         entry = next(e for e in found["transforms"] if e["name"] == name)
@@ -58,7 +60,7 @@ def collect(device: str | None = None) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """The listing as plain text."""
-    sections = [*_SECTIONS, *_OTHERS]
+    sections = [*_SECTIONS, *(["unknown groups"] if found["unknown_groups"] else []), *_OTHERS]
     width = max(len(entry["name"]) for s in sections for entry in found[s.replace(" ", "_")])
     lines: list[str] = []
     for section in sections:
@@ -90,13 +92,16 @@ def mechanism_lines(found: list[dict[str, str]], device: str | None) -> list[str
 
 
 _HEADINGS = {
-    "axes": "axes of a --config: one option of each, joined by +, such as native+int4(group=64)+kv8 (* default)",
+    "unknown groups": "entry points of other packages that are in no group of ours",
+    "axes": "axes of a --config: one option of each, joined by +, such as native+int4(group=64)+kv8 (* default); "
+    "of quantize several, where each but the last takes some layers only",
     "configs": "configs with a name of their own",
 }
 
 
 def _what(table: Any, name: str) -> str:
-    """The first sentence of the entry's module, read from its source: importing it could take seconds."""
+    """The first sentence of the entry's module, or of the entry itself where the module has none, read from the source:
+    importing it could take seconds."""
     import ast
     import importlib.util
     import re
@@ -109,10 +114,13 @@ def _what(table: Any, name: str) -> str:
         try:
             table.get(name)
         except UsageError:
-            return f"cannot be imported: {table.broken[name]}"
-    spec = importlib.util.find_spec(target.partition(":")[0])
+            return table.broken[name]
+    module, _, attribute = target.partition(":")
+    spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
-    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
+    tree = ast.parse(Path(spec.origin).read_text("utf-8"))
+    own = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == attribute]
+    text = next((said for node in (tree, *own) if (said := ast.get_docstring(node))), "")
     paragraph = " ".join(text.split("\n\n")[0].split())
     return re.split(r"(?<!et al)\. (?=[A-Z`])", paragraph)[0].rstrip(".")
 
@@ -196,7 +204,7 @@ def _try(found: dict[str, Any], device: str) -> None:
     from paretune import hardware
     from paretune.hardware.abilities import abilities
     from paretune.recipe import ALIASES, preset
-    from paretune.registry import RUNNERS, TRANSFORMS
+    from paretune.registry import ATTENTION, RUNNERS, TRANSFORMS
 
     hardware.check_device(device)
     hardware.set_threads()
@@ -207,18 +215,22 @@ def _try(found: dict[str, Any], device: str) -> None:
         made = [kind(**s) for s in settings]
         made += [t for recipe in recipes.values() for t in recipe.transforms if type(t) is kind]
         variants |= {f"{name} {t.title}": t for t in made}
+    forms = dict(ATTENTION.working())
     for entry in found["attention_functions"]:
+        entry["verdicts"] = []
+        if entry["name"] not in forms:  # why it is broken stands beside its name
+            continue
         form = TRANSFORMS.get("attention")(form=entry["name"])
         entry["verdicts"] = [_verdict(entry["name"], form.requires(device), form.notes(device))]
+    working = dict(TRANSFORMS.working())
     for entry in found["transforms"]:
-        entry["verdicts"] = [
-            _verdict(t.title, t.requires(device), t.notes(device)) for t in variants.values() if t.name == entry["name"]
-        ] or [_verdict(entry["name"], TRANSFORMS.broken.get(entry["name"]), [])]
+        name = entry["name"]
+        made = [_verdict(t.title, t.requires(device), t.notes(device)) for t in variants.values() if t.name == name]
+        entry["verdicts"] = made or ([_verdict(name, None, [])] if name in working else [])
     runners = dict(RUNNERS.working())
     for entry in found["runners"]:
         name = entry["name"]
-        reason = runners[name].requires(device) if name in runners else RUNNERS.broken[name]
-        entry["verdicts"] = [_verdict(name, reason, [])]
+        entry["verdicts"] = [_verdict(name, runners[name].requires(device), [])] if name in runners else []
     for entry in found["configs"]:
         recipe = recipes[entry["name"]]
         notes = [note for t in recipe.transforms for note in t.notes(device)]

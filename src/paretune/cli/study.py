@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,14 +67,40 @@ def study(
         if not quiet:
             print(line, file=sys.stderr, flush=True)
 
-    result = run(model, out, quick=quick, seed=seed, device=device, threads=threads, say=say, **options)
-    if json_output:
-        print(json.dumps(result, indent=2, allow_nan=False))
-    else:
-        print("\n".join([*result["summary"], *result["noise"]]))
+    with _blame(STUDIES.package_of(name), name):
+        result = run(model, out, quick=quick, seed=seed, device=device, threads=threads, say=say, **options)
+        shown = json.dumps(result, indent=2, allow_nan=False) if json_output else _lines(result)
+        is_noisy = result["is_noisy"]
+    print(shown)
     say(f"written: {out}")
-    if strict and result["is_noisy"]:
+    if strict and is_noisy:
         raise TooNoisyError(
             "this machine is too noisy for --strict: some speeds are undecided because of it",
             "Close other programs and run it again, or leave out --strict",
         )
+
+
+def _lines(result: dict[str, Any]) -> str:
+    return "\n".join([*result["summary"], *result["noise"]])
+
+
+@contextlib.contextmanager
+def _blame(package: str | None, name: str) -> Iterator[None]:
+    """What goes wrong inside another package's study is that package's, and the message says so.
+
+    Raises:
+        ParetuneError: something that is no error of ours and that no user's file, disk or memory caused.
+    """
+    from paretune.errors import ParetuneError
+
+    try:
+        yield
+    except (ParetuneError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if package is None:
+            raise
+        raise ParetuneError(
+            f"the study {name!r} of the package {package} failed ({type(error).__name__}: {error})",
+            "Report it to that package; PARETUNE_DEBUG=1 shows the traceback",
+        ) from error

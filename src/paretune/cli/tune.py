@@ -121,8 +121,13 @@ def _show_space(model: str, goal: Goal) -> None:
     print(f"{len(space.legal)} candidates:")
     for candidate in space.legal:
         print(f"  {candidate.recipe.name}")
+    by_reason: dict[str, list[str]] = {}
     for name, reason in space.illegal:
-        print(f"  cannot run here: {name}: {reason}")
+        by_reason.setdefault(reason, []).append(name)
+    if by_reason:
+        print(f"{len(space.illegal)} left out, because they cannot run here or cannot pay:")
+    for reason, (first, *others) in by_reason.items():
+        print(f"  {first}{f' and {len(others)} more' if others else ''}: {reason}")
     if by_regime:
         print(by_regime)
     if goal.engines:

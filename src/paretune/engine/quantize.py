@@ -145,11 +145,12 @@ def quantize(
 
     Raises:
         UsageError: quantised already, calibration text that is too short or not asked for, a pattern that names
-            nothing, or a format that cannot be had here.
+            nothing, or a format that cannot be had here or read again.
         NoEffectError: nothing was quantised, or what was written is not what was made.
     """
     refuse_quantized(folder)
     config = checkpoint.read_config(folder)
+    checkpoint.check_formats(transform.format for transform in transforms if transform.format)
     for transform in transforms:
         if reason := transform.fits(config) or transform.requires("cpu"):
             raise UsageError(

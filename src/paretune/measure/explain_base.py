@@ -11,7 +11,7 @@ from paretune.measure.profile_parts import SUM_KEYS
 from paretune.measure.roofline import quantity
 from paretune.recipe import EngineOptions
 from paretune.records.explanation import Explanation
-from paretune.registry import RUNNERS
+from paretune.registry import RUNNERS, TRANSFORMS
 
 LARGE = 0.4  # of the step: a cause that is called its bound
 ABOVE_CEILING = 1.15  # a ceiling that is surpassed by more was not the machine's
@@ -55,10 +55,18 @@ def is_training(result: Result) -> bool:
     return result.get("phase") == "train"
 
 
+def can_be_native(result: Result) -> bool:
+    """Whether native code could run what was profiled: a forward step on a CPU, with attention as it knows it."""
+    if not is_on_cpu(result) or is_training(result):
+        return False
+    names = [t["name"] for t in (result.get("recipe") or {}).get("transforms") or ()]
+    return not any(TRANSFORMS.get(name).replaces_attention for name in names if name in TRANSFORMS.names())
+
+
 def runners_to_try(result: Result, native: str, compiled: str) -> str:
     """What to try: the words of the runners that are not in use and can run on the device; training has one."""
     used = runner_of(result)
-    said = [native] if is_on_cpu(result) and not used.own_kernels and not is_training(result) else []
+    said = [native] if can_be_native(result) and not used.own_kernels else []
     said += [compiled] if used.is_reference and not is_training(result) else []
     return " or ".join(said) or "a larger --batch-size, whose tokens share this cost"
 

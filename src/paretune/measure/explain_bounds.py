@@ -10,6 +10,7 @@ from paretune.measure.explain_base import (
     NOTABLE,
     Result,
     Rule,
+    can_be_native,
     ceilings_of,
     duration,
     gain_without,
@@ -76,9 +77,9 @@ def _narrower(result: Result) -> tuple[float, str]:
     if is_training(result):
         return 1.0, "a larger --batch-size: its tokens share the reading"
     if width > 1.5:
-        names = "native_int8, or native_bf16" if is_on_cpu(result) else "int8, or bf16"
+        names = "native_int8, or native_bf16" if can_be_native(result) else "int8, or bf16"
         return 1.0 / width, f"fewer bytes a weight: --config {names}"
-    if width > 0.9 and is_on_cpu(result):
+    if width > 0.9 and can_be_native(result):
         return INT4_BYTES / width, "fewer bytes a weight: --config native_int4 (its loss of quality is to be measured)"
     return 1.0, "a smaller model: these are the fewest bytes a weight that this version stores"
 
@@ -116,9 +117,7 @@ def _slow_products(result: Result) -> Iterator[Explanation]:
         share,
         f"the library's matrix products take {percent(share)} of the step and {did}: their kernels, not the machine, "
         "are the limit",
-        "--config native, whose products stream packed weights"
-        if is_on_cpu(result) and not is_training(result)
-        else "a larger --batch-size",
+        "--config native, whose products stream packed weights" if can_be_native(result) else "a larger --batch-size",
         gain_without(share * max(0.0, 1 - reached / REAL_SHARE)),
     )
 
@@ -135,7 +134,8 @@ def _cache(result: Result) -> Iterator[Explanation]:
         share,
         f"the key/value cache moves {quantity(n_bytes, 'B')} a step at {quantity(n_bytes / sec, 'B/s')}, "
         f"{percent(n_bytes / total)} of all bytes and {percent(share)} of the time",
-        "an int8 cache (--config native_int8_kv8), a shorter context, or attention in one kernel (--config baseline)",
+        ("an int8 cache (--config native_int8_kv8)" if can_be_native(result) else "an int8 cache (--config kv8)")
+        + ", a shorter context, or attention in one kernel (--config baseline)",
         1 / (1 - share / 2),
     )
 
@@ -248,7 +248,8 @@ def _kept_buffers(result: Result) -> str:
     if is_training(result):
         said.append("fewer sequences at once (--batch-size, with --grad-accumulation in `paretune train`)")
     elif runner_of(result).is_reference:
-        said.append("buffers that are kept (--config native or compile)")
+        which = "--config native or compile" if can_be_native(result) else "--config compile"
+        said.append(f"buffers that are kept ({which})")
     return " or ".join(said) or "a shorter prompt or a smaller --batch-size"
 
 

@@ -8,10 +8,10 @@ from paretune.measure import busy
 from paretune.measure.explain_base import (
     Result,
     Rule,
+    can_be_native,
     ceilings_of,
     class_share,
     gain_without,
-    is_training,
     leaves_of,
 )
 from paretune.measure.roofline import percent, quantity
@@ -70,7 +70,7 @@ def _graph_break(result: Result) -> Iterator[Explanation]:
             gap,
             f"the compiled step falls apart at {n} graph break{'s' if n > 1 else ''}: Python runs between the pieces"
             + spent,
-            "--config compile, which refuses graph breaks, or --config native",
+            "--config compile, which refuses graph breaks" + (", or --config native" if can_be_native(result) else ""),
             gain_without(gap) if gap else None,
         )
 
@@ -83,7 +83,7 @@ def _emulated(result: Result) -> Iterator[Explanation]:
             0.0,
             f"{whole.get('dtype')} is emulated on this machine ({facts['emulated_reason']})",
             "--config baseline"
-            if is_training(result)
+            if not can_be_native(result)
             else "--config native_bf16, which reads 16-bit weights and computes in fp32, or --config baseline",
         )
 
@@ -109,7 +109,9 @@ def _dequantised(result: Result) -> Iterator[Explanation]:
         share,
         f"each step makes {quantity(made, 'B')} of another form of its weights anew (dequantised, cast or masked) "
         f"beside {quantity(stored, 'B')} that are stored, in parts that take {percent(share)} of it{cost}",
-        "a format that is read as it is stored: --config native_int8, or native_bf16",
+        "a format that is read as it is stored: --config native_int8, or native_bf16"
+        if can_be_native(result)
+        else "weights in the numbers that are computed with: no format",
         gain,
     )
 

@@ -225,8 +225,8 @@ def preload() -> None:
     from paretune.registry import ATTENTION, FAMILIES, FORMATS, RUNNERS, TRANSFORMS
 
     for registry in (TRANSFORMS, RUNNERS, FORMATS, FAMILIES, ATTENTION):
-        for name in registry.names():
-            registry.get(name)
+        for _ in registry.working():  # imports each
+            pass
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,22 @@ def tensors_of(model: LanguageModel) -> Iterator[tuple[str, Tensor]]:
             yield f"{_hf_name(family, name)}.weight.{weight.format}.{part}", value.detach().contiguous()
 
 
+def check_formats(names: Iterable[str]) -> None:
+    """Refuses weight formats in which a folder could be written and not read again.
+
+    Raises:
+        UsageError: one is not registered, or what is registered cannot be used.
+    """
+    for name in names:
+        try:
+            FORMATS.get(name)
+        except UsageError as error:
+            raise UsageError(
+                f"weights of the format {name!r} could be written and not read again: {error.cause}",
+                f"Register their class as {name} in the group {FORMATS.group}",
+            ) from None
+
+
 def save(
     model: LanguageModel,
     folder: Path,
@@ -243,11 +259,16 @@ def save(
 
     Args:
         quantization: more entries for `quantization_config`, for people to read.
+
+    Raises:
+        UsageError: a weight has a format that could not be read again.
+        WriteError: a file cannot be written.
     """
     config: ModelConfig = model.config
     tensors = dict(tensors_of(model))
     holders = _weight_holders(model)
     formats = {f"{name}.weight": m.weight.format for name, m in holders if not isinstance(m.weight, Dense)}
+    check_formats(dict.fromkeys(formats.values()))
     hf: dict[str, Any] = config.to_hf()
     hf.pop("torch_dtype", None)
     hf["dtype"] = str(next(p for p in model.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")

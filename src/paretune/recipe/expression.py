@@ -150,7 +150,7 @@ class _Made:
             modes = RUNNERS.get(term.name).modes
             (mode,) = _values(term, 1, "a mode") or (modes[0],)
             if mode not in modes:
-                raise _unknown(f"{term.name}: mode", mode, modes)
+                raise _has_no(term.name, "mode", mode, modes)
             self.engine |= {"runner": term.name} | ({"compile_mode": mode} if mode != modes[0] else {})
         elif term.name in CACHE_TERMS or term.name == "kv":
             self._take("cache", term)
@@ -181,8 +181,10 @@ class _Made:
 
     def _transform(self, term: _Term) -> None:
         names = _names()
+        if term.name in TRANSFORMS.broken:
+            TRANSFORMS.get(term.name)  # says why it cannot be used
         if term.name not in names:
-            known = [*names, *RUNNERS.names(), *CACHE_TERMS, "kv", "threads", "speculate", *ALIASES]
+            known = [*names, *RUNNERS.names(), *CACHE_TERMS, "kv", "threads", "speculate", *ALIASES, "a recipe file"]
             raise _unknown("config", term.name, known)
         kind, settings = names[term.name]
         if settings is None:  # the axis as the model has it
@@ -191,15 +193,26 @@ class _Made:
             return
         transform = build(kind, {**settings, **_fields(kind, term)}, term.name)
         before = [t for t in self.transforms if t.axis == kind.axis]
+        if transform in before:
+            raise UsageError(f"{term.text} stands twice in the config", "Name it once")
         if not before or not all(t.is_partial for t in before):
-            self._take(kind.axis, term)
+            self._take(kind.axis, term, is_partial=transform.is_partial)
         self.transforms.append(transform)
 
-    def _take(self, axis: str, term: _Term) -> None:
+    def _take(self, axis: str, term: _Term, is_partial: bool = False) -> None:
+        """Refuses a second term of an axis.
+
+        Args:
+            is_partial: the term takes some layers only: in front of the other it would be legal.
+        """
         if axis in self.taken:
-            raise UsageError(
-                f"{self.taken[axis]} and {term.text} are both of the axis {axis}", "Name one of them; " + CURE
-            )
+            first = self.taken[axis]
+            if is_partial:
+                raise UsageError(
+                    f"{first} and {term.text} are both of the axis {axis}, and {first} leaves no layer to what follows",
+                    f"What takes some layers only comes first: {term.text}+{first}; or name one of them",
+                )
+            raise UsageError(f"{first} and {term.text} are both of the axis {axis}", "Name one of them; " + CURE)
         self.taken[axis] = term.text
 
     def recipe(self) -> Recipe:
@@ -274,14 +287,17 @@ def _values(term: _Term, most: int, what: str) -> tuple[str, ...]:
 def _fields(kind: type[Transform], term: _Term) -> dict[str, Any]:
     """The settings that a term gives to its transform."""
     given = dict(term.fields)
-    for value in term.values:
-        if kind.main is None or kind.main in given:
-            raise UsageError(f"{term.text}: {value!r} stands without its field", "Write FIELD=VALUE")
-        given[kind.main] = value
     types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    for value in term.values:
+        if not types:
+            raise UsageError(f"{term.text}: {term.name} takes nothing in brackets", CURE)
+        if kind.main is None or kind.main in given:
+            cure = f"Write FIELD=VALUE, where FIELD is one of {', '.join(types)}"
+            raise UsageError(f"{term.text}: {value!r} stands without its field", cure)
+        given[kind.main] = value
     for field in given:
         if field not in types:
-            raise _unknown(f"{term.name}: setting", field, list(types))
+            raise _has_no(term.name, "setting", field, list(types))
     return {field: _value(text, types[field], f"{term.name}: {field}") for field, text in given.items()}
 
 
@@ -297,9 +313,17 @@ def _value(text: str, kind: str, where: str) -> Any:
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> UsageError:
+    return UsageError(f"unknown {what} {name!r}", f"{_near(name, known)}Known: {', '.join(known)}")
+
+
+def _has_no(term: str, what: str, name: str, known: Sequence[str]) -> UsageError:
+    """A setting or a mode that a term does not have."""
+    return UsageError(f"{term} has no {what} {name!r}", f"{_near(name, known)}It has {', '.join(known) or 'none'}")
+
+
+def _near(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    return UsageError(f"unknown {what} {name!r}", f"{hint}Known: {', '.join(known)}, or a recipe file")
+    return f"Did you mean {near[0]!r}? " if near else ""
 
 
 # --- writing ---------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for first, second in zip(self.transforms, self.transforms[1:], strict=False):
             # A mix of formats: each but the last says which layers are its own.
-            is_mix = second.stage == first.stage and first.is_partial
+            is_mix = second.stage == first.stage and first.is_partial and second != first
             if second.stage <= first.stage and not is_mix:
                 raise UsageError(
                     f"{first.title} ({first.stage.name}) cannot come before {second.title} ({second.stage.name})",
@@ -223,6 +223,8 @@ class Recipe:
                 return reason
             if transform.replaces_attention and self.runner_class.own_kernels:
                 return f"the {self.engine.runner} runner computes attention itself, and has no {transform.title}"
+            if transform.replaces_attention and config.alibi and not transform.has_alibi:
+                return f"{transform.title} has no ALiBi: its attention does not declare `has_alibi`"
             config = transform.changed(config)
         reason = self.runner_class.fits(config, formats, self.engine.cache_dtype)
         if reason is None and self.engine.speculate is not None:

@@ -78,6 +78,8 @@ class Attention(Transform):
         return self._asked("trains", device)
 
     def fits(self, config: ModelConfig) -> str | None:
+        if config.alibi and self.form in ATTENTION.others and not self._declared("HAS_ALIBI", False):
+            return f"{self.form} has no ALiBi: its module does not declare `HAS_ALIBI`"
         return self._asked("fits", config.attention_pattern)
 
     def apply(self, model: LanguageModel, ctx: Context) -> LanguageModel:

@@ -71,6 +71,7 @@ class Observation(Protocol):
 class Transform:
     """One optimisation. Subclasses are frozen dataclasses whose fields are plain data."""
 
+    must_declare: ClassVar[tuple[str, ...]] = ("name", "stage", "axis", "title", "apply", "verify")
     name: ClassVar[str]  # in `registry.TRANSFORMS`
     stage: ClassVar[Stage]
     axis: ClassVar[str]  # of the search; a recipe has one transform of an axis (a mix of formats aside)
@@ -86,6 +87,7 @@ class Transform:
     per_weight: ClassVar[bool] = False
     needs_calibration: ClassVar[bool] = False  # `apply` asks for `Context.calibration`
     replaces_attention: ClassVar[bool] = False  # attention is something else than softmax over what is seen
+    has_alibi: ClassVar[bool] = False  # with `replaces_attention`: its attention adds the bias of `spec.slopes`
     trainable: ClassVar[bool] = False  # the model can be trained under it
     changes_weights: ClassVar[bool] = False  # prunes or trains: "changed weights" is what its results are labelled
 

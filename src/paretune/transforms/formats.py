@@ -76,6 +76,8 @@ def transforms_of(
     """
     every = formats()
     if name not in every:
+        if name in TRANSFORMS.broken:
+            TRANSFORMS.get(name)  # says why it cannot be used
         near = difflib.get_close_matches(name, every, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UsageError(f"unknown format {name!r}", f"{hint}Known: {', '.join(every)}")

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from paretune.errors import ParetuneError, UsageError
+from paretune.errors import NoEffectError, ParetuneError, UsageError
 from paretune.model import checkpoint
 from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
@@ -87,6 +87,7 @@ class Quantize(Transform):
     exclude: patterns of layers that stay as they are. A tied pair is chosen by either of its names.
     """
 
+    must_declare: ClassVar[tuple[str, ...]] = ("format", "format_title", "quantize", "expected_bytes")
     stage: ClassVar[Stage] = Stage.QUANTIZE
     axis: ClassVar[str] = "quantize"
     per_weight: ClassVar[bool] = True
@@ -217,7 +218,11 @@ class Quantize(Transform):
         n_bytes = sum(c.weight.stored_bytes for c in mine)
         n_values = sum(c.weight.out_features * c.weight.in_features for c in mine)
         allowed = sum(self.expected_bytes(c) for c in mine)
-        ensure(n_bytes <= allowed, self, f"{n_bytes} bytes are stored, {allowed:.0f} expected")
+        if n_bytes > allowed:
+            raise NoEffectError(
+                f"{self.title} stores too much: {n_bytes} bytes are stored, {allowed:.0f} expected",
+                f"A copy was kept, or `expected_bytes` of {self.name} is wrong. Leave it out of the recipe",
+            )
         said = f"{len(mine)} matrices hold {self.format_title}: {n_bytes:,} bytes for {n_values:,} weights"
         said += f" ({8 * n_bytes / n_values:.2f} bits each)"
         if others:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from paretune.model.base import LanguageModel
 from paretune.model.config import ModelConfig
-from paretune.ops.attention.spec import AttentionSpec, LayerCache, visible
+from paretune.ops.attention.spec import AttentionSpec, LayerCache, alibi_bias, visible
 from paretune.option import Option
 from paretune.transforms.attention import attention_layers
 from paretune.transforms.base import Context, Observation, Stage, Transform, ensure
@@ -25,7 +25,10 @@ def attention(q: Tensor, k_new: Tensor, v_new: Tensor, layer_cache: LayerCache |
     if is_causal:
         mask = torch.ones(K, n, dtype=torch.bool, device=q.device).tril(n - K)
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    scores = torch.relu((q * spec.scale) @ k.transpose(-2, -1))
+    scores = (q * spec.scale) @ k.transpose(-2, -1)
+    if spec.slopes is not None:
+        scores = scores + alibi_bias(seen, K, spec.slopes).to(scores.dtype)
+    scores = torch.relu(scores)
     if mask is None:
         return scores @ v / n
     return scores.masked_fill(~mask, 0.0) @ v / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -37,6 +40,7 @@ class ReluAttention(Transform):
     stage: ClassVar[Stage] = Stage.ATTENTION
     axis: ClassVar[str] = "attention"
     replaces_attention: ClassVar[bool] = True
+    has_alibi: ClassVar[bool] = True
     per_weight: ClassVar[bool] = True  # it changes none
     trainable: ClassVar[bool] = True
 

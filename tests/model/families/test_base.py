@@ -257,7 +257,7 @@ def test_a_broken_family_of_another_package_takes_none_away(monkeypatch):
     assert "broken" in FAMILIES.names()
     assert {"gpt2", "llama", "mistral"} <= {family.name for family in families.every()}
     assert checkpoint.published("gpt2").n_layer == 12
-    assert FAMILIES.broken["broken"].startswith("ModuleNotFoundError")
+    assert FAMILIES.broken["broken"].startswith("cannot be imported: ModuleNotFoundError")
 
 
 @pytest.mark.parametrize("name", Registry.names(FAMILIES))

@@ -43,6 +43,7 @@ class Runner:
         UsageError: there is no such mode.
     """
 
+    must_declare: ClassVar[tuple[str, ...]] = ("name", "forward")
     name: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = ("default",)  # of `EngineOptions.compile_mode`; more than one: titles name it
     # Seconds until the first step can be timed, by mode, before anything was measured here.

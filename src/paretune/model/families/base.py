@@ -60,6 +60,18 @@ class Family(ABC):
         sizes: entries of `config.json` of published models by their names.
     """
 
+    must_declare: ClassVar[tuple[str, ...]] = (
+        "name",
+        "architecture",
+        "n_positions_key",
+        "model",
+        "positions",
+        "norm",
+        "modules",
+        "stack",
+        "attention",
+        "operators",
+    )
     name: ClassVar[str]
     architecture: ClassVar[str]
     n_positions_key: ClassVar[str]

@@ -105,6 +105,14 @@ class Weight(nn.Module):
     `Weight`.
     """
 
+    must_declare: ClassVar[tuple[str, ...]] = (
+        "format",
+        "matmul",
+        "rows",
+        "dequantize",
+        "compute_dtype",
+        "from_tensors",
+    )
     format: ClassVar[str]  # the name in `registry.FORMATS`, written into checkpoints
     is_plain: ClassVar[bool] = False  # numbers as they are, nothing rounded but by their dtype
     is_native: ClassVar[bool] = False  # native code has it (`native`)

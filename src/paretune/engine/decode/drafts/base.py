@@ -86,6 +86,7 @@ class Draft:
         cache: of the target; a draft looks at it and leaves it as it is.
     """
 
+    must_declare: ClassVar[tuple[str, ...]] = ("name", "propose")
     name: ClassVar[str]
     argument: ClassVar[str] = ""  # what has to stand behind `NAME=`; "" nothing
     choices: ClassVar[tuple[str, ...]] = ()  # what may stand there, where it need not
