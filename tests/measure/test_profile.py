@@ -244,7 +244,7 @@ def test_native_counters_where_they_are_and_where_not(tiny_gpt2_folder):
     assert profile_native.spans(step.runner, step) == []
     names = [name for name, _ in profile_native.spans(_Native(), step)]
     assert names == [f"layer {i}: norm_1+qkv_projection" for i in range(2)]
-    without = type("Old", (), {"name": "native", "own_kernels": True})()
+    without = type("Uncounted", (), {"own_kernels": True, "counters": None, "count_": lambda self, is_on: None})()
     assert profile_native.rows(without, step, {}, CEILINGS)["available"] is False  # type: ignore[index]
 
 

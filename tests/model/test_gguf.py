@@ -300,7 +300,7 @@ def test_a_truncated_file_is_named(tiny_factory, tmp_path, n_bytes):
     save(tiny_factory("llama", **WIDE["llama"])[2], tmp_path / "x.gguf")
     data = (tmp_path / "x.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(data[:n_bytes])
-    with pytest.raises(CheckpointError, match=r"cut\.gguf is (no GGUF file|truncated or damaged)"):
+    with pytest.raises(CheckpointError, match=r"cut\.gguf is (not a GGUF file|truncated or damaged)"):
         checkpoint.resolve(str(tmp_path / "cut.gguf"))
     assert not (tmp_path / "cache" / "gguf").exists() or not list((tmp_path / "cache" / "gguf").iterdir())
 

@@ -14,6 +14,7 @@ from paretune.ops.weights.int8_rows import Int8Rows
 from paretune.ops.weights.int_groups import IntGroups
 from paretune.ops.weights.mixed_int8 import MixedInt8
 from paretune.ops.weights.nf4 import CODES, NF4, dynamic_map
+from paretune.ops.weights.sparse8 import Sparse8
 from paretune.registry import FORMATS
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes has no build for this platform")
@@ -39,8 +40,15 @@ def numbers(kind, shape):
 # ---- what all formats say
 
 
+def without_small_ones(w):
+    """int8 rows of which a half became zeros."""
+    rows = Int8Rows.quantize(torch.where(w.abs() > 0.67, w, 0.0))
+    return Sparse8.of(rows.q, rows.scale, torch.float32)
+
+
 ALL = {
     **MAKE,
+    "sparse8": without_small_ones,
     "dense": Dense,
     "int8_rows": Int8Rows.quantize,
     "int_groups": lambda w: IntGroups.quantize(w, 4, 32),

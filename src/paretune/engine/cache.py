@@ -145,7 +145,7 @@ class KVCache:
         assert batch_size >= 1 and capacity >= 1
         self.batch_size, self.capacity, self.head_dim = batch_size, capacity, head_dim
         heads = [n_kv_head] * n_layer if isinstance(n_kv_head, int) else list(n_kv_head)
-        self.n_kv_head = max(heads)  # of the widest layer
+        self.n_kv_head = max(heads, default=0)  # of the widest layer
         self.dtype, self.device, self.static = dtype, torch.device(device), static
         self.ring = self.prefix = 0
         self.window = 0 if kept is None or kept.window is None else kept.window

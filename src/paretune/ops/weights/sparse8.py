@@ -32,7 +32,7 @@ class Sparse8(Weight):
 
     format = "sparse8"
     is_native = True
-    rows_matter = True  # as of int8 rows: what PyTorch multiplies with depends on the number of rows
+    rows_matter = False  # PyTorch multiplies the expanded matrix, however many rows there are
     kernel = None
     bits = 8
     mask: Tensor
