@@ -68,6 +68,20 @@ def _native_code():
             native_build.load(name)
 
 
+@pytest.fixture(scope="session")
+def cache_with_native_code(_native_code):
+    """Makes a cache folder that shares only what was compiled: to compile it again takes most of a minute."""
+    compiled = native_build.cache_folder() / "native"
+
+    def make(folder):
+        folder.mkdir(parents=True)
+        if compiled.is_dir():
+            (folder / "native").symlink_to(compiled, target_is_directory=True)
+        return str(folder)
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _seeds():
     """Each test starts from the same random state, alone or in the whole run."""

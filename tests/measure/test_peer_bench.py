@@ -36,9 +36,9 @@ ABSENT = Peer(
 
 
 @pytest.fixture(scope="module")
-def result(tiny_gpt2_folder, tmp_path_factory):
+def result(tiny_gpt2_folder, tmp_path_factory, cache_with_native_code):
     """One real run with all of them, and the folder of the cache."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache = Path(cache_with_native_code(tmp_path_factory.mktemp("cache") / "own"))
     threads = torch.get_num_threads()
     real = envs.command
     with pytest.MonkeyPatch.context() as patch:

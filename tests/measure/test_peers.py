@@ -18,8 +18,8 @@ from paretune.model.checkpoint import read_config
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PARETUNE_CACHE", str(tmp_path / "cache"))
+def _own_cache(tmp_path, monkeypatch, cache_with_native_code):
+    monkeypatch.setenv("PARETUNE_CACHE", cache_with_native_code(tmp_path / "cache"))
 
 
 # --- names ---
