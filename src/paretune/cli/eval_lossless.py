@@ -66,17 +66,19 @@ def eval_lossless(
     room = min(one.model_config.longest for one in sides) - flags.max_new_tokens
     prompts, text_name = _prompts(last, flags, room)
     out = None if output_dir is None else ensure_folder(output_dir.expanduser())
+    first.set_threads(threads)
+    plain = loaded = first.load()
+    if last is not first:
+        last.set_threads(threads)
+        loaded = last.load()
+    runner = loaded.runner
     ways: list[Way] = []
     for sampling in (SamplingOptions(), SamplingOptions(temperature=TEMPERATURE, seed=SEED)):
         how = lossless.in_words(sampling)
         first.set_threads(threads)
-        loaded = first.load()
         say(f"{first.config}, {how}: {len(prompts)} prompts, one at a time")
-        known = lossless.reference(loaded.runner, prompts, flags.max_new_tokens, sampling)
-        if last is not first:
-            last.set_threads(threads)
-            loaded = last.load()
-        runner = loaded.runner
+        known = lossless.reference(plain.runner, prompts, flags.max_new_tokens, sampling)
+        last.set_threads(threads)
         changes = last is not first and last.recipe.changes_numbers and not first.recipe.changes_numbers
         same_bits = runner.same_bits_at_any_width and last is first
         plan: list[tuple[str, int, str | None]] = [(last.config, 1, None)] if last is not first else []
