@@ -91,21 +91,16 @@ def eval_lossless(
             found = lossless.texts(runner, prompts, flags.max_new_tokens, sampling, rows, maker)
             notes = [] if maker is None else [maker.summary()]
             ways.append(lossless.way(name, known, found, same_bits=same_bits, changes_numbers=changes, notes=notes))
-    header = record.to_json(environment.head(seed=SEED))
-    result = record.from_json(
-        LosslessResult,
-        {
-            **header,
-            "schema_version": LosslessResult.SCHEMA,
-            "model": {"name": model if checkpoint.is_named(model) else last.folder.name},
-            "task": "lossless",
-            "config": last.config,
-            "reference": first.config,
-            "text": text_name,
-            "max_new_tokens": flags.max_new_tokens,
-            "batch_size": flags.batch_size,
-            "ways": [record.to_json(w) for w in ways],
-        },
+    result = LosslessResult(
+        **vars(environment.head(seed=SEED)),
+        model={"name": model if checkpoint.is_named(model) else last.folder.name},
+        task="lossless",
+        config=last.config,
+        reference=first.config,
+        text=text_name,
+        max_new_tokens=flags.max_new_tokens,
+        batch_size=flags.batch_size,
+        ways=ways,
     )
     page = page_of(result)
     if out is not None:
